@@ -1,0 +1,1 @@
+"""Communicators and channels between ranks, rendezvous and the ledger of every transfer."""

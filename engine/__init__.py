@@ -1,0 +1,1 @@
+"""Requests, scheduling, sampling, the rank's step runner, and the engine that holds the truth."""

@@ -1,0 +1,1 @@
+"""Compute operators: plain functions on plain tensors, each defined by its PyTorch reference."""

@@ -1,0 +1,1 @@
+"""Who holds what: splits, stages and layouts, and the parallel layers built on them."""

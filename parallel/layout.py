@@ -1,0 +1,172 @@
+"""Which rank holds which part of a model: stages of a pipeline, and the splits inside each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from phalanx.errors import LayoutError
+from phalanx.parallel.shape import ModelShape
+from phalanx.parallel.split import Interval, Split
+
+
+@dataclass(frozen=True, slots=True)
+class StageRequest:
+    """What a user asks of one stage.
+
+    num_ranks: tensor-parallel ranks. num_layers: layers, or None to balance. weights: one a rank, or None for even.
+    node, accelerator: where its ranks must be placed (a node's address or name, a type of accelerator), or None.
+    """
+
+    num_ranks: int = 1
+    num_layers: int | None = None
+    weights: tuple[float, ...] | None = None
+    node: str | None = None
+    accelerator: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Consecutive layers held by a group of tensor-parallel ranks.
+
+    layers: the layers it runs. query_heads, kv_heads, ffn, vocab: the split of each dimension over its ranks, in heads,
+    columns and vocabulary rows. `kv_heads` may overlap: a KV head on a border between ranks is held by both.
+    first, last: whether it carries the embedding, and the final norm and language-model head.
+    """
+
+    index: int
+    layers: Interval
+    query_heads: Split
+    kv_heads: Split
+    ffn: Split
+    vocab: Split
+    first: bool
+    last: bool
+    node: str | None = None
+    accelerator: str | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        return self.query_heads.num_parts
+
+
+class RankPlace(NamedTuple):
+    """Where a rank stands. rank: number inside its replica, counted through the stages. tensor_rank: inside its stage."""
+
+    replica: int
+    rank: int
+    stage: int
+    tensor_rank: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (replica {self.replica}, stage {self.stage}, tensor rank {self.tensor_rank})"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """An ordered tuple of stages, times `replicas`. Nothing else in the system decides who holds what."""
+
+    stages: tuple[Stage, ...]
+    replicas: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one replica."""
+        return sum(stage.num_ranks for stage in self.stages)
+
+    def first_rank(self, stage: int) -> int:
+        """Number, inside the replica, of the first rank of `stage`."""
+        return sum(before.num_ranks for before in self.stages[:stage])
+
+    def stage_ranks(self, stage: int) -> range:
+        """Numbers, inside the replica, of the ranks of `stage`."""
+        first = self.first_rank(stage)
+        return range(first, first + self.stages[stage].num_ranks)
+
+    def places(self, replica: int = 0) -> Iterator[RankPlace]:
+        """The ranks of one replica in order."""
+        for stage in self.stages:
+            for tensor_rank, rank in enumerate(self.stage_ranks(stage.index)):
+                yield RankPlace(replica, rank, stage.index, tensor_rank)
+
+    def __str__(self) -> str:
+        widths = "+".join(str(stage.num_ranks) for stage in self.stages)
+        copies = f" x {self.replicas} replicas" if self.replicas > 1 else ""
+        layers = "+".join(str(stage.layers.size) for stage in self.stages)
+        return f"{widths} ranks, {layers} layers{copies}"
+
+
+def build_layout(shape: ModelShape, requests: Sequence[StageRequest], replicas: int = 1) -> Layout:
+    """The layout of a model over the requested stages.
+
+    Layers that no stage asked for are dealt so that the slowest stage, by weights read per rank and step, is as fast as
+    can be; the language-model head counts as weights of the last stage.
+
+    Raises LayoutError, with figures, where a division cannot be done.
+    """
+    if not requests:
+        raise LayoutError("a layout needs at least one stage")
+    if replicas < 1:
+        raise LayoutError(f"a layout needs at least one replica, found {replicas}")
+    layers = _deal_layers(shape, requests)
+    stages = []
+    for index, (request, interval) in enumerate(zip(requests, layers, strict=True)):
+        weights = request.weights or (1.0,) * request.num_ranks
+        if len(weights) != request.num_ranks:
+            raise LayoutError(f"stage {index} has {request.num_ranks} ranks but {len(weights)} weights; give one a rank")
+        if request.num_ranks > shape.num_query_heads:
+            raise LayoutError(
+                f"stage {index} asks for {request.num_ranks} tensor-parallel ranks, but the model has "
+                f"{shape.num_query_heads} query heads; use at most {shape.num_query_heads} ranks a stage and more stages"
+            )
+        query_heads = Split.weighted(shape.num_query_heads, weights)
+        stages.append(
+            Stage(
+                index=index,
+                layers=interval,
+                query_heads=query_heads,
+                kv_heads=query_heads.covering(shape.queries_per_kv_head),
+                ffn=Split.weighted(shape.ffn_size, weights, _granule(shape.ffn_size, request.num_ranks)),
+                vocab=Split.weighted(shape.vocab_size, weights, _granule(shape.vocab_size, request.num_ranks)),
+                first=index == 0,
+                last=index == len(requests) - 1,
+                node=request.node,
+                accelerator=request.accelerator,
+            )
+        )
+    return Layout(tuple(stages), replicas)
+
+
+def _granule(size: int, parts: int) -> int:
+    """The widest granule up to 64 that wastes little: 64 columns keep rows of a shard aligned to a cache line."""
+    granule = 64
+    while granule > 1 and size < 4 * granule * parts:
+        granule //= 2
+    return granule
+
+
+def _deal_layers(shape: ModelShape, requests: Sequence[StageRequest]) -> list[Interval]:
+    asked = [request.num_layers for request in requests]
+    fixed = sum(count for count in asked if count is not None)
+    open_stages = asked.count(None)
+    spare = shape.num_layers - fixed
+    if any(count is not None and count < 1 for count in asked):
+        raise LayoutError(f"every stage needs at least one layer, found {asked}")
+    if spare < open_stages or (spare and not open_stages):
+        wanted = f"the stages ask for {fixed} layers" + (f" and {open_stages} more stages" if open_stages else "")
+        raise LayoutError(f"{wanted}, but the model has {shape.num_layers}; the layers of all stages must add up to that")
+    counts = [count or 1 for count in asked]
+    for _ in range(spare - open_stages):
+        # A greedy deal is optimal here: each layer costs the same, and goes where the stage's time grows to the least.
+        counts[min((i for i, count in enumerate(asked) if count is None), key=lambda i: _stage_cost(shape, requests, counts, i))] += 1
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    return [Interval(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+
+
+def _stage_cost(shape: ModelShape, requests: Sequence[StageRequest], counts: Sequence[int], stage: int) -> float:
+    """Weights that each rank of `stage` would read in a step with one more layer."""
+    head = shape.head_params if stage == len(requests) - 1 else 0
+    return ((counts[stage] + 1) * shape.layer_params + head) / requests[stage].num_ranks
