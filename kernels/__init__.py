@@ -1,1 +1,22 @@
 """Compute operators: plain functions on plain tensors, each defined by its PyTorch reference."""
+
+from __future__ import annotations
+
+from phalanx.kernels.linear import linear
+from phalanx.kernels.paged_attention import paged_attention, write_kv
+from phalanx.kernels.random import gumbel_noise
+from phalanx.kernels.rms_norm import rms_norm
+from phalanx.kernels.rope import rope, rope_frequencies, rope_table
+from phalanx.kernels.silu_mul import silu_mul
+
+__all__ = [
+    "gumbel_noise",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rope_table",
+    "silu_mul",
+    "write_kv",
+]

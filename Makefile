@@ -1,0 +1,36 @@
+# `make help` lists the targets. Variables: PYTHON (the Python to use), TORCH_INDEX (package index to take PyTorch from),
+# PROMPT (for `make demo`), PYTEST_ARGS (for `make test`, such as PYTEST_ARGS="-k split").
+BIN := .venv/bin
+PYTHON ?=
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+PROMPT ?= What is the capital of France?
+export PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean distclean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Make .venv with the phalanx command in it; instant where it stands
+	@PYTHON='$(PYTHON)' sh scripts/setup.sh --torch-index '$(TORCH_INDEX)'
+
+demo: setup ## Run a small model over four ranks in a 2 x 2 layout
+	$(BIN)/phalanx generate configs/demo.yaml --chat -p "$$PROMPT"
+
+lint: setup ## Check style, formatting, types and the floors between the rooms
+	@echo "lint 1/4: ruff check" && $(BIN)/ruff check .
+	@echo "lint 2/4: ruff format" && $(BIN)/ruff format --check .
+	@echo "lint 3/4: mypy" && $(BIN)/mypy
+	@echo "lint 4/4: import-linter" && $(BIN)/lint-imports --no-logo
+
+test: setup lint ## Lint, then run every test
+	$(BIN)/python -m pytest --durations=10 --durations-min=2 $(PYTEST_ARGS)
+
+clean: ## Remove caches and build outputs
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv too
+	rm -rf .venv

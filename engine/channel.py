@@ -1,0 +1,103 @@
+"""The wire between the engine and its ranks: msgpack messages over ZMQ, over TCP so that one form serves all machines."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import zmq
+
+from phalanx.engine.messages import ToEngine, ToRank
+from phalanx.errors import PhalanxError
+
+LINGER_MS = 1000  # how long a closing side waits for its last words (Shutdown, RankFailed) to leave
+
+
+class EngineChannel:
+    """The engine's end: one socket for all ranks of a replica.
+
+    A message from anyone who does not know the formation's secret is dropped unread. Not thread-safe.
+    """
+
+    def __init__(self, address: str, secret: str) -> None:
+        """Binds to a free port of `address`, an address of this machine that every rank can reach."""
+        self._secret = secret.encode()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        port = self._socket.bind_to_random_port(f"tcp://{address}")
+        self.address = f"tcp://{address}:{port}"
+
+    def send(self, rank: int, message: ToRank) -> None:
+        """Queues `message` for a rank that has already spoken; raises PhalanxError for one that is not connected."""
+        self.send_bytes(rank, self._encoder.encode(message))
+
+    def send_all(self, num_ranks: int, message: ToRank) -> None:
+        """Queues `message` for ranks 0 to `num_ranks` - 1, encoded once."""
+        data = self._encoder.encode(message)
+        for rank in range(num_ranks):
+            self.send_bytes(rank, data)
+
+    def send_bytes(self, rank: int, data: bytes) -> None:
+        try:
+            self._socket.send_multipart([_identity(self._secret, rank), data])
+        except zmq.ZMQError as error:
+            raise PhalanxError(f"rank {rank} is not connected to the engine at {self.address}: {error}") from error
+
+    def receive(self, timeout_s: float) -> ToEngine | None:
+        """The next message of any rank, or None if none came in time."""
+        if not self._socket.poll(int(timeout_s * 1000)):
+            return None
+        identity, data = self._socket.recv_multipart()
+        if not identity.startswith(self._secret + b":"):
+            return None
+        return self._decoder.decode(data)
+
+    def close(self) -> None:
+        self._context.destroy(linger=LINGER_MS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class RankChannel:
+    """A rank's end."""
+
+    def __init__(self, engine: str, rank: int, secret: str) -> None:
+        """Connects to the engine's address; ZMQ keeps trying until it answers."""
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToRank)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, _identity(secret.encode(), rank))
+        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self._socket.connect(engine)
+
+    def send(self, message: ToEngine) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def receive(self, timeout_s: float | None = None) -> ToRank | None:
+        """The next message, or None if none came in time; None as limit sleeps until one comes."""
+        if not self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
+            return None
+        return self._decoder.decode(self._socket.recv())
+
+    def close(self) -> None:
+        self._context.destroy(linger=LINGER_MS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _identity(secret: bytes, rank: int) -> bytes:
+    return secret + b":" + str(rank).encode()

@@ -1,0 +1,64 @@
+"""What a rank's process does around `run_rank`: threads before torch, and an account of a failure that survives it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from phalanx.errors import CommError
+
+MAX_MESSAGE, MAX_TRACEBACK = 2_000, 16_000  # characters kept; together they fit in a pipe that nobody reads yet
+
+
+class RankReport(msgspec.Struct, frozen=True, array_like=True):
+    """How a rank ended: None as message where it returned. symptom: whether its exception blames another rank."""
+
+    message: str | None = None
+    traceback: str = ""
+    symptom: bool = False
+
+
+def limit_threads(num_threads: int, environment: Mapping[str, str] | None = None) -> int:
+    """Sets the thread counts that numeric libraries read when they are first imported, and other variables.
+
+    Returns the count used: no more than the cores this process may run on.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, min(num_threads, allowed))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(count)
+    os.environ.update(environment or {})
+    return count
+
+
+def load_target(target: str) -> Callable[[Any], None]:
+    """The function named by `module:function`."""
+    module, _, function = target.partition(":")
+    loaded: Callable[[Any], None] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def run_target(target: str, spec: bytes, num_threads: int) -> RankReport:
+    """Runs a rank from its encoded specification to its end; whatever exception ends it is in the report."""
+    try:
+        # Imported here: it brings torch, which reads the thread counts when it is imported.
+        from phalanx.engine.messages import RankSpec
+
+        decoded = msgspec.msgpack.decode(spec, type=RankSpec)
+        load_target(target)(replace(decoded, num_threads=num_threads))
+    except Exception as error:
+        return failure_report(error)
+    return RankReport()
+
+
+def failure_report(error: BaseException) -> RankReport:
+    """The account of an exception, with its traceback."""
+    text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
+    message = traceback.format_exception_only(error)[-1].strip()
+    return RankReport(message[:MAX_MESSAGE], text, isinstance(error, CommError))

@@ -1,0 +1,216 @@
+"""The typed schema of a configuration: the only source of settings. `config.load_config` reads it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from phalanx.launcher.sizes import ALLOWED_SIZE, parse_size
+from phalanx.parallel.layout import StageRequest
+
+RAY_MODES = ("none", "local", "auto")
+
+
+def _size(value: object) -> int:
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise PydanticCustomError("size", "not a size in bytes") from error
+
+
+SizeBytes = Annotated[int, BeforeValidator(_size)]
+_SIZE_FIELD: dict[str, Any] = {"allowed": ALLOWED_SIZE}
+
+
+class Section(BaseModel):
+    """A section of the file. Unknown keys are refused; values keep the type that YAML gave them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model, and how it is held. `model: NAME` is short for `model: {path: NAME}`."""
+
+    path: str = Field(
+        min_length=1,
+        description="Built-in name (smollm2-135m), local Hugging Face directory, .gguf file, shape:NAME (dimensions "
+        "without weights, to check a layout) or hub id. A relative path is looked for beside the file first.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Of weights, activations and KV cache. auto: on GPUs float16 where the checkpoint is stored so, "
+        "else bfloat16; on CPUs bfloat16 where they have instructions for it, else float32.",
+    )
+    revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub id.")
+    max_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens of a sequence, prompt and output. null: what the model and the KV cache allow.",
+    )
+
+
+class ClusterSection(Section):
+    """Where the ranks run and what each takes."""
+
+    ray: str = Field(
+        default="local",
+        description="none: plain processes on this machine; local: a Ray of our own on this machine; auto: the Ray "
+        "cluster that this machine belongs to; host:port: the Ray cluster with that head.",
+        json_schema_extra={"allowed": "none, local, auto or host:port"},
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where this machine has a GPU, else cpu."
+    )
+    device_memory: SizeBytes | None = Field(
+        default=None,
+        description="Memory of one GPU, or what a rank on a CPU may use: `phalanx check` proves that what each rank "
+        "holds fits. null: what this machine has; not proved for a cluster elsewhere.",
+        json_schema_extra=_SIZE_FIELD,
+    )
+    cpus_per_rank: float | None = Field(
+        default=None,
+        gt=0,
+        description="CPU cores that a rank takes, below 1 to share one; it computes with as many threads, at least one."
+        " null: on this machine its cores dealt evenly over the ranks, on a cluster elsewhere 1.",
+    )
+    gpus_per_rank: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs that a rank takes: 1, below 1 to share one, or 0 on CPUs. null: 1 for cuda, less where this "
+        "machine has fewer GPUs than ranks.",
+        json_schema_extra={"allowed": "a number from 0 to 1"},
+    )
+    interface: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Network interface between ranks, such as eth0. null: the route to the first rank.",
+    )
+    spread_stage: bool = Field(
+        default=False, description="Whether the ranks of one stage may be placed on several nodes."
+    )
+    start_timeout_s: float = Field(
+        default=300.0, gt=0, description="Seconds all ranks have to be placed, loaded and ready."
+    )
+
+    @field_validator("ray")
+    @classmethod
+    def _ray_is_known(cls, value: str) -> str:
+        host, colon, port = value.rpartition(":")
+        is_address = bool(
+            colon and re.fullmatch(r"[A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+\]", host) and port.isascii() and port.isdecimal()
+        )
+        if value not in RAY_MODES and not (is_address and 0 < int(port[:6]) < 2**16):
+            raise PydanticCustomError("choice", "not a Ray cluster", {"choices": list(RAY_MODES)})
+        return value
+
+    @field_validator("gpus_per_rank")
+    @classmethod
+    def _one_gpu_at_most(cls, value: float | None) -> float | None:
+        if value is not None and value > 1:
+            raise PydanticCustomError("gpus_per_rank", "a rank runs on one GPU; more of them are more ranks")
+        return value
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the ranks run on a cluster that this machine cannot speak for."""
+        return self.ray not in ("none", "local")
+
+
+class StageSection(Section):
+    """One stage of the pipeline."""
+
+    layers: int | None = Field(
+        default=None, ge=1, description="Decoder layers. null: dealt so that the slowest stage is fastest."
+    )
+    tensor: int = Field(default=1, ge=1, le=1024, description="Tensor-parallel ranks.")
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        default=None,
+        strict=False,
+        min_length=1,
+        description="A rank's share of every layer in proportion to the others', one number a rank. null: even.",
+        json_schema_extra={"allowed": "a list of numbers above 0, one a rank"},
+    )
+    node: str | None = Field(
+        default=None, min_length=1, description="Name or address of the Ray node that holds its ranks."
+    )
+    accelerator: str | None = Field(
+        default=None, min_length=1, description="Type of accelerator its ranks need, as Ray names it, such as H100."
+    )
+
+
+class ParallelSection(Section):
+    """How the model is cut: `tensor` ranks a stage and `pipeline` stages, or `stages` one by one; and `replicas`."""
+
+    tensor: int = Field(default=1, ge=1, le=1024, description="Tensor-parallel ranks of every stage.")
+    pipeline: int = Field(default=1, ge=1, le=1024, description="Pipeline stages.")
+    replicas: int = Field(
+        default=1, ge=1, le=1024, description="Copies of the whole, each serving requests of its own."
+    )
+    stages: tuple[StageSection, ...] | None = Field(
+        default=None,
+        strict=False,
+        min_length=1,
+        description="Stages one by one, in place of `tensor` and `pipeline`.",
+        json_schema_extra={"allowed": "a list of stages, each with layers, tensor, weights, node, accelerator"},
+    )
+
+    def stage_requests(self) -> list[StageRequest]:
+        """What is asked of each stage, in order."""
+        if self.stages is None:
+            return [StageRequest(num_ranks=self.tensor)] * self.pipeline
+        return [
+            StageRequest(stage.tensor, stage.layers, stage.weights, stage.node, stage.accelerator)
+            for stage in self.stages
+        ]
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of all replicas."""
+        return self.replicas * sum(request.num_ranks for request in self.stage_requests())
+
+
+class CommSection(Section):
+    """How ranks reach each other."""
+
+    backend: str = Field(
+        default="auto", min_length=1, description="Communicator between the ranks of a stage; auto: the best at hand."
+    )
+    timeout_s: float = Field(default=60.0, gt=0, description="Seconds an operation may wait for another rank.")
+
+
+class EngineSection(Section):
+    """How requests are batched."""
+
+    max_sequences: int = Field(default=64, ge=1, description="Most sequences running at once.")
+    max_batch_tokens: int = Field(default=1024, ge=1, description="Most tokens computed in one step.")
+    kv_cache: SizeBytes = Field(
+        default=2**30, description="Memory for the KV cache, for each rank.", json_schema_extra=_SIZE_FIELD
+    )
+    page_size: int = Field(default=16, ge=1, le=1024, description="Tokens in a page of the KV cache.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Seed of requests that give none.",
+        json_schema_extra={"allowed": "a whole number from 0 to 2**63 - 1"},
+    )
+
+
+class ServeSection(Section):
+    """Reserved for the HTTP front."""
+
+
+class Config(Section):
+    """A whole configuration, valid in itself. Whether a model can be cut so is `check`'s to say."""
+
+    model: ModelSection = Field(description="Which model, and how it is held.")
+    cluster: ClusterSection = Field(
+        default_factory=ClusterSection, description="Where the ranks run and what each takes."
+    )
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="How the model is cut over ranks.")
+    comm: CommSection = Field(default_factory=CommSection, description="How ranks reach each other.")
+    engine: EngineSection = Field(default_factory=EngineSection, description="How requests are batched.")
+    serve: ServeSection = Field(default_factory=ServeSection, description="Reserved for the HTTP front.")

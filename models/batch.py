@@ -1,0 +1,48 @@
+"""What flows into a step of the decoder beside the tokens, and the KV cache that it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Batch(NamedTuple):
+    """The sequences of a step, laid one after another.
+
+    positions: [T] int64, of each token in its sequence. slots: [T] int64, where its key and value go in the cache.
+    query_starts: row of each sequence's first token, then T. context_lengths: tokens of each sequence, new ones included.
+    page_tables: pages of each sequence, int64. last_rows: [B] int64, rows whose next token is to be drawn.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_starts: Sequence[int]
+    context_lengths: Sequence[int]
+    page_tables: Sequence[torch.Tensor]
+    last_rows: torch.Tensor
+
+
+class KVCache:
+    """Keys and values of this rank's layers and KV heads, in pages: [layers, pages, page_size, kv_heads, head_dim] each."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
+        self.page_size = page_size
+        # Left unwritten: attention reads only what a step has stored, and a CPU then gives memory only as it is used.
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes

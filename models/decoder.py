@@ -1,0 +1,148 @@
+"""The decoder-only transformer, written once; families differ by the rows of `models/families.py`.
+
+Shapes: T tokens of a step, H hidden size, N query heads and K KV heads of this rank, D head dimension, F feed-forward
+columns of this rank, V vocabulary rows of this rank, B rows whose next token is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from phalanx.comm.communicator import Communicator
+from phalanx.kernels import paged_attention, rms_norm, rope, rope_frequencies, rope_table, silu_mul, write_kv
+from phalanx.models.batch import Batch, KVCache
+from phalanx.models.config import DecoderConfig, RopeConfig
+from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from phalanx.parallel.layout import Stage
+
+Weights = Mapping[str, torch.Tensor]
+RopeTable = tuple[torch.Tensor, torch.Tensor]
+
+
+class Attention:
+    """Grouped-query attention over this rank's heads."""
+
+    def __init__(
+        self, config: DecoderConfig, stage: Stage, tensor_rank: int, comm: Communicator, weights: Weights, name: str
+    ) -> None:
+        shape = config.shape
+        queries, keys = stage.query_heads[tensor_rank], stage.kv_heads[tensor_rank]
+        self.head_dim = shape.head_dim
+        self.sizes = (queries.size, keys.size, keys.size)
+        self.scale = shape.head_dim**-0.5
+        self.window = config.sliding_window
+        self.norm_eps = config.norm_eps
+        self.qkv = ColumnParallelLinear(weights[f"{name}.qkv"], weights.get(f"{name}.qkv_bias"))
+        self.q_norm = weights.get(f"{name}.q_norm")
+        self.k_norm = weights.get(f"{name}.k_norm")
+        self.o = RowParallelLinear(weights[f"{name}.o"], comm, weights.get(f"{name}.o_bias"))
+        self.kv_of_query = torch.tensor(
+            [head // shape.queries_per_kv_head - keys.start for head in range(queries.start, queries.stop)],
+            device=self.qkv.weight.device,
+        )
+
+    def __call__(
+        self, x_TH: torch.Tensor, table: RopeTable, batch: Batch, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        heads = self.qkv(x_TH).view(x_TH.shape[0], sum(self.sizes), self.head_dim)
+        q_TND, k_TKD, v_TKD = heads.split(self.sizes, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TND = rms_norm(q_TND, self.q_norm, self.norm_eps)
+            k_TKD = rms_norm(k_TKD, self.k_norm, self.norm_eps)
+        q_TND, k_TKD = rope(q_TND, *table), rope(k_TKD, *table)
+        write_kv(k_TKD, v_TKD, keys, values, batch.slots)
+        out_TND = paged_attention(
+            q_TND,
+            keys,
+            values,
+            batch.page_tables,
+            batch.query_starts,
+            batch.context_lengths,
+            self.kv_of_query,
+            scale=self.scale,
+            window=self.window,
+        )
+        return self.o(out_TND.flatten(1))
+
+
+class FeedForward:
+    """SwiGLU feed-forward over this rank's columns."""
+
+    def __init__(self, comm: Communicator, weights: Weights, name: str) -> None:
+        self.gate_up = ColumnParallelLinear(weights[f"{name}.gate_up"], weights.get(f"{name}.gate_up_bias"))
+        self.down = RowParallelLinear(weights[f"{name}.down"], comm, weights.get(f"{name}.down_bias"))
+
+    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return self.down(silu_mul(self.gate_up(x_TH)))
+
+
+class Layer:
+    """Attention and feed-forward, each behind its norm and added to the residual stream."""
+
+    def __init__(
+        self, config: DecoderConfig, stage: Stage, tensor_rank: int, comm: Communicator, weights: Weights, name: str
+    ) -> None:
+        self.norm_eps = config.norm_eps
+        self.attention_norm = weights[f"{name}.attention_norm"]
+        self.attention = Attention(config, stage, tensor_rank, comm, weights, name)
+        self.ffn_norm = weights[f"{name}.ffn_norm"]
+        self.ffn = FeedForward(comm, weights, name)
+
+    def __call__(
+        self, x_TH: torch.Tensor, table: RopeTable, batch: Batch, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        normed_TH = rms_norm(x_TH, self.attention_norm, self.norm_eps)
+        x_TH = x_TH + self.attention(normed_TH, table, batch, keys, values)
+        return x_TH + self.ffn(rms_norm(x_TH, self.ffn_norm, self.norm_eps))
+
+
+class Decoder:
+    """One rank's share of the model: the layers of its stage, cut by the stage's splits.
+
+    weights: by the names of `models/weights.py`. comm: the tensor-parallel group of the stage.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, stage: Stage, tensor_rank: int, comm: Communicator, weights: Weights
+    ) -> None:
+        self.norm_eps = config.norm_eps
+        self.embed = None
+        if stage.first:
+            self.embed = VocabParallelEmbedding(weights["embed"], stage.vocab[tensor_rank], comm)
+        layers = range(stage.layers.start, stage.layers.stop)
+        self.layers = [Layer(config, stage, tensor_rank, comm, weights, f"layers.{layer}") for layer in layers]
+        self.head = None
+        if stage.last:
+            self.norm = weights["norm"]
+            self.head = ColumnParallelLinear(weights["head"] if "head" in weights else weights["embed"])
+        attention = self.layers[0].attention.qkv.weight
+        self.frequencies = _rope_frequencies(config.shape.head_dim, config.rope).to(attention.device)
+
+    def __call__(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Hidden states [T, H] after this stage's layers; x is token ids [T] on the first stage, hidden states elsewhere."""
+        x_TH = x if self.embed is None else self.embed(x)
+        table = rope_table(batch.positions, self.frequencies, x_TH.dtype)
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            x_TH = layer(x_TH, table, batch, keys, values)
+        return x_TH
+
+    def logits(self, x_TH: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:
+        """This rank's vocabulary shard of the logits, [B, V] float32, at `rows_B`. On the last stage only."""
+        if self.head is None:
+            raise RuntimeError("only the last stage has a head")
+        return self.head(rms_norm(x_TH[rows_B], self.norm, self.norm_eps)).float()
+
+
+def _rope_frequencies(head_dim: int, config: RopeConfig) -> torch.Tensor:
+    if config.scaling == "llama3":
+        return rope_frequencies(
+            head_dim,
+            config.theta,
+            factor=config.factor,
+            low_freq_factor=config.low_freq_factor,
+            high_freq_factor=config.high_freq_factor,
+            original_max_position=config.original_max_position,
+        )
+    return rope_frequencies(head_dim, config.theta, factor=config.factor)

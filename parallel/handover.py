@@ -1,0 +1,64 @@
+"""The hand-over of hidden states between stages of unlike numbers of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from phalanx.comm.communicator import Communicator, Handle
+from phalanx.parallel.split import Split, Transfer
+
+
+class HandOver:
+    """One border of the pipeline, seen from a rank on either side of it.
+
+    All ranks of the earlier stage hold the same hidden states. Each sends its share of the elements to the ranks of the
+    later stage whose share they are, so that every value crosses the border once; the later stage then gathers the shares
+    inside itself, where links are fast.
+    """
+
+    def __init__(self, comm: Communicator, senders: range, receivers: range, stage_comm: Communicator) -> None:
+        """comm: reaches both stages; senders, receivers: their ranks in it. stage_comm: of this rank's own stage."""
+        self._comm = comm
+        self._senders = senders
+        self._receivers = receivers
+        self._stage_comm = stage_comm
+        self._sending: list[Handle] = []
+
+    def send(self, x: torch.Tensor) -> None:
+        """Starts sending this rank's share of x; returns once the hand-over before it has left."""
+        self.flush()
+        flat = x.reshape(-1)
+        for transfer in self._shares(flat.numel()):
+            if self._senders[transfer.source] == self._comm.rank:
+                share = flat[transfer.interval.slice]
+                self._sending.append(self._comm.send(share, self._receivers[transfer.target], async_op=True))
+
+    def receive(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] of the stage before."""
+        num_elements = num_tokens * hidden_size
+        parts = Split.even(num_elements, len(self._receivers))
+        own = parts[self._receivers.index(self._comm.rank)]
+        share = torch.empty(own.size, dtype=dtype, device=device)
+        receiving = [
+            self._comm.recv(
+                share[transfer.interval.start - own.start : transfer.interval.stop - own.start],
+                self._senders[transfer.source],
+                async_op=True,
+            )
+            for transfer in self._shares(num_elements)
+            if self._receivers[transfer.target] == self._comm.rank
+        ]
+        for handle in receiving:
+            handle.wait()
+        return self._stage_comm.all_gather(share, sizes=parts.sizes).view(num_tokens, hidden_size)
+
+    def flush(self) -> None:
+        """Waits until everything sent has left."""
+        for handle in self._sending:
+            handle.wait()
+        self._sending.clear()
+
+    def _shares(self, num_elements: int) -> Iterator[Transfer]:
+        return Split.even(num_elements, len(self._senders)).transfers(Split.even(num_elements, len(self._receivers)))

@@ -1,0 +1,58 @@
+"""Tensor-parallel layers: a shard of the weights and the communicator of the stage, nothing else.
+
+Shapes: T tokens of a step, H hidden size, and on this rank O output columns, I input columns, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from phalanx.comm.communicator import Communicator
+from phalanx.kernels import linear
+from phalanx.parallel.split import Interval
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnParallelLinear:
+    """Output columns cut over the ranks: every rank reads all of x and makes its own columns. weight [O, H], bias [O]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return linear(x_TH, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class RowParallelLinear:
+    """Input columns cut over the ranks: each makes a part of the sum, which is then reduced. weight [H, I], bias [H].
+
+    The bias is held by every rank and added after the reduction, so that it counts once.
+    """
+
+    weight: torch.Tensor
+    comm: Communicator
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        y_TH = self.comm.all_reduce(linear(x_TI, self.weight))
+        return y_TH if self.bias is None else y_TH + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class VocabParallelEmbedding:
+    """Vocabulary rows cut over the ranks: each looks up the tokens it holds, zeros elsewhere, and the sum is whole."""
+
+    weight: torch.Tensor
+    rows: Interval
+    comm: Communicator
+
+    def __call__(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        if self.comm.size == 1:
+            return self.weight[tokens_T]
+        local_T = tokens_T - self.rows.start
+        missing_T = (local_T < 0) | (local_T >= self.rows.size)
+        x_TH = self.weight[local_T.masked_fill(missing_T, 0)]
+        return self.comm.all_reduce(x_TH.masked_fill_(missing_T.unsqueeze(1), 0))
