@@ -20,8 +20,9 @@ class ClusterSettings:
 
     ray: `none` (plain processes here), `local` (a private Ray on this machine), `auto` (the Ray cluster this machine
     belongs to) or `host:port` of one. device: `cpu` or `cuda`. cpus_per_rank, gpus_per_rank: what a rank takes of its
-    node, fractions allowed; None as GPUs is one on `cuda` and none on `cpu`. resources_per_rank: Ray's custom resources,
-    and `memory` in bytes. interface: network interface that ranks and engine use, or None for the default route.
+    node, fractions allowed; None as GPUs is one on `cuda` and none on `cpu`. resources_per_rank: Ray's custom
+    resources, and `memory` in bytes. interface: network interface that ranks and engine use, or None for the default
+    route.
     spread_stage: a stage may be divided over nodes. start_timeout_s: how long all ranks together may take to be ready.
     """
 
@@ -88,5 +89,5 @@ class RankHost(Protocol):
         ...
 
     def stop(self, timeout_s: float) -> None:
-        """Waits up to `timeout_s` for the ranks to end by themselves, ends the rest and releases everything. Idempotent."""
+        """Waits up to `timeout_s` for the ranks to end by themselves, ends the rest and releases all. Idempotent."""
         ...

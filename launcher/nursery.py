@@ -1,8 +1,8 @@
 """The process that imports everything once and forks one rank after another from itself.
 
-`python -P -m phalanx.launcher.nursery MODULE:FUNCTION VERBOSE`, started by `ProcessHost`. Commands come on standard input,
-reports leave on standard output, both as frames: four bytes of length (big-endian) and a msgpack message. The end of standard input means that
-the engine is gone, however it went, and ends every rank.
+`python -P -m phalanx.launcher.nursery MODULE:FUNCTION VERBOSE`, started by `ProcessHost`. Commands come on standard
+input, reports leave on standard output, both as frames: four bytes of length (big-endian) and a msgpack message. The
+end of standard input means that the engine is gone, however it went, and ends every rank.
 
 Importing torch takes over a second of a core; a fork takes a few milliseconds. Nothing here may start a thread or touch
 CUDA, for neither survives a fork.
@@ -20,6 +20,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -65,7 +66,10 @@ class RankStarted(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class RankEnded(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A rank's process ended. exit_code: as of `os.waitstatus_to_exitcode`, negative for a signal. stderr: its last lines."""
+    """A rank's process ended. exit_code: negative for a signal. report: None where it could not make one.
+
+    stderr: the last lines it wrote.
+    """
 
     rank: int
     exit_code: int
@@ -114,7 +118,7 @@ class _Child:
 
 
 class Nursery:
-    """Forks, watches and ends ranks. commands, reports: file descriptors. verbose: pass on what ranks write to stderr."""
+    """Forks, watches and ends ranks. commands, reports: file descriptors. verbose: pass on what ranks write."""
 
     def __init__(self, target: str, commands: int, reports: int, verbose: bool) -> None:
         self._target = target
@@ -201,7 +205,9 @@ class Nursery:
             child.tail.extend(data.splitlines(keepends=True))
             if self._verbose:
                 with contextlib.suppress(OSError):
-                    os.write(2, b"".join(b"[rank %d] %s" % (child.rank, line) for line in data.splitlines(keepends=True)))
+                    os.write(
+                        2, b"".join(b"[rank %d] %s" % (child.rank, line) for line in data.splitlines(keepends=True))
+                    )
 
     def _reap(self) -> None:
         for pid in list(self._children):
@@ -308,7 +314,7 @@ def main() -> None:
     except Exception as error:
         nursery.tell(NurseryFailed(failure_report(error)))
         return
-    tasks = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1
+    tasks = len(list(Path("/proc/self/task").iterdir())) if sys.platform == "linux" else 1
     nursery.tell(NurseryReady(time.perf_counter() - start, tasks))
     nursery.serve()
 

@@ -32,7 +32,7 @@ class Node:
         return self.hostname if self.hostname == self.address else f"{self.hostname} ({self.address})"
 
     def answers_to(self, name: str) -> bool:
-        """Whether `name` is its address, host name (with or without domain), id, or one of its labels as `key=value`."""
+        """Whether `name` is its address, host name (with or without domain), id, or a label of it as `key=value`."""
         key, equals, value = name.partition("=")
         if equals:
             return self.labels.get(key) == value
@@ -251,7 +251,7 @@ def _remedies(
         yield "allow a stage on several nodes with cluster.spread_stage: true"
     if need.get("CPU", 0) > 0 and all(node.room({"CPU": need["CPU"]}, node.free) < wanted for node in nodes):
         yield "lower cluster.cpus_per_rank (fractions are allowed)"
-    if 0 < need.get("GPU", 0) and all(node.room({"GPU": need["GPU"]}, node.free) < wanted for node in nodes):
+    if need.get("GPU", 0) > 0 and all(node.room({"GPU": need["GPU"]}, node.free) < wanted for node in nodes):
         yield "share devices with a fraction as cluster.gpus_per_rank"
     yield "use fewer ranks, or add nodes"
 

@@ -156,7 +156,10 @@ class ProcessHost:
             case NurseryReady():
                 self.imports_s = report.imports_s
                 if report.num_threads > 1:
-                    logger.warning("%d threads run before ranks are forked; a lock held by one of them would stay locked", report.num_threads)
+                    logger.warning(
+                        "%d threads run before ranks are forked; a lock held by one of them would stay locked",
+                        report.num_threads,
+                    )
             case NurseryFailed():
                 message = f"its imports failed: {report.report.message}"
                 self._end_all_running(RankExit(-1, "", "failed", message, report.report.traceback))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
+import logging
 import os
 import secrets
 import shutil
@@ -16,17 +18,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from phalanx.errors import PhalanxError, PlacementError
+from phalanx.errors import PhalanxError
 from phalanx.launcher.placement import Node
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; nothing of ours passes through it
 CONNECT_TIMEOUT_S = 5.0  # for the first word with a cluster's head; Ray itself would try for a minute
 SLOT = "phalanx_rank"  # stands for a core where ranks may share cores: in a private Ray
 SLOTS = 100_000.0
+MAX_TEMP_PATH = 20
+TEMP_PREFIX = "phalanx-ray-"
 
-_lock = threading.Lock()  # Ray is one a process, so is what says how many hosts use the one we started
-_private: _PrivateRay | None = None
-_joined = 0
+logger = logging.getLogger(__name__)
 
 
 class RayCluster:
@@ -35,8 +37,8 @@ class RayCluster:
     def __init__(self, mode: str, num_ranks: int) -> None:
         """Connects.
 
-        mode: `local`, `auto` or `host:port`, as `ClusterSettings.ray`. A process that is connected to Ray already, such as
-        an actor, stays with that. num_ranks: workers that a private Ray starts at once.
+        mode: `local`, `auto` or `host:port`, as `ClusterSettings.ray`. A process that is connected to Ray already, such
+        as an actor, stays with that. num_ranks: workers that a private Ray starts at once.
         Raises PhalanxError where Ray is not installed or not to be reached.
         """
         if importlib.util.find_spec("ray") is None:
@@ -45,8 +47,8 @@ class RayCluster:
                 "install it with `pip install 'phalanx[ray]'`, or run on this machine only with cluster.ray: none"
             )
         started = time.perf_counter()
-        self._open = True
-        self._is_private = _join(mode, num_ranks)
+        self._session: _Session | None = _join(mode, num_ranks)
+        self._is_private = self._session.is_private
         self.connect_s = time.perf_counter() - started
 
     @property
@@ -79,23 +81,64 @@ class RayCluster:
 
     def close(self) -> None:
         """Ends this use of Ray. Idempotent."""
-        if self._open:
-            self._open = False
-            _leave()
+        session, self._session = self._session, None
+        if session is not None:
+            _leave(session)
 
 
-class _PrivateRay:
+class _Session:
+    """This process's connection to Ray, and how many hosts use it. Ends nothing: Ray was here before."""
+
+    is_private = False
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.num_users = 0
+
+    def close(self) -> None:
+        """Undoes what making it did."""
+
+
+class _JoinedSession(_Session):
+    """A cluster that this process joins as a driver."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(mode)
+        import ray
+
+        if mode != "auto":
+            _reach(mode)
+        try:
+            with _signal_handlers_kept():
+                ray.init(address=mode, log_to_driver=False, configure_logging=False)
+            self._standard_output = _StandardOutputKept()
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise PhalanxError(_join_failure(mode, error)) from error
+
+    def close(self) -> None:
+        _shut_down()
+        self._standard_output.undo()
+
+
+class _PrivateSession(_Session):
     """A Ray of this process's own, on this machine only.
 
     It has a token and a temporary directory of its own and leaves neither behind. By default Ray would write its token
-    into the home directory, after which every other cluster started by this user would demand it.
+    into the home directory, after which every cluster that this user starts later would demand it.
     """
 
-    def __init__(self, num_ranks: int) -> None:
-        self._environment: dict[str, str | None] = {}
+    is_private = True
+
+    def __init__(self, mode: str, num_ranks: int) -> None:
+        super().__init__(mode)
+        self._replaced: dict[str, str | None] = {}
+        self._standard_output: _StandardOutputKept | None = None
         # Sockets lie in it, and the path of a socket may have no more than 107 bytes.
-        parent = "/tmp" if len(tempfile.gettempdir()) > 20 else None
-        self._directory = Path(tempfile.mkdtemp(prefix="phalanx-", dir=parent))
+        parent = Path("/tmp" if len(tempfile.gettempdir()) > MAX_TEMP_PATH else tempfile.gettempdir())
+        _sweep(parent)
+        self._directory = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=parent))
+        self._lock = os.open(self._directory / "lock", os.O_CREAT | os.O_RDWR)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         if "RAY_AUTH_MODE" not in os.environ:
             self._set("RAY_AUTH_MODE", "token")
             self._set("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -104,12 +147,11 @@ class _PrivateRay:
         try:
             import ray
 
-            _forget_token()
-            with _own_signals():
+            _reread_token()
+            with _signal_handlers_kept():
                 ray.init(
                     address="local",
-                    # As many as ranks, for Ray starts a worker a core at once.
-                    num_cpus=num_ranks,
+                    num_cpus=num_ranks,  # Ray starts a worker a core at once: just those that ranks will take
                     resources={SLOT: SLOTS},
                     include_dashboard=False,
                     log_to_driver=False,
@@ -117,41 +159,165 @@ class _PrivateRay:
                     object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=str(self._directory),
                 )
+            self._standard_output = _StandardOutputKept()
         except BaseException:
             self.close()
             raise
 
     def _set(self, name: str, value: str) -> None:
-        self._environment[name] = os.environ.get(name)
+        self._replaced[name] = os.environ.get(name)
         os.environ[name] = value
 
     def close(self) -> None:
-        import ray
-
-        with _own_signals():
-            ray.shutdown()
-        for name, value in self._environment.items():
+        _shut_down()
+        if self._standard_output is not None:
+            self._standard_output.undo()
+        for name, value in self._replaced.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        _forget_token()
+        _reread_token()
         shutil.rmtree(self._directory, ignore_errors=True)
+        os.close(self._lock)
 
 
-class _JoinedRay:
-    """A cluster that this process joined as a driver."""
+def _sweep(parent: Path) -> None:
+    """Removes what a process that was killed left in `parent`: directories whose lock nobody holds any more."""
+    for lock in parent.glob(f"{TEMP_PREFIX}*/lock"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(lock, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
-    def __init__(self, address: str) -> None:
-        import ray
 
-        with _own_signals():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+_lock = threading.Lock()
+_session: _Session | None = None  # one a process, because Ray is
 
-    def close(self) -> None:
-        import ray
 
-        with _own_signals():
-            ray.shutdown()
-"""
-"""
+def _join(mode: str, num_ranks: int) -> _Session:
+    global _session  # noqa: PLW0603 - mirrors Ray's own state, which is the process's
+    import ray
+
+    with _lock:
+        if _session is not None and not ray.is_initialized():  # shut down behind our back
+            _session.close()
+            _session = None
+        if _session is None:
+            if ray.is_initialized():
+                _session = _Session(mode)
+            elif mode == "local":
+                _session = _PrivateSession(mode, num_ranks)
+            else:
+                _session = _JoinedSession(mode)
+        elif type(_session) is not _Session and mode != _session.mode:
+            raise PhalanxError(
+                f"cluster.ray: {mode} cannot be had while this process uses Ray with cluster.ray: {_session.mode}; "
+                "close that first, or use another process"
+            )
+        _session.num_users += 1
+        return _session
+
+
+def _leave(session: _Session) -> None:
+    global _session  # noqa: PLW0603 - as above
+    with _lock:
+        session.num_users -= 1
+        if session.num_users == 0 and session is _session:
+            _session = None
+            session.close()
+
+
+def _shut_down() -> None:
+    import ray
+
+    with _signal_handlers_kept():
+        ray.shutdown()
+
+
+def _reread_token() -> None:
+    """Ray keeps the token and the mode it has once read; makes it read them from the environment again."""
+    with contextlib.suppress(ImportError, AttributeError):  # Ray before tokens
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        AuthenticationTokenLoader.instance().reset_cache()
+        Config.initialize("")
+
+
+class _StandardOutputKept:
+    """Sends what Ray would print about dead workers on standard output, whatever its options, to the log.
+
+    Standard output is for results: a line of Ray's between them would break `--json`.
+    """
+
+    def __init__(self) -> None:
+        from ray._private import worker
+
+        self._worker: Any = worker
+        self._printer = getattr(worker, "print_to_stdstream", None)
+        if self._printer is not None:
+            self._worker.print_to_stdstream = _log_lines
+
+    def undo(self) -> None:
+        if self._printer is not None:
+            self._worker.print_to_stdstream = self._printer
+
+
+def _log_lines(data: Mapping[str, Any], **_: object) -> None:
+    for line in data["lines"]:
+        logger.debug("Ray: %s", line)
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM by one of its own, which is not ours to impose on the program."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _reach(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise PhalanxError(
+            f"nothing answers at cluster.ray: {address} ({error}); start the cluster's head with "
+            "`ray start --head --port=PORT` and give that machine's address and port"
+        ) from error
+
+
+def _join_failure(mode: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    what = f"cannot join the Ray cluster of cluster.ray: {mode}: {reason}"
+    if "token" in str(error).lower():
+        remedy = (
+            "set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN here, or RAY_AUTH_MODE=disabled if it has none"
+        )
+    else:
+        remedy = "start one here with `ray start --head`, and `ray start --address=HOST:PORT` on the other machines"
+    return f"{what}; {remedy}"
+
+
+def _node(entry: Mapping[str, Any], free: Mapping[str, float]) -> Node:
+    labels = dict(entry.get("Labels") or {})
+    total = {str(name): float(amount) for name, amount in entry["Resources"].items()}
+    kinds = (name.removeprefix("accelerator_type:") for name in total if name.startswith("accelerator_type:"))
+    accelerator = labels.get("ray.io/accelerator-type") or next(kinds, None)
+    return Node(
+        entry["NodeID"],
+        entry["NodeManagerAddress"],
+        entry["NodeManagerHostname"],
+        total,
+        dict(free),
+        accelerator,
+        labels,
+    )

@@ -134,7 +134,7 @@ class StageSection(Section):
         json_schema_extra={"allowed": "a list of numbers above 0, one a rank"},
     )
     node: str | None = Field(
-        default=None, min_length=1, description="Name or address of the Ray node that holds its ranks."
+        default=None, min_length=1, description="Ray node for its ranks: address, host name or label (key=value)."
     )
     accelerator: str | None = Field(
         default=None, min_length=1, description="Type of accelerator its ranks need, as Ray names it, such as H100."

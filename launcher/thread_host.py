@@ -71,4 +71,6 @@ class ThreadHost:
             return
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            logger.warning("the rank in this process did not end within %.1f s; it goes on until the program ends", timeout_s)
+            logger.warning(
+                "the rank in this process did not end within %.1f s; it goes on until the program ends", timeout_s
+            )

@@ -21,11 +21,11 @@ from phalanx.parallel.split import Interval
 Bytes = npt.NDArray[np.uint8]
 
 # Decoded at a time: large enough to amortise a call, small enough that blocks and values stay in the cache.
-_CHUNK_VALUES = 1 << 20
+_CHUNK_VALUES = 1 << 18
 
 
 class Encoding(NamedTuple):
-    """How values are stored: in blocks of `block_values` taking `block_bytes`. dtype: None where blocks are quantised."""
+    """Storage in blocks of `block_values` that take `block_bytes`. dtype: None where blocks are quantised."""
 
     block_values: int
     block_bytes: int
@@ -39,7 +39,8 @@ class Encoding(NamedTuple):
         return count // self.block_values * self.block_bytes
 
 
-# Block sizes: ggml's `block_q4_0` and its kin (ggml-common.h); a K block is 256 values. Names are those of ggml and safetensors.
+# Block sizes: ggml's `block_q4_0` and its kin (ggml-common.h); a K block is 256 values. Names are those of ggml and
+# safetensors.
 ENCODINGS: Mapping[str, Encoding] = {
     "F32": Encoding(1, 4, torch.float32),
     "F16": Encoding(1, 2, torch.float16),
@@ -100,11 +101,11 @@ class Checkpoint:
         """The slice [rows, columns] of a matrix, or [rows] of a vector; None takes a whole dimension.
 
         Returns a new contiguous CPU tensor of `dtype`, by default as stored: F32, F16 and BF16 as they are, quantised
-        blocks as float32. Whole rows cost one read of their bytes; columns cost one read a row, of their bytes or of the
-        blocks that cover them. Rows of interleaved heads start and stop on borders between heads.
+        blocks as float32. Whole rows cost one read of their bytes; columns cost one read a row, of their bytes or of
+        the blocks that cover them. Rows of interleaved heads start and stop on borders between heads.
 
-        Raises ModelError, naming file and tensor, where the tensor, its file or a part of it is missing; IndexError for a
-        slice outside of the tensor.
+        Raises ModelError, naming file and tensor, where the tensor, its file or a part of it is missing; IndexError for
+        a slice outside of the tensor.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -158,7 +159,7 @@ class Checkpoint:
         """Fills `out` [rows, bytes] with the first bytes of rows that lie `row_bytes` apart, from offset `start`."""
         pieces = [out.reshape(-1)] if out.shape[1] == row_bytes else list(out)
         for index, piece in enumerate(pieces):
-            view, offset = memoryview(piece), start + index * row_bytes
+            view, offset = piece.data, start + index * row_bytes
             while view.nbytes:  # one call may return less: Linux moves at most 2 GiB
                 try:
                     count = os.preadv(file.fileno(), [view], offset)
@@ -175,11 +176,12 @@ class Checkpoint:
             file = self._files.get(entry.file)
             if file is None:
                 try:
-                    file = self._files[entry.file] = Path(entry.file).open("rb", buffering=0)
+                    file = self._files[entry.file] = Path(entry.file).open("rb", buffering=0)  # noqa: SIM115 (see `close`)
                 except OSError as error:
                     raise ModelError(
-                        f"{entry.file}: cannot be opened on {os.uname().nodename} to read tensor {name} ({error.strerror}); every "
-                        "node reads its own slices, so put the model at the same path on each, or on a shared file system"
+                        f"{entry.file}: cannot be opened on {os.uname().nodename} to read tensor {name}"
+                        f" ({error.strerror}); every node reads its own slices, so put the model at the same path on"
+                        " each, or on a shared file system"
                     ) from error
         return file
 
@@ -192,14 +194,17 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def _truncated(name: str, entry: TensorEntry, size: int) -> ModelError:
     end = entry.offset + entry.num_bytes
     return ModelError(
-        f"{entry.file}: truncated: tensor {name} takes bytes {entry.offset} to {end}, but the file ends at {size}; copy or download it again"
+        f"{entry.file}: truncated: tensor {name} takes bytes {entry.offset} to {end}, but the file ends at {size}; copy"
+        " or download it again"
     )
 
 
@@ -209,7 +214,9 @@ def _check_interval(name: str, interval: Interval | None, size: int, granule: in
     if not 0 <= interval.start < interval.stop <= size:
         raise IndexError(f"{name}: the slice {interval.start}:{interval.stop} is not inside of a dimension of {size}")
     if granule and (interval.start % granule or interval.stop % granule):
-        raise IndexError(f"{name}: the slice {interval.start}:{interval.stop} cuts a head of {granule} interleaved rows")
+        raise IndexError(
+            f"{name}: the slice {interval.start}:{interval.stop} cuts a head of {granule} interleaved rows"
+        )
 
 
 def _decode(raw: Bytes, encoding: str) -> torch.Tensor:
@@ -228,7 +235,8 @@ def _decode(raw: Bytes, encoding: str) -> torch.Tensor:
 def _deinterleave(values: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows of each head from GGUF Llama's order to halves: [heads * head_dim, ...] to the same.
 
-    The inverse of `permute` in llama.cpp's convert_hf_to_gguf.py, which prepares rows for rotation of neighbouring pairs.
+    The inverse of `permute` in llama.cpp's convert_hf_to_gguf.py, which prepares rows for rotation of neighbouring
+    pairs.
     """
     heads = values.view(-1, head_dim // 2, 2, *values.shape[1:])
     return heads.transpose(1, 2).reshape(values.shape)

@@ -19,8 +19,9 @@ class Family:
     name: as in `DecoderConfig.family`. architecture: in the `architectures` of a Hugging Face config.json.
     gguf_arch: `general.architecture` of its GGUF files, or None where those carry another family's.
     config_defaults: values of keys that a config.json may leave out, as transformers' configuration class has them.
-    attention_bias: which projections have biases: `never`, `qkv`, or `by-config` (`attention_bias`: query, key, value and
-    output). ffn_bias: whether the feed-forward has biases where `mlp_bias` says so. qk_norm: RMSNorm on query and key heads.
+    attention_bias: which projections have biases: `never`, `qkv`, or `by-config` (`attention_bias`: query, key, value
+    and output). ffn_bias: whether the feed-forward has biases where `mlp_bias` says so. qk_norm: RMSNorm on query and
+    key heads.
     window: which layers attend through `sliding_window`: none, all, or (where `use_sliding_window`) those from
     `max_window_layers` on. gguf_interleaved: whether its GGUF files carry query and key rows in interleaved order.
     """

@@ -13,7 +13,7 @@ from phalanx.parallel.shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Settings read from `source` (a path, for messages). A key that is absent or null takes the value in `defaults`."""
+    """Settings from `source` (a path, for messages). A key that is absent or null takes the value in `defaults`."""
 
     values: Mapping[str, Any]
     source: str
@@ -75,7 +75,9 @@ def checked_shape(shape: ModelShape, source: str) -> ModelShape:
         if size < 1:
             raise ModelError(f"{source}: {name} is {size}; it must be at least 1")
     if shape.num_query_heads % shape.num_kv_heads:
-        raise ModelError(f"{source}: {shape.num_query_heads} query heads cannot share {shape.num_kv_heads} KV heads evenly")
+        raise ModelError(
+            f"{source}: {shape.num_query_heads} query heads cannot share {shape.num_kv_heads} KV heads evenly"
+        )
     if shape.head_dim % 2:
         raise ModelError(f"{source}: head_dim is {shape.head_dim}; rotary embedding needs an even one")
     return shape

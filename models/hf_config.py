@@ -46,7 +46,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelError where there is none or it is not one."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelError(f"{path}: {path.stat().st_size} bytes is too long for a file of settings (at most {_MAX_JSON_BYTES})")
+            raise ModelError(
+                f"{path}: {path.stat().st_size} bytes is too long for a file of settings (at most {_MAX_JSON_BYTES})"
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
@@ -66,10 +68,12 @@ def read_hf_config(path: Path) -> DecoderConfig:
 def decoder_config(
     values: Mapping[str, Any], source: str = "config.json", generation: Mapping[str, Any] | None = None
 ) -> DecoderConfig:
-    """A DecoderConfig from the contents of config.json, as written by transformers 4 or 5, and of generation_config.json.
+    """A DecoderConfig from the contents of config.json, as written by transformers 4 or 5, and of
+    generation_config.json.
 
     source: path for messages. The data type defaults to float32, as in transformers.
-    Raises ModelError, naming file, key, value and what is supported, for whatever would change the results and is not understood.
+    Raises ModelError, naming file, key, value and what is supported, for whatever would change the results and is not
+    understood.
     """
     family = _family(values, source)
     fields = Fields(values, source, family.config_defaults)

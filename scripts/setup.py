@@ -108,7 +108,7 @@ def run(status: Status, command: Sequence[str | Path]) -> tuple[bool, str]:
                 log.write(line)
                 log.flush()
                 tail.append(line.rstrip())
-                if not line.startswith(("WARNING", "DEPRECATION", "[notice]")):
+                if not line.startswith((" ", "WARNING", "DEPRECATION", "[notice]")):
                     status.at(line.strip()[:DETAIL_WIDTH])
         except BaseException:
             process.terminate()
@@ -200,19 +200,24 @@ def make_environment(status: Status) -> None:
             raise SetupError(f"cannot make a virtual environment:\n{output}")
     if not run(status, [VENV_PYTHON, "-m", "pip", "--version"])[0]:
         _bootstrap_pip(status)
-    status.result(f"{VENV.name} with Python {sys.version.split()[0]}")
+    status.result(f"{VENV.name} with Python {_venv_version()}")
 
 
 def _usable() -> bool:
     """Whether the environment that stands is of this Python's version and was made for this place."""
     if read_stamp().get("root", str(ROOT)) != str(ROOT):
         return False  # its commands point to where it was copied from
-    version = "import sys; print(sys.version_info[:2])"
+    return _venv_version().rpartition(".")[0] == f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _venv_version() -> str:
+    """Of the Python in the environment, as `3.11.7`; empty where there is none that runs."""
+    program = "import sys; print(*sys.version_info[:3], sep='.')"
     try:
-        answer = subprocess.run([VENV_PYTHON, "-c", version], capture_output=True, text=True, check=False, timeout=60)
+        answer = subprocess.run([VENV_PYTHON, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     except OSError:
-        return False
-    return answer.stdout.strip() == str(sys.version_info[:2])
+        return ""
+    return answer.stdout.strip()
 
 
 def _base_python() -> str:

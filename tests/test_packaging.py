@@ -1,4 +1,4 @@
-"""What a user installs: a wheel and an sdist hold real copies of the rooms, and the wheel works away from the checkout."""
+"""What a user installs: a wheel and an sdist hold real copies of the rooms, and works away from the checkout."""
 
 from __future__ import annotations
 

@@ -1,0 +1,189 @@
+"""The one door to a communicator: the table of backends, the choice among them, and the meeting of the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
+
+from phalanx.comm.group import GroupSpec
+from phalanx.comm.ledger import Ledger
+from phalanx.comm.rendezvous import connect_store, local_address, parse_rendezvous
+from phalanx.errors import CommError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from phalanx.comm.communicator import Communicator
+
+
+class Probe(NamedTuple):
+    """Whether a backend can serve a group here, and why (not). reason: half a sentence, such as `no GPU is seen`."""
+
+    usable: bool
+    reason: str
+
+
+class Choice(NamedTuple):
+    """The backend taken, and why."""
+
+    name: str
+    reason: str
+
+
+class _Backend(NamedTuple):
+    factory: Callable[[GroupSpec], Communicator]
+    probe: Callable[[str, int], Probe]
+    priority: int
+
+
+_backends: dict[str, _Backend] = {}
+
+
+def register_backend(
+    name: str,
+    factory: Callable[[GroupSpec], Communicator],
+    probe: Callable[[str, int], Probe],
+    *,
+    priority: int = 0,
+) -> None:
+    """Adds a backend, or replaces the one of that name.
+
+    factory: builds one rank's end of a group; called on every rank at once. probe: given the device (`cpu`, `cuda`, ...) and
+    the size of the group, says whether the backend can serve it on this machine, without starting anything.
+    priority: among usable backends `auto` takes the one with the highest.
+    """
+    _backends[name] = _Backend(factory, probe, priority)
+
+
+def choose_backend(name: str, device: str, size: int) -> Choice:
+    """The backend for a group of `size` ranks on `device`: the one named, or for `auto` the best that can serve it here.
+
+    The reason says what was passed over and why. Raises CommError for a name that is not registered, or a backend that
+    cannot serve the group.
+    """
+    names = ", ".join(sorted(_backends))
+    if name != "auto":
+        if name not in _backends:
+            close = get_close_matches(name, [*_backends, "auto"], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise CommError(f"there is no communicator backend {name!r}{hint} Registered: auto, {names}")
+        probe = _backends[name].probe(device, size)
+        if not probe.usable:
+            raise CommError(
+                f"the communicator backend {name!r} cannot serve {size} ranks on {device!r}: {probe.reason}. "
+                f"Use auto, or another of {names}"
+            )
+        return Choice(name, f"asked for; {probe.reason}")
+    passed_over: list[str] = []
+    for candidate in sorted(_backends, key=lambda key: -_backends[key].priority):
+        probe = _backends[candidate].probe(device, size)
+        if probe.usable:
+            return Choice(candidate, "; ".join([probe.reason, *passed_over]))
+        passed_over.append(f"not {candidate}: {probe.reason}")
+    raise CommError(f"no communicator backend can serve {size} ranks on {device!r}: {'; '.join(passed_over)}")
+
+
+def create_communicator(
+    backend: str = "auto",
+    *,
+    rank: int,
+    size: int,
+    rendezvous: str | Store | None = None,
+    group: str = "world",
+    device: str = "cpu",
+    interface: str | None = None,
+    timeout_s: float = 60.0,
+    ledger: Ledger | None = None,
+) -> Communicator:
+    """Joins a group of ranks and returns this rank's end of it, once all have come.
+
+    backend: `auto` or a registered name. rank: 0 to `size` - 1. rendezvous: `host:port` or `file://` of a store, or a store
+    that is open already (several groups share it best); not needed in a group of one. group: a name of its own on that store.
+    device: `cpu`, `cuda` or `cuda:N`, where the tensors live. interface: network interface to be reached at; None for the one
+    that leads to the store. timeout_s: longest wait for the other ranks, now and in each operation. ledger: where operations
+    are written; None for a new one, `communicator.ledger`.
+
+    Raises CommError where the backend cannot serve, the store cannot be reached, or ranks are missing.
+    """
+    if size < 1 or not 0 <= rank < size:
+        raise CommError(f"group {group!r}: rank must be from 0 to size - 1, found rank {rank} of size {size}")
+    if not timeout_s > 0:
+        raise CommError(f"group {group!r}: timeout_s must be above 0, found {timeout_s}")
+    chosen = _backends[choose_backend(backend, device, size).name]
+    ledger = Ledger() if ledger is None else ledger
+    if size == 1 and rendezvous is None:
+        return chosen.factory(GroupSpec(rank, size, group, device, timeout_s, ledger=ledger))
+    if rendezvous is None:
+        raise CommError(f"group {group!r} of {size} ranks needs a rendezvous: host:port, file:///path or an open store")
+    from torch._C._distributed_c10d import PrefixStore
+
+    store = connect_store(rendezvous, timeout_s) if isinstance(rendezvous, str) else rendezvous
+    towards = parse_rendezvous(rendezvous).host if isinstance(rendezvous, str) else _host_of(rendezvous)
+    address = local_address(towards, interface)
+    return chosen.factory(
+        GroupSpec(rank, size, group, device, timeout_s, PrefixStore(f"phalanx/{group}", store), address, ledger)
+    )
+
+
+def _host_of(store: Store) -> str | None:
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store.host if isinstance(store, TCPStore) else None
+
+
+def _create_single(spec: GroupSpec) -> Communicator:
+    from phalanx.comm.single import SingleCommunicator
+
+    return SingleCommunicator(spec)
+
+
+def _create_gloo(spec: GroupSpec) -> Communicator:
+    from phalanx.comm.torch_backend import GlooCommunicator
+
+    return GlooCommunicator(spec)
+
+
+def _create_nccl(spec: GroupSpec) -> Communicator:
+    from phalanx.comm.torch_backend import NcclCommunicator
+
+    return NcclCommunicator(spec)
+
+
+def _probe_single(device: str, size: int) -> Probe:  # noqa: ARG001
+    return (
+        Probe(True, "a group of one") if size == 1 else Probe(False, f"it serves a group of one, this has {size} ranks")
+    )
+
+
+def _probe_gloo(device: str, size: int) -> Probe:  # noqa: ARG001
+    if find_spec("torch") is None:
+        return Probe(False, "torch is not installed")
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        return Probe(False, "this torch was built without gloo")
+    return Probe(True, "TCP between CPUs" if device == "cpu" else "TCP, through host memory")
+
+
+def _probe_nccl(device: str, size: int) -> Probe:  # noqa: ARG001
+    if not device.startswith("cuda"):
+        return Probe(False, f"it needs GPUs, the device is {device!r}")
+    if find_spec("torch") is None:
+        return Probe(False, "torch is not installed")
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_nccl_available():
+        return Probe(False, "this torch was built without NCCL")
+    if not torch.cuda.is_available():
+        return Probe(False, "no GPU is seen")
+    return Probe(True, "NCCL between GPUs, one a rank")
+
+
+register_backend("single", _create_single, _probe_single, priority=100)
+register_backend("nccl", _create_nccl, _probe_nccl, priority=20)
+register_backend("gloo", _create_gloo, _probe_gloo, priority=10)

@@ -1,0 +1,31 @@
+"""What a backend must know to build one rank's end of a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from phalanx.comm.ledger import Ledger
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """One rank's place in a group.
+
+    rank: number in the group. size: ranks in it. name: of the group, unique on its store; used in messages.
+    device: `cpu`, `cuda` or `cuda:N`, where the tensors live. timeout_s: longest wait for another rank.
+    store: where the ranks of this group alone find each other, or None in a group of one.
+    address: of the network interface to bind to, or None in a group of one.
+    """
+
+    rank: int
+    size: int
+    name: str = "world"
+    device: str = "cpu"
+    timeout_s: float = 60.0
+    store: Store | None = None
+    address: str | None = None
+    ledger: Ledger = field(default_factory=Ledger)

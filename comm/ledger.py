@@ -1,0 +1,88 @@
+"""The ledger: what every transfer moved, and how long it kept its rank waiting."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class LedgerEntry(NamedTuple):
+    """One finished operation. Times are on this rank, in microseconds.
+
+    step: as given to `begin_step`, -1 before the first. seq: number of the operation in its group (see `Communicator`).
+    num_bytes: of the tensor operated on, the longer one where input and result differ. started_us: on the ledger's clock.
+    waited_us: blocked in starting or in `wait`: the exposed part. total_us: from the start until `wait` returned; an
+    asynchronous operation that ended before it was waited for ended somewhere within.
+    """
+
+    step: int
+    seq: int
+    group: str
+    op: str
+    num_bytes: int
+    started_us: float
+    waited_us: float
+    total_us: float
+
+    @property
+    def hidden_us(self) -> float:
+        """Time that passed under other work: an upper bound of what the transfer took of it."""
+        return self.total_us - self.waited_us
+
+
+class OpTotals(NamedTuple):
+    """Sums over operations of one kind."""
+
+    num_ops: int
+    num_bytes: int
+    exposed_us: float
+    hidden_us: float
+
+
+class Ledger:
+    """The last `capacity` operations of one rank, over all its groups.
+
+    clock_s: the clock, in seconds. Recording takes well under a microsecond, so it is always on.
+    """
+
+    def __init__(self, capacity: int = 65536, clock_s: Callable[[], float] = time.perf_counter) -> None:
+        self.clock_s = clock_s
+        self.step = -1
+        self.num_recorded = 0
+        self._entries: deque[LedgerEntry] = deque(maxlen=capacity)
+
+    def begin_step(self, step: int) -> None:
+        """Operations recorded from now on belong to `step`."""
+        self.step = step
+
+    def record(self, seq: int, group: str, op: str, num_bytes: int, started_s: float, waited_s: float) -> None:
+        """Writes down an operation that ends now. started_s: when it began; waited_s: how long it blocked, in seconds."""
+        self.num_recorded += 1
+        total_us = (self.clock_s() - started_s) * 1e6
+        self._entries.append(
+            LedgerEntry(self.step, seq, group, op, num_bytes, started_s * 1e6, waited_s * 1e6, total_us)
+        )
+
+    @property
+    def num_dropped(self) -> int:
+        """Operations recorded but no longer held, because newer ones took their place."""
+        return self.num_recorded - len(self._entries)
+
+    def entries(self, step: int | None = None) -> list[LedgerEntry]:
+        """The operations held, in the order they ended; of one step only where `step` is given."""
+        return [entry for entry in self._entries if step is None or entry.step == step]
+
+    def summary(self, step: int | None = None) -> dict[str, OpTotals]:
+        """Totals by operation over the entries held; of one step only where `step` is given."""
+        totals: dict[str, OpTotals] = {}
+        for entry in self.entries(step):
+            so_far = totals.get(entry.op, OpTotals(0, 0, 0.0, 0.0))
+            totals[entry.op] = OpTotals(
+                so_far.num_ops + 1,
+                so_far.num_bytes + entry.num_bytes,
+                so_far.exposed_us + entry.waited_us,
+                so_far.hidden_us + entry.hidden_us,
+            )
+        return totals

@@ -1,0 +1,49 @@
+"""The command line: `phalanx COMMAND`. Commands live in `launcher/commands`, one a module, registered here."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from phalanx.errors import PhalanxError
+from phalanx.launcher.commands.check import check
+
+app = typer.Typer(
+    name="phalanx",
+    help="Tensor- and pipeline-parallel inference of large language models, in any layout.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(check)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        print(f"phalanx {version('phalanx')}")
+    except PackageNotFoundError:
+        print("phalanx (not installed: run from its sources)")
+    raise typer.Exit
+
+
+@app.callback()
+def phalanx(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Tensor- and pipeline-parallel inference of large language models, in any layout."""
+
+
+def main() -> None:
+    """Runs the command line. An error a user can cause is printed without a traceback and sets the exit code."""
+    try:
+        app()
+    except PhalanxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,112 @@
+"""What `phalanx generate` prints: text as it comes, or JSON lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+
+from phalanx.engine.request import RequestOutput
+from phalanx.engine.sampling_params import SamplingParams
+from phalanx.launcher.llm import LLM, Prompt
+
+
+def print_as_text(llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
+    """Streams the first unfinished prompt's text to standard output; the others follow in order. Figures go to stderr."""
+    started = time.perf_counter()
+    pending: dict[int, list[str]] = {index: [] for index in range(len(prompts))}
+    finished: set[int] = set()
+    outputs: list[RequestOutput] = []
+    shown = 0
+    if len(prompts) > 1:
+        _title(prompts, shown)
+    for event in llm.stream(prompts, params):
+        if isinstance(event, RequestOutput):
+            outputs.append(event)
+            continue
+        pending[event.request].append(event.text)
+        if event.finish_reason is not None:
+            finished.add(event.request)
+        while shown < len(prompts):
+            sys.stdout.write("".join(pending[shown]))
+            pending[shown].clear()
+            if shown not in finished:
+                break
+            sys.stdout.write("\n")
+            shown += 1
+            if shown < len(prompts):
+                _title(prompts, shown)
+        sys.stdout.flush()
+    print(_figures(outputs, time.perf_counter() - started), file=sys.stderr)
+
+
+def print_as_json(llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
+    """One object a line for each prompt, in order and as soon as it and those before it are finished; then the summary."""
+    started = time.perf_counter()
+    done: dict[int, RequestOutput] = {}
+    order: list[int] = []
+    shown = 0
+    for event in llm.stream(prompts, params):
+        if not isinstance(event, RequestOutput):
+            if event.finish_reason is not None:
+                order.append(event.request)
+            continue
+        done[order[-1]] = event
+        while shown in done:
+            _line(_as_data(done[shown]))
+            shown += 1
+    elapsed = time.perf_counter() - started
+    outputs = list(done.values())
+    _line(
+        {
+            "summary": {
+                "startup_s": dict(llm.startup.startup_s),
+                "layout": str(llm.plan.layout),
+                "num_prompts": len(outputs),
+                "output_tokens": _num_tokens(outputs),
+                "elapsed_s": elapsed,
+                "output_tokens_per_s": _num_tokens(outputs) / elapsed,
+            }
+        }
+    )
+
+
+def _as_data(output: RequestOutput) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "prompt_token_ids": output.prompt_token_ids,
+        "token_ids": output.token_ids,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "timings": asdict(output.timings),
+    }
+    if output.logprobs is not None:
+        data["logprobs"] = [each._asdict() for each in output.logprobs]
+    return data
+
+
+def _line(data: Any) -> None:
+    print(msgspec.json.encode(data).decode(), flush=True)
+
+
+def _title(prompts: Sequence[Prompt], index: int) -> None:
+    prompt = prompts[index]
+    words = " ".join(prompt.split()) if isinstance(prompt, str) else f"{len(prompt)} token ids"
+    print(f"[{index + 1}/{len(prompts)}] {words[:80]}", file=sys.stderr, flush=True)
+
+
+def _figures(outputs: Sequence[RequestOutput], elapsed_s: float) -> str:
+    first = min(output.timings.time_to_first_token_s for output in outputs)
+    decoding = [output.timings.time_per_output_token_s for output in outputs if len(output.token_ids) > 1]
+    text = f"{_num_tokens(outputs)} tokens in {elapsed_s:.2f} s ({_num_tokens(outputs) / elapsed_s:.1f} tokens/s)"
+    text += f"; first token after {first * 1e3:.0f} ms"
+    if decoding:
+        text += f", then {sum(decoding) / len(decoding) * 1e3:.1f} ms a token"
+    return text
+
+
+def _num_tokens(outputs: Sequence[RequestOutput]) -> int:
+    return sum(len(output.token_ids) for output in outputs)

@@ -1,0 +1,60 @@
+"""From a run plan to what the hosts and the ranks are told."""
+
+from __future__ import annotations
+
+from phalanx.engine.messages import CommSettings, RankSpec
+from phalanx.launcher.hosts import ClusterSettings
+from phalanx.launcher.run_plan import RunPlan
+from phalanx.launcher.schema import Config
+from phalanx.models.checkpoint import TensorEntry
+from phalanx.models.config import DecoderConfig
+from phalanx.models.weights import rank_params
+
+
+def cluster_settings(config: Config, plan: RunPlan) -> ClusterSettings:
+    """Where the ranks of a formation run and what each takes."""
+    return ClusterSettings(
+        ray=config.cluster.ray,
+        device=plan.device,
+        cpus_per_rank=plan.cpus_per_rank,
+        gpus_per_rank=plan.gpus_per_rank,
+        interface=config.cluster.interface,
+        spread_stage=config.cluster.spread_stage,
+        start_timeout_s=config.cluster.start_timeout_s,
+    )
+
+
+def rank_specs(
+    config: Config, plan: RunPlan, model: DecoderConfig, entries: dict[str, TensorEntry], replica: int
+) -> list[RankSpec]:
+    """A specification for each rank of a replica. Addresses and the secret are the formation's to fill in.
+
+    A rank is told only where the tensors lie that it holds.
+    """
+    specs = []
+    for place in plan.layout.places(replica):
+        held = {piece.tensor for param in rank_params(model, plan.layout, place) for piece in param.slices}
+        specs.append(
+            RankSpec(
+                replica=replica,
+                rank=place.rank,
+                layout=plan.layout,
+                config=model,
+                entries={name: entries[name] for name in sorted(held)},
+                dtype=plan.dtype,
+                device=plan.device,
+                num_threads=plan.num_threads,
+                num_pages=plan.num_pages,
+                page_size=plan.page_size,
+                max_batch_tokens=config.engine.max_batch_tokens,
+                comm=CommSettings(
+                    store="",
+                    backend=plan.backend,
+                    interface=config.cluster.interface,
+                    timeout_s=config.comm.timeout_s,
+                ),
+                engine="",
+                secret="",
+            )
+        )
+    return specs
