@@ -29,13 +29,13 @@ def show_report(report: CheckReport, out: Console) -> None:
     if report.errors:
         show_problems(report.errors, report.source, out)
     else:
-        out.print(Text(f"{report.source}: good", style="bold green"))
+        out.print(Text(f"{report.source}: good", style="bold green"), soft_wrap=True)
 
 
 def show_problems(problems: Sequence[Problem], source: str, out: Console) -> None:
     """Prints problems one below the other, each with what was found and what to do."""
     count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-    out.print(Text(f"{source}: {count}", style="bold red"))
+    out.print(Text(f"{source}: {count}", style="bold red"), soft_wrap=True)
     for problem in problems:
         out.print(Text(f"  {problem}"), soft_wrap=True)
 

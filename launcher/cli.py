@@ -10,6 +10,7 @@ import typer
 
 from phalanx.errors import PhalanxError
 from phalanx.launcher.commands.check import check
+from phalanx.launcher.commands.generate import generate
 
 app = typer.Typer(
     name="phalanx",
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(check)
+app.command()(generate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -47,7 +47,7 @@ class Node:
     def room(self, need: Mapping[str, float], held: Mapping[str, float]) -> int:
         """Ranks that `held` (its free or total resources) has room for, each taking `need`."""
         # Ray counts in ten-thousandths; a part in a million forgives what floating point lost on 0.1 + 0.2.
-        counts = [int(held.get(name, 0.0) / amount + 1e-6) for name, amount in need.items() if amount > 0]
+        counts = [int(min(held.get(name, 0.0) / amount, 1e6) + 1e-6) for name, amount in need.items() if amount > 0]
         return min(counts, default=1_000_000)
 
 

@@ -162,7 +162,8 @@ class RayHost:
                 where = ", ".join(str(nodes[node_id]) for node_id in dict.fromkeys(plan))
                 raise PlacementError(
                     f"Ray did not reserve {wanted} for each of {len(plan)} ranks on {where} within "
-                    f"{GROUP_READY_S:g} s, although its figures say it is free; see `ray status` for what else is waiting, or try again"
+                    f"{GROUP_READY_S:g} s, although its figures say it is free; see `ray status` for what else is waiting, "
+                    "or try again"
                 )
 
     def _reserve(self, plan: Sequence[str], needs: Mapping[str, float]) -> bool:

@@ -129,9 +129,7 @@ def _byte_decoder(backend: tokenizers.Tokenizer, source: str) -> tuple[Callable[
 
 
 def byte_alphabet() -> dict[int, str]:
-    """The character by which GPT-2's byte-level vocabularies write each byte: printable ones as they are, others from
-    U+0100.
-    """
+    """How GPT-2's byte-level vocabularies write each byte: printable ones as they are, others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {byte: chr(byte) for byte in printable}
     for byte in range(256):

@@ -1,7 +1,7 @@
 """Ranks without a model, to run where `run_rank` would: they speak the engine's protocol and fail on demand.
 
-What a rank does is written in its `dtype`: the behaviour of each rank, in order, separated by commas. It starts no torch work,
-so that what is measured and waited for is the host alone.
+What a rank does is written in its `dtype`: the behaviour of each rank, in order, separated by commas. It starts
+no torch work, so that what is measured and waited for is the host alone.
 """
 
 from __future__ import annotations

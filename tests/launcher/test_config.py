@@ -419,7 +419,7 @@ def test_an_empty_file_lacks_a_model(write: Any) -> None:
 
 def test_problems_name_the_file(write: Any) -> None:
     path = write("model: tiny\nengine: {zebra: 1}\n")
-    with pytest.raises(ConfigError, match="run.yaml: 1 problem"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: 1 problem"):
         load_config(path)
 
 

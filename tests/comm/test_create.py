@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from phalanx.comm import Communicator, GroupSpec, choose_backend, create, create_communicator, register_backend
+from phalanx.comm.create import Probe
+from phalanx.comm.single import SingleCommunicator
+from phalanx.errors import CommError
+
+
+class ToyCommunicator(SingleCommunicator):
+    backend = "toy"
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(create, "_backends", dict(create._backends))
+    yield
+
+
+def test_a_group_of_one_needs_no_transport() -> None:
+    assert choose_backend("auto", "cpu", 1).name == "single"
+    assert choose_backend("auto", "cuda", 1).name == "single"
+
+
+def test_cpus_talk_through_gloo_and_the_reason_says_what_was_passed_over() -> None:
+    choice = choose_backend("auto", "cpu", 4)
+    assert choice.name == "gloo"
+    assert "TCP between CPUs" in choice.reason
+    assert "not nccl: it needs GPUs" in choice.reason
+
+
+def test_gpus_talk_through_nccl_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert choose_backend("auto", "cuda", 2).name == "nccl"
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    choice = choose_backend("auto", "cuda:1", 2)
+    assert choice.name == "gloo"
+    assert "not nccl: this torch was built without NCCL" in choice.reason
+
+
+def test_an_unknown_backend_is_refused_with_the_registered_names() -> None:
+    with pytest.raises(CommError, match=r"no communicator backend 'glo'; did you mean 'gloo'\? .*auto, gloo, nccl, single"):
+        choose_backend("glo", "cpu", 2)
+
+
+def test_a_backend_that_cannot_serve_the_group_is_refused_with_the_reason() -> None:
+    with pytest.raises(CommError, match="'single' cannot serve 2 ranks on 'cpu': it serves a group of one, this has 2"):
+        choose_backend("single", "cpu", 2)
+    with pytest.raises(CommError, match="'nccl' cannot serve 2 ranks on 'cpu': it needs GPUs"):
+        create_communicator("nccl", rank=0, size=2)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_backend_of_higher_priority_is_taken() -> None:
+    built: list[GroupSpec] = []
+
+    def build(spec: GroupSpec) -> Communicator:
+        built.append(spec)
+        return ToyCommunicator(spec)
+
+    register_backend("toy", build, lambda device, size: Probe(size == 1, "for toys"), priority=200)
+    comm = create_communicator(rank=0, size=1, group="play", timeout_s=5)
+    assert comm.backend == "toy"
+    assert (built[0].name, built[0].timeout_s) == ("play", 5)
+    assert "not toy: for toys" in choose_backend("auto", "cpu", 2).reason
+
+
+@pytest.mark.parametrize(("rank", "size"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_outside_the_group_is_refused(rank: int, size: int) -> None:
+    with pytest.raises(CommError, match="rank must be from 0 to size - 1"):
+        create_communicator(rank=rank, size=size)
+
+
+def test_a_group_of_several_needs_a_rendezvous() -> None:
+    with pytest.raises(CommError, match="group 'tp' of 2 ranks needs a rendezvous"):
+        create_communicator(rank=0, size=2, group="tp")
+
+
+def test_importing_the_room_does_not_import_torch() -> None:
+    code = "import sys, phalanx.comm as c; c.create_communicator, c.Ledger, c.host_store; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -1,0 +1,160 @@
+"""What a rank is told when another one is missing, stuck or dead. Functions named `rank_*` run on each rank of the pool."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch._C._distributed_c10d import Store
+
+from phalanx.comm import Communicator, GroupBrokenError
+from phalanx.errors import CommError
+
+DIED = {"error": {"type": "died"}}
+
+
+def wait_until(store: Store, key: str, count: int) -> None:
+    while store.add(key, 0) < count:
+        time.sleep(0.02)
+
+
+def rank_two_of_three(comm: Communicator, store: Store, key: str) -> object:
+    comm.barrier()
+    if comm.rank == 2:
+        wait_until(store, key, 2)
+        return None
+    try:
+        return comm.all_reduce(torch.ones(1, 576)).tolist()
+    finally:
+        store.add(key, 1)
+
+
+def test_a_wait_past_its_limit_names_the_operation_and_the_missing_rank(pool: Any) -> None:
+    answers = pool.outcomes(rank_two_of_three, 3, fresh=True, timeout_s=1.0, key="two-of-three")
+    assert answers[2] == {"ok": None}
+    told = [answer["error"] for answer in answers[:2]]
+    late = [error for error in told if error["type"] == "WaitTimeoutError"]
+    assert late, told
+    for error in late:
+        assert error["missing"] == [2]
+        assert "all_reduce #2 of group 'fresh-" in error["message"]
+        assert "(2,304 bytes)" in error["message"]
+        assert "not arrived: rank 2 " in error["message"]
+    # The other one may have seen the first one give up before its own limit; then it says that it is a symptom.
+    assert {error["type"] for error in told} <= {"WaitTimeoutError", "PeerLostError"}
+
+
+def rank_each_waits_for_the_other(comm: Communicator, store: Store, key: str) -> object:
+    comm.barrier()
+    if comm.rank == 2:
+        wait_until(store, key, 1)
+        return None
+    try:
+        if comm.rank == 0:
+            return comm.recv(torch.empty(3), 1).tolist()
+        return comm.all_reduce(torch.empty(3)).tolist()
+    finally:
+        store.add(key, 1)
+
+
+def test_a_wait_past_its_limit_tells_where_the_missing_rank_is(pool: Any) -> None:
+    answers = pool.outcomes(rank_each_waits_for_the_other, 3, fresh=True, timeout_s=1.5, key="cross")
+    messages = [answer["error"]["message"] for answer in answers[:2] if answer["error"]["type"] == "WaitTimeoutError"]
+    assert any(
+        ("recv #1 from rank 1" in message and "rank 1 is waiting in all_reduce #2" in message)
+        or ("all_reduce #2" in message and "rank 0 is waiting in recv #1 with rank 1" in message)
+        for message in messages
+    ), answers
+
+
+def rank_unlike_calls(comm: Communicator, store: Store) -> object:
+    if comm.rank == 0:
+        return comm.all_gather(torch.ones(4)).tolist()
+    return comm.broadcast(torch.ones(4), 0).tolist()
+
+
+def test_ranks_that_make_unlike_calls_are_told_so(pool: Any) -> None:
+    answers = pool.outcomes(rank_unlike_calls, 2, fresh=True, timeout_s=1.0)
+    assert any("the ranks do not make the same calls" in answer["error"]["message"] for answer in answers), answers
+
+
+def rank_killed(comm: Communicator, store: Store, op: str, victim: int) -> object:
+    comm.barrier()
+    if comm.rank == victim:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        if op == "all_reduce":
+            comm.all_reduce(torch.ones(64))
+        else:
+            comm.recv(torch.ones(64), victim)
+    except GroupBrokenError:
+        with pytest.raises(GroupBrokenError, match="cannot run: the connection to"):
+            comm.barrier()
+        raise
+    return None
+
+
+@pytest.mark.parametrize(("op", "peer"), [("all_reduce", None), ("recv", 3)])
+def test_a_killed_rank_ends_the_waits_of_all_others_long_before_their_limit(pool: Any, op: str, peer: int | None) -> None:
+    # The limit on waiting is far above the pool's own limit on an answer: only the lost connection can end these waits.
+    answers = pool.outcomes(rank_killed, 4, fresh=True, timeout_s=300.0, op=op, victim=3)
+    assert answers[3] == DIED
+    for answer in answers[:3]:
+        error = answer["error"]
+        assert error["type"] == "PeerLostError"
+        assert error["peer"] == peer
+        assert f"{op} #" in error["message"]
+        assert "this is a symptom" in error["message"]
+
+
+def rank_aborted(comm: Communicator, store: Store) -> object:
+    comm.barrier()
+    if comm.rank == 0:
+        threading.Timer(0.2, comm.abort).start()
+    comm.recv(torch.empty(3), 1 - comm.rank)
+    return None
+
+
+def test_abort_from_another_thread_ends_the_waits_of_all_ranks(pool: Any) -> None:
+    first, second = pool.outcomes(rank_aborted, 2, fresh=True, timeout_s=300.0)
+    assert first["error"]["type"] == "GroupBrokenError"
+    assert "aborted on rank 0" in first["error"]["message"]
+    assert second["error"]["type"] == "PeerLostError"
+
+
+def rank_closes_early(comm: Communicator, store: Store) -> object:
+    comm.barrier()
+    if comm.rank == 0:
+        comm.all_reduce(torch.ones(3), async_op=True)
+        comm.close()
+        comm.close()
+        with pytest.raises(CommError, match="has been closed"):
+            comm.barrier()
+    else:
+        time.sleep(0.2)
+        with pytest.raises(GroupBrokenError):
+            comm.all_reduce(torch.ones(3))
+    return True
+
+
+def test_closing_with_an_operation_under_way_does_not_hang(pool: Any) -> None:
+    assert pool.run(rank_closes_early, 2, fresh=True, timeout_s=300.0) == [True, True]
+
+
+def rank_slow_peer(comm: Communicator, store: Store) -> object:
+    comm.barrier()
+    if comm.rank == 1:
+        time.sleep(1.5)
+    comm.all_reduce(torch.ones(3))
+    return [entry.waited_us for entry in comm.ledger.entries() if entry.op == "all_reduce"]
+
+
+def test_a_slow_rank_is_no_error_and_the_ledger_shows_the_wait(pool: Any) -> None:
+    waiting, _ = pool.run(rank_slow_peer, 2, fresh=True, timeout_s=20.0)
+    assert waiting[0] > 1_000_000
