@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-# A store that does not answer (its host is gone, or the link to it) must not hold up the error that is about to be raised.
+# A store that does not answer, its host being gone or cut off, must not hold up the error that is about to be raised.
 _READ_LIMIT_S = 3.0
 
 
@@ -39,8 +39,8 @@ class RankStatus(NamedTuple):
 class WaitBoard:
     """This rank's notice on the group's store, and the reading of the others'.
 
-    On the fast path it costs two attribute writes: a thread looks in every `tick_s` seconds and publishes a wait that it
-    meets twice, so one that has lasted between one and two ticks.
+    On the fast path it costs two attribute writes: a thread looks in every `tick_s` seconds and publishes a wait that
+    it meets twice, so one that has lasted between one and two ticks.
     """
 
     def __init__(self, store: Store | None, rank: int, size: int, tick_s: float) -> None:

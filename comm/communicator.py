@@ -26,7 +26,8 @@ class Handle(Generic[Result]):
     """An operation under way. Every handle must be waited for before its communicator is closed.
 
     op: name of the operation. seq: its number. peer: the other rank of a send or recv, else None.
-    num_bytes: of the tensor operated on. started_s: on the ledger's clock. starting_s: time that an asynchronous start took.
+    num_bytes: of the tensor operated on. started_s: on the ledger's clock. starting_s: time that an asynchronous start
+    took.
     """
 
     __slots__ = ("_communicator", "_result", "_work", "num_bytes", "op", "peer", "seq", "started_s", "starting_s")
@@ -45,10 +46,10 @@ class Handle(Generic[Result]):
         self.starting_s: float | None = None
 
     def wait(self) -> Result:
-        """Blocks until the operation is done and returns its tensor (None for a barrier); again, at once, if asked again.
+        """Blocks until the operation is done; its tensor, or None for a barrier. May be called again, at no cost.
 
-        Raises WaitTimeoutError past the communicator's limit, PeerLostError where a rank has gone, GroupBrokenError where
-        the group failed earlier.
+        Raises WaitTimeoutError past the communicator's limit, PeerLostError where a rank has gone, GroupBrokenError
+        where the group failed earlier.
         """
         if self._work is not None:
             self._communicator._finish(self, self._work)
@@ -63,20 +64,22 @@ class Communicator(ABC):
     """One rank's end of a group of ranks, numbered 0 to `size` - 1.
 
     Every rank of the group makes the same collective calls in the same order, with tensors of the same dtype and, where
-    nothing else is said, the same shape. Collectives are numbered from 1 in the group; sends and receives from 1 between
-    each ordered pair of ranks, and they match in that order. Tensors are contiguous and live on the group's device.
+    nothing else is said, the same shape. Collectives are numbered from 1 in the group; sends and receives from 1
+    between each ordered pair of ranks, and they match in that order. Tensors are contiguous and live on the group's
+    device.
 
-    A call blocks until its result may be used and returns it; with `async_op=True` it returns a `Handle` at once, and the
-    tensors belong to the transfer until `Handle.wait` returns. Both limit the wait to `timeout_s` seconds.
+    A call blocks until its result may be used and returns it; with `async_op=True` it returns a `Handle` at once, and
+    the tensors belong to the transfer until `Handle.wait` returns. Both limit the wait to `timeout_s` seconds.
 
     After a failure (a limit passed, a rank gone) the group is broken: its connections are closed, so that no other rank
     goes on waiting, and every further call raises GroupBrokenError.
 
-    A communicator is used from one thread; only `abort` may be called from another. As a context manager it closes itself.
+    A communicator is used from one thread; only `abort` may be called from another. As a context manager it closes
+    itself.
 
-    A backend derives from this class and implements the `_start_*` hooks, which enqueue a transfer and return its `Work`,
-    with arguments already checked; `_abort`, which fails every pending operation of this group, here and on the other
-    ranks, and may be called twice and from any thread; and `_close`, which releases what is held.
+    A backend derives from this class and implements the `_start_*` hooks, which enqueue a transfer and return its
+    `Work`, with arguments already checked; `_abort`, which fails every pending operation of this group, here and on the
+    other ranks, and may be called twice and from any thread; and `_close`, which releases what is held.
     """
 
     backend: ClassVar[str]
@@ -88,6 +91,7 @@ class Communicator(ABC):
         self.device = torch.device(spec.device)
         self.timeout_s = spec.timeout_s
         self.ledger = spec.ledger
+        self._on_host = self.device.type == "cpu"
         self._broken: str | None = None
         self._closed = False
         self._num_open = 0
@@ -286,7 +290,7 @@ class Communicator(ABC):
     def _check_tensor(self, op: str, x: torch.Tensor) -> None:
         if self._closed or self._broken is not None:
             self._check_usable(op)
-        if x.device.type != self.device.type:
+        if not (x.is_cpu if self._on_host else x.device.type == self.device.type):
             raise CommError(
                 f"{op} in group {self.group!r}: the tensor is on {x.device}, but the group was made for {self.device}"
             )
@@ -295,8 +299,8 @@ class Communicator(ABC):
             raise CommError(f"{op} in group {self.group!r}: dtype {x.dtype} cannot be sent; use one of {allowed}")
         if not x.is_contiguous():
             raise CommError(
-                f"{op} in group {self.group!r}: the tensor of shape {list(x.shape)} and strides {list(x.stride())} is not "
-                "contiguous; pass a contiguous one, since the result is written in place"
+                f"{op} in group {self.group!r}: the tensor of shape {list(x.shape)} and strides {list(x.stride())} is "
+                "not contiguous; pass a contiguous one, since the result is written in place"
             )
 
     def _check_rows(self, op: str, x: torch.Tensor, sizes: Sequence[int] | None) -> int:
@@ -304,8 +308,8 @@ class Communicator(ABC):
             raise CommError(f"{op} in group {self.group!r}: needs a tensor of at least one dimension, found a scalar")
         if sizes is not None and (len(sizes) != self.size or min(sizes) < 0):
             raise CommError(
-                f"{op} in group {self.group!r}: sizes must be {self.size} numbers of rows, one a rank and none below 0, "
-                f"found {list(sizes)}"
+                f"{op} in group {self.group!r}: sizes must be {self.size} numbers of rows, one a rank and none below "
+                f"0, found {list(sizes)}"
             )
         return x.shape[0]
 
@@ -403,7 +407,7 @@ class Communicator(ABC):
         )
 
     def _break(self, why: str) -> None:
-        """Closes the connections, so that ranks that wait for this one or for each other learn of the failure at once."""
+        """Closes the connections, so that ranks waiting for this one or for each other learn of the failure at once."""
         self._broken = why
         self._abort()
 

@@ -50,15 +50,15 @@ def register_backend(
 ) -> None:
     """Adds a backend, or replaces the one of that name.
 
-    factory: builds one rank's end of a group; called on every rank at once. probe: given the device (`cpu`, `cuda`, ...) and
-    the size of the group, says whether the backend can serve it on this machine, without starting anything.
+    factory: builds one rank's end of a group; called on every rank at once. probe: given the device (`cpu`, `cuda`,
+    ...) and the size of the group, says whether the backend can serve it on this machine, without starting anything.
     priority: among usable backends `auto` takes the one with the highest.
     """
     _backends[name] = _Backend(factory, probe, priority)
 
 
 def choose_backend(name: str, device: str, size: int) -> Choice:
-    """The backend for a group of `size` ranks on `device`: the one named, or for `auto` the best that can serve it here.
+    """The backend for a group of `size` ranks on `device`: the one named, or for `auto` the best usable here.
 
     The reason says what was passed over and why. Raises CommError for a name that is not registered, or a backend that
     cannot serve the group.
@@ -67,7 +67,7 @@ def choose_backend(name: str, device: str, size: int) -> Choice:
     if name != "auto":
         if name not in _backends:
             close = get_close_matches(name, [*_backends, "auto"], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise CommError(f"there is no communicator backend {name!r}{hint} Registered: auto, {names}")
         probe = _backends[name].probe(device, size)
         if not probe.usable:
@@ -99,11 +99,11 @@ def create_communicator(
 ) -> Communicator:
     """Joins a group of ranks and returns this rank's end of it, once all have come.
 
-    backend: `auto` or a registered name. rank: 0 to `size` - 1. rendezvous: `host:port` or `file://` of a store, or a store
-    that is open already (several groups share it best); not needed in a group of one. group: a name of its own on that store.
-    device: `cpu`, `cuda` or `cuda:N`, where the tensors live. interface: network interface to be reached at; None for the one
-    that leads to the store. timeout_s: longest wait for the other ranks, now and in each operation. ledger: where operations
-    are written; None for a new one, `communicator.ledger`.
+    backend: `auto` or a registered name. rank: 0 to `size` - 1. rendezvous: `host:port` or `file://` of a store, or a
+    store that is open already (several groups share it best); not needed in a group of one. group: a name of its own on
+    that store. device: `cpu`, `cuda` or `cuda:N`, where the tensors live. interface: network interface to be reached
+    at; None for the one that leads to the store. timeout_s: longest wait for the other ranks, now and in each
+    operation. ledger: where operations are written; None for a new one, `communicator.ledger`.
 
     Raises CommError where the backend cannot serve, the store cannot be reached, or ranks are missing.
     """
@@ -153,13 +153,13 @@ def _create_nccl(spec: GroupSpec) -> Communicator:
     return NcclCommunicator(spec)
 
 
-def _probe_single(device: str, size: int) -> Probe:  # noqa: ARG001
+def _probe_single(device: str, size: int) -> Probe:
     return (
         Probe(True, "a group of one") if size == 1 else Probe(False, f"it serves a group of one, this has {size} ranks")
     )
 
 
-def _probe_gloo(device: str, size: int) -> Probe:  # noqa: ARG001
+def _probe_gloo(device: str, size: int) -> Probe:
     if find_spec("torch") is None:
         return Probe(False, "torch is not installed")
     import torch.distributed as dist
@@ -169,7 +169,7 @@ def _probe_gloo(device: str, size: int) -> Probe:  # noqa: ARG001
     return Probe(True, "TCP between CPUs" if device == "cpu" else "TCP, through host memory")
 
 
-def _probe_nccl(device: str, size: int) -> Probe:  # noqa: ARG001
+def _probe_nccl(device: str, size: int) -> Probe:
     if not device.startswith("cuda"):
         return Probe(False, f"it needs GPUs, the device is {device!r}")
     if find_spec("torch") is None:

@@ -12,9 +12,9 @@ class LedgerEntry(NamedTuple):
     """One finished operation. Times are on this rank, in microseconds.
 
     step: as given to `begin_step`, -1 before the first. seq: number of the operation in its group (see `Communicator`).
-    num_bytes: of the tensor operated on, the longer one where input and result differ. started_us: on the ledger's clock.
-    waited_us: blocked in starting or in `wait`: the exposed part. total_us: from the start until `wait` returned; an
-    asynchronous operation that ended before it was waited for ended somewhere within.
+    num_bytes: of the tensor operated on, the longer one where input and result differ. started_us: on the ledger's
+    clock. waited_us: blocked in starting or in `wait`: the exposed part. total_us: from the start until `wait`
+    returned; an asynchronous operation that ended before it was waited for ended somewhere within.
     """
 
     step: int
@@ -47,7 +47,7 @@ class Ledger:
     clock_s: the clock, in seconds. Recording takes well under a microsecond, so it is always on.
     """
 
-    def __init__(self, capacity: int = 65536, clock_s: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, capacity: int = 16384, clock_s: Callable[[], float] = time.perf_counter) -> None:
         self.clock_s = clock_s
         self.step = -1
         self.num_recorded = 0
@@ -58,7 +58,7 @@ class Ledger:
         self.step = step
 
     def record(self, seq: int, group: str, op: str, num_bytes: int, started_s: float, waited_s: float) -> None:
-        """Writes down an operation that ends now. started_s: when it began; waited_s: how long it blocked, in seconds."""
+        """Writes down an operation that ends now. started_s: when it began. waited_s: seconds that it blocked."""
         self.num_recorded += 1
         total_us = (self.clock_s() - started_s) * 1e6
         self._entries.append(

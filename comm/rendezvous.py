@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
+_ANYWHERE = "198.51.100.1"  # RFC 5737: belongs to nobody, so only the default route leads there
 _IPV6_ADDRESSES = Path("/proc/net/if_inet6")
 
 
@@ -127,8 +128,8 @@ def _wait_until_open(host: str, port: int, timeout_s: float) -> float:
         except OSError as error:
             if left_s <= pause_s:
                 raise CommError(
-                    f"no rendezvous store at {join_host_port(host, port)} within {timeout_s:g} s ({error}); is the process "
-                    "that opened it still running, and can this machine reach it?"
+                    f"no rendezvous store at {join_host_port(host, port)} within {timeout_s:g} s ({error}); is the "
+                    "process that opened it still running, and can this machine reach it?"
                 ) from error
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.5)
@@ -137,13 +138,13 @@ def _wait_until_open(host: str, port: int, timeout_s: float) -> float:
 def meet(store: Store, group: str, rank: int, size: int, timeout_s: float) -> None:
     """Returns when all ranks of a group have come to its store. store: this group's own prefix of a store.
 
-    Raises CommError naming the ranks that did not come within `timeout_s` seconds, a rank number used twice, or ranks that
-    disagree about the size of the group.
+    Raises CommError naming the ranks that did not come within `timeout_s` seconds, a rank number used twice, or ranks
+    that disagree about the size of the group.
     """
     if store.add(f"joined/{rank}", 1) != 1:
         raise CommError(
-            f"rank {rank} of group {group!r} has joined before: give each rank its own number, each group its own name, and "
-            "each run a new store or rendezvous file"
+            f"rank {rank} of group {group!r} has joined before: give each rank its own number, each group its own "
+            "name, and each run a new store or rendezvous file"
         )
     store.set(f"size/{rank}", str(size))
     deadline_s = time.monotonic() + timeout_s
@@ -153,8 +154,8 @@ def meet(store: Store, group: str, rank: int, size: int, timeout_s: float) -> No
         if time.monotonic() > deadline_s:
             names = ", ".join(str(other) for other in missing)
             raise CommError(
-                f"rank {rank} of group {group!r} waited {timeout_s:g} s for all {size} ranks; not arrived: {names}. Did they "
-                "start, and were they given the same store, group and size?"
+                f"rank {rank} of group {group!r} waited {timeout_s:g} s for all {size} ranks; not arrived: {names}. "
+                "Did they start, and were they given the same store, group and size?"
             )
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.05)
@@ -164,10 +165,10 @@ def meet(store: Store, group: str, rank: int, size: int, timeout_s: float) -> No
 
 
 def local_address(towards: str | None = None, interface: str | None = None) -> str:
-    """This machine's address: of the named `interface`, else of the route to the host `towards`, else of the default route.
+    """This machine's address: of the named `interface`, else of the route to host `towards`, else of the default route.
 
-    Without any route it is the loopback address. Raises CommError for an interface that is not there or has no address, and
-    for a host that cannot be resolved or reached.
+    Without any route it is the loopback address. Raises CommError for an interface that is not there or has no address,
+    and for a host that cannot be resolved or reached.
     """
     if interface is not None:
         address = _interface_addresses().get(interface)
@@ -178,7 +179,7 @@ def local_address(towards: str | None = None, interface: str | None = None) -> s
         return address
     try:
         # Connecting a datagram socket sends nothing: it only asks the kernel for the route. The port does not matter.
-        target = socket.getaddrinfo(towards or "192.0.2.1", 9, type=socket.SOCK_DGRAM)[0]
+        target = socket.getaddrinfo(towards or _ANYWHERE, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(target[0], socket.SOCK_DGRAM) as probe:
             probe.connect(target[4])
             return str(probe.getsockname()[0])

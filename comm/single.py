@@ -16,18 +16,18 @@ class SingleCommunicator(Communicator):
 
     backend = "single"
 
-    def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:  # noqa: ARG002
+    def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
         return FINISHED
 
-    def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:  # noqa: ARG002
+    def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
         output.copy_(x)
         return FINISHED
 
-    def _start_reduce_scatter(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:  # noqa: ARG002
+    def _start_reduce_scatter(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
         output.copy_(x)
         return FINISHED
 
-    def _start_broadcast(self, x: torch.Tensor, root: int) -> Work:  # noqa: ARG002
+    def _start_broadcast(self, x: torch.Tensor, root: int) -> Work:
         return FINISHED
 
     def _start_send(self, x: torch.Tensor, to: int) -> Work:

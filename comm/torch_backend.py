@@ -1,7 +1,7 @@
 """Communicators over torch.distributed's process groups: gloo for any CPU, NCCL for one GPU a rank.
 
-The process-group objects are made directly, never through torch's global default group, so that any number of groups and
-formations live in one process.
+The process-group objects are made directly, never through torch's global default group, so that any number of groups
+and formations live in one process.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -35,14 +36,14 @@ class TorchCommunicator(Communicator):
             raise CommError(f"group {spec.name!r}: a group of {spec.size} needs a store to meet on")
         meet(spec.store, spec.name, spec.rank, spec.size, spec.timeout_s)
         super().__init__(spec)
-        # Typed loosely: torch's stubs leave out the overloads that take one tensor, which save a few microseconds a call.
+        # Typed loosely: torch's stubs leave out the overloads that take a single tensor.
         try:
             self._process_group: Any = self._create_process_group(spec, spec.store)
         except RuntimeError as error:
             self._board.close()
             raise CommError(
-                f"rank {spec.rank} of group {spec.name!r} cannot connect to the others from {spec.address or spec.device}: "
-                f"{_reason(error)}; name the network interface that reaches the other ranks"
+                f"rank {spec.rank} of group {spec.name!r} cannot connect to the others from "
+                f"{spec.address or spec.device}: {_reason(error)}; name the network interface that reaches them"
             ) from error
 
     @abstractmethod
@@ -55,8 +56,8 @@ class TorchCommunicator(Communicator):
 class GlooCommunicator(TorchCommunicator):
     """Over TCP, for any device. Made for the CPU: tensors of other devices pass through host memory, blocking.
 
-    Sums of bfloat16 and float16 travel and are added in float32, then are rounded once: gloo's own rounds after each addition
-    (mean error of a sum over 4 ranks in bfloat16 1.6 times that of one rounding). All else travels as it is.
+    Sums of bfloat16 and float16 travel and are added in float32, then are rounded once: gloo's own rounds after each
+    addition (mean error of a sum over 4 ranks in bfloat16 1.6 times that of one rounding). All else travels as it is.
     Of a tensor that does not fit what the other rank sent, gloo ends the process.
     """
 
@@ -139,10 +140,10 @@ class GlooCommunicator(TorchCommunicator):
 
 
 class NcclCommunicator(TorchCommunicator):
-    """Over NCCL, one GPU a rank. Results are ordered by the current stream: a wait enqueues, it does not block the thread.
+    """Over NCCL, one GPU a rank. Results are ordered by the current stream: a wait enqueues, and does not block.
 
-    So the ledger's figures are those of the calling thread, and a rank that never comes is noticed by torch's own watchdog,
-    after the same limit, which ends the process. Only `barrier` blocks the thread, up to the limit.
+    So the ledger's figures are those of the calling thread, and a rank that never comes is noticed by torch's own
+    watchdog, after the same limit, which ends the process. Only `barrier` blocks the thread, up to the limit.
     """
 
     backend = "nccl"
@@ -202,7 +203,7 @@ class _GlooWork:
 
     def wait(self, timeout_s: float) -> bool:
         try:
-            self._work.wait(timedelta(seconds=timeout_s))
+            self._work.wait(_limit(timeout_s))
         except RuntimeError as error:
             reason = _reason(error)
             if "imed out" in reason:
@@ -232,12 +233,17 @@ class _NcclWork:
             self._work.wait()
             return True
         try:
-            self._work.wait(timedelta(seconds=timeout_s))
+            self._work.wait(_limit(timeout_s))
         except RuntimeError as error:
             if "imeout" in str(error) or "imed out" in str(error):
                 return False
             raise
         return True
+
+
+@lru_cache(maxsize=64)
+def _limit(timeout_s: float) -> timedelta:
+    return timedelta(seconds=timeout_s)
 
 
 def _host_like(x: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,9 @@ class Work(Protocol):
     def wait(self, timeout_s: float) -> bool:
         """Blocks until the result may be used: True, or False where that takes longer than `timeout_s` seconds.
 
-        Called once. On return of True the result is in its tensor, or, for a backend ordered by a device stream, will be
-        before anything enqueued on that stream from now on.
-        Raises ConnectionError where a peer is gone, RuntimeError for any other failure of the transfer.
+        Called once. On return of True the result is in its tensor, or, for a backend ordered by a device stream, will
+        be before anything enqueued on that stream from now on. Raises ConnectionError where a peer is gone,
+        RuntimeError for any other failure of the transfer.
         """
         ...
 
@@ -26,7 +26,7 @@ class FinishedWork:
 
     __slots__ = ()
 
-    def wait(self, timeout_s: float) -> bool:  # noqa: ARG002
+    def wait(self, timeout_s: float) -> bool:
         return True
 
 

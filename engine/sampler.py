@@ -202,5 +202,5 @@ def _top(values_BC: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     order_C = torch.arange(0, -values_BC.shape[1], -1, device=values_BC.device)
     first_BC = torch.where(belongs_BC, order_C, -values_BC.shape[1])
     column_BC = first_BC.topk(int(belongs_BC.sum(1).max()), dim=1).indices
-    values_BC, rank_BC = values_BC.gather(1, column_BC).sort(1, descending=True, stable=True)
+    values_BC, rank_BC = values_BC.gather(1, column_BC).sort(dim=1, descending=True, stable=True)
     return values_BC[:, :count], column_BC.gather(1, rank_BC)[:, :count]

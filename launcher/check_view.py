@@ -84,7 +84,10 @@ def memory_table(plan: RunPlan, device_memory: int | None) -> RenderableType:
 def _capacity(plan: RunPlan) -> Text:
     copies = " in each replica" if plan.layout.replicas > 1 else ""
     tightest = f"as many as fit rank {plan.tightest.rank}, the tightest"
-    return Text(f"The KV cache holds {plan.kv_capacity_tokens} tokens{copies}, {tightest}.")
+    return Text(
+        f"The KV cache holds {plan.kv_capacity_tokens} tokens{copies}, {tightest}.\n"
+        "Work is an estimate of what a step and its process need beside that."
+    )
 
 
 def _decision_table(report: CheckReport) -> RenderableType:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+from phalanx import __version__
 from phalanx.errors import PhalanxError
 from phalanx.launcher.commands.check import check
 from phalanx.launcher.commands.generate import generate
@@ -26,10 +26,7 @@ app.command()(generate)
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
-    try:
-        print(f"phalanx {version('phalanx')}")
-    except PackageNotFoundError:
-        print("phalanx (not installed: run from its sources)")
+    print(f"phalanx {__version__}")
     raise typer.Exit
 
 

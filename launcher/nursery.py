@@ -321,3 +321,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # taking torch apart would cost half a second, and there is nothing to take apart

@@ -79,9 +79,12 @@ class ProcessHost:
     def start(self, specs: Sequence[RankSpec]) -> None:
         node = this_machine(self._settings)
         need = self._settings.rank_needs
-        plan_placement(specs[0].layout, need, [node], replicas=1)
-        devices = _shares(_visible_gpus(), need["GPU"], len(specs)) if need["GPU"] else [None] * len(specs)
-        share = max(1, cores_here() // len(specs))
+        layout = specs[0].layout
+        plan_placement(layout, need, [node])
+        ranks = layout.num_ranks * layout.replicas  # the other replicas run beside this one, each in a host of its own
+        devices = _shares(_visible_gpus(), need["GPU"], ranks) if need["GPU"] else [None] * ranks
+        devices = devices[specs[0].replica * layout.num_ranks :][: layout.num_ranks]
+        share = max(1, cores_here() // ranks)
         for spec, device in zip(specs, devices, strict=True):
             self._nodes[spec.rank] = node.hostname
             self._running.add(spec.rank)

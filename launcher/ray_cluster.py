@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import importlib.util
 import logging
 import os
@@ -14,7 +15,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,18 @@ class RayCluster:
 
 
 class _Session:
-    """This process's connection to Ray, and how many hosts use it. Ends nothing: Ray was here before."""
-
-    is_private = False
+    """This process's connection to Ray, and how many hosts use it. This one was made by others and is left to them."""
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.num_users = 0
+
+    @property
+    def is_private(self) -> bool:
+        """Whether this is a Ray that Phalanx started, here or in the program whose actor this process is."""
+        import ray
+
+        return SLOT in ray.cluster_resources()
 
     def close(self) -> None:
         """Undoes what making it did."""
@@ -108,15 +114,20 @@ class _JoinedSession(_Session):
 
         if mode != "auto":
             _reach(mode)
+        self._handler = _SignalHandlerKept()
         try:
-            with _signal_handlers_kept():
-                ray.init(address=mode, log_to_driver=False, configure_logging=False)
-            self._standard_output = _StandardOutputKept()
+            ray.init(address=mode, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise PhalanxError(_join_failure(mode, error)) from error
+        finally:
+            self._handler.started()
+        self._standard_output = _StandardOutputKept()
 
     def close(self) -> None:
-        _shut_down()
+        import ray
+
+        ray.shutdown()
+        self._handler.undo()
         self._standard_output.undo()
 
 
@@ -127,12 +138,11 @@ class _PrivateSession(_Session):
     into the home directory, after which every cluster that this user starts later would demand it.
     """
 
-    is_private = True
-
     def __init__(self, mode: str, num_ranks: int) -> None:
         super().__init__(mode)
         self._replaced: dict[str, str | None] = {}
         self._standard_output: _StandardOutputKept | None = None
+        self._handler = _SignalHandlerKept()
         # Sockets lie in it, and the path of a socket may have no more than 107 bytes.
         parent = Path("/tmp" if len(tempfile.gettempdir()) > MAX_TEMP_PATH else tempfile.gettempdir())
         _sweep(parent)
@@ -147,21 +157,26 @@ class _PrivateSession(_Session):
         try:
             import ray
 
-            _reread_token()
-            with _signal_handlers_kept():
-                ray.init(
-                    address="local",
-                    num_cpus=num_ranks,  # Ray starts a worker a core at once: just those that ranks will take
-                    resources={SLOT: SLOTS},
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    configure_logging=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=str(self._directory),
-                )
+            reread_token()
+            ray.init(
+                address="local",
+                num_cpus=num_ranks,  # Ray starts a worker a core at once: just those that ranks will take
+                resources={SLOT: SLOTS},
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(self._directory),
+            )
+            self._handler.started()
             self._standard_output = _StandardOutputKept()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, RuntimeError | ConnectionError | OSError):
+                raise PhalanxError(
+                    f"Ray could not be started on this machine: {_first_line(error)}; see whether a firewall keeps its "
+                    "processes from each other, or run without Ray with cluster.ray: none"
+                ) from error
             raise
 
     def _set(self, name: str, value: str) -> None:
@@ -169,7 +184,10 @@ class _PrivateSession(_Session):
         os.environ[name] = value
 
     def close(self) -> None:
-        _shut_down()
+        import ray
+
+        ray.shutdown()
+        self._handler.undo()
         if self._standard_output is not None:
             self._standard_output.undo()
         for name, value in self._replaced.items():
@@ -177,7 +195,7 @@ class _PrivateSession(_Session):
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        _reread_token()
+        reread_token()
         shutil.rmtree(self._directory, ignore_errors=True)
         os.close(self._lock)
 
@@ -231,20 +249,12 @@ def _leave(session: _Session) -> None:
             session.close()
 
 
-def _shut_down() -> None:
-    import ray
-
-    with _signal_handlers_kept():
-        ray.shutdown()
-
-
-def _reread_token() -> None:
+def reread_token() -> None:
     """Ray keeps the token and the mode it has once read; makes it read them from the environment again."""
-    with contextlib.suppress(ImportError, AttributeError):  # Ray before tokens
-        from ray._raylet import AuthenticationTokenLoader, Config
-
-        AuthenticationTokenLoader.instance().reset_cache()
-        Config.initialize("")
+    with contextlib.suppress(AttributeError):  # Ray before tokens
+        raylet = importlib.import_module("ray._raylet")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+        raylet.Config.initialize("")
 
 
 class _StandardOutputKept:
@@ -271,17 +281,23 @@ def _log_lines(data: Mapping[str, Any], **_: object) -> None:
         logger.debug("Ray: %s", line)
 
 
-@contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM by one of its own, which is not ours to impose on the program."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+class _SignalHandlerKept:
+    """Ray replaces the handler of SIGTERM by one that ends the program in order, which is not ours to impose.
+
+    Where the program has a handler of its own it is put back at once; where it has none, Ray's serves until `undo`,
+    since a program that simply dies leaves Ray's processes to notice by themselves.
+    """
+
+    def __init__(self) -> None:
+        self._before = signal.getsignal(signal.SIGTERM)
+
+    def started(self) -> None:
+        if self._before is not signal.SIG_DFL:
+            self.undo()
+
+    def undo(self) -> None:
+        if self._before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
 
 
 def _reach(address: str) -> None:
@@ -296,8 +312,7 @@ def _reach(address: str) -> None:
 
 
 def _join_failure(mode: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    what = f"cannot join the Ray cluster of cluster.ray: {mode}: {reason}"
+    what = f"cannot join the Ray cluster of cluster.ray: {mode}: {_first_line(error)}"
     if "token" in str(error).lower():
         remedy = (
             "set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN here, or RAY_AUTH_MODE=disabled if it has none"
@@ -305,6 +320,10 @@ def _join_failure(mode: str, error: Exception) -> str:
     else:
         remedy = "start one here with `ray start --head`, and `ray start --address=HOST:PORT` on the other machines"
     return f"{what}; {remedy}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _node(entry: Mapping[str, Any], free: Mapping[str, float]) -> Node:

@@ -19,6 +19,7 @@ from phalanx.launcher.placement import Node, plan_placement
 from phalanx.launcher.process_host import cores_here
 from phalanx.launcher.rank_main import RankReport, failure_report, limit_threads, run_target
 from phalanx.launcher.ray_cluster import RayCluster
+from phalanx.parallel.layout import Layout
 
 GROUP_READY_S = 5.0  # a group that fits is ready within milliseconds
 PLACE_S = 5.0  # how long to wait for resources that a formation just gave back
@@ -89,7 +90,7 @@ class RayHost:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
             ).remote()
             self._actors[spec.rank] = actor
-            num_threads = spec.num_threads or self._share(self._nodes[spec.rank], nodes)
+            num_threads = spec.num_threads or self._share(spec.layout, self._nodes[spec.rank], nodes)
             self._pids[spec.rank] = actor.where.remote()
             self._runs[actor.run.remote(self._target, msgspec.msgpack.encode(spec), num_threads)] = spec.rank
 
@@ -162,7 +163,7 @@ class RayHost:
                 where = ", ".join(str(nodes[node_id]) for node_id in dict.fromkeys(plan))
                 raise PlacementError(
                     f"Ray did not reserve {wanted} for each of {len(plan)} ranks on {where} within "
-                    f"{GROUP_READY_S:g} s, although its figures say it is free; see `ray status` for what else is waiting, "
+                    f"{GROUP_READY_S:g} s, although its figures say it is free; see `ray status` for what else waits, "
                     "or try again"
                 )
 
@@ -187,10 +188,11 @@ class RayHost:
         with contextlib.suppress(ray.exceptions.RayError):
             remove_placement_group(group)
 
-    def _share(self, node: Node, of_ranks: Sequence[Node]) -> int:
+    def _share(self, layout: Layout, node: Node, of_ranks: Sequence[Node]) -> int:
         """Threads of a rank on `node`: its part of the node's cores."""
-        cores = cores_here() if self._cluster.is_private else node.total.get("CPU", 1.0)
-        return max(1, int(cores) // sum(other.node_id == node.node_id for other in of_ranks))
+        if self._cluster.is_private:
+            return max(1, cores_here() // (layout.num_ranks * layout.replicas))
+        return max(1, int(node.total.get("CPU", 1.0)) // sum(other.node_id == node.node_id for other in of_ranks))
 
     def _exit_of(self, run: Any, rank: int) -> RankExit:
         import ray

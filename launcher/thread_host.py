@@ -40,8 +40,9 @@ class ThreadHost:
         if len(specs) != 1:
             raise PlacementError(f"{len(specs)} ranks cannot share this process; a replica of one rank can")
         node = this_machine(self._settings)
-        plan_placement(specs[0].layout, self._settings.rank_needs, [node], replicas=1)
-        spec = replace(specs[0], num_threads=specs[0].num_threads or cores_here())
+        plan_placement(specs[0].layout, self._settings.rank_needs, [node])
+        share = max(1, cores_here() // specs[0].layout.replicas)
+        spec = replace(specs[0], num_threads=specs[0].num_threads or share)
         self._rank, self._node = spec.rank, node.hostname
         # A daemon, lest a rank stuck in a computation keep an interrupted program from ending.
         self._thread = threading.Thread(target=self._run, args=(spec,), name="phalanx-rank", daemon=True)

@@ -62,7 +62,9 @@ class HubModel:
                 f"the hub has no model {self.repository!r}, or it is private: check its name, log in with `hf auth"
                 f" login`, {remedy}"
             ) from error
-        except Exception as error:  # no network, offline, a bad answer: types differ between releases of the hub's client
+        except (
+            Exception
+        ) as error:  # no network, offline, a bad answer: types differ between releases of the hub's client
             cause = str(error).split("\n", 1)[0]
             raise ModelError(
                 f"{self.repository}{at} could not be fetched from the hub and is not in its cache"

@@ -61,8 +61,11 @@ class Tokenizer:
         """
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
+        except TypeError as error:  # the library's word for a str that UTF-8 cannot express
+            lone = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+            if lone is None:
+                raise
+            raise RequestError(f"the text is not valid Unicode: a lone surrogate at character {lone}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Ids outside of the vocabulary, as of padding rows, have no text."""

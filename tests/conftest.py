@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from phalanx.models.resolve import ModelSource, resolve_model
 
 

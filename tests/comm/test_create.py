@@ -46,7 +46,9 @@ def test_gpus_talk_through_nccl_where_it_is_there(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_unknown_backend_is_refused_with_the_registered_names() -> None:
-    with pytest.raises(CommError, match=r"no communicator backend 'glo'; did you mean 'gloo'\? .*auto, gloo, nccl, single"):
+    with pytest.raises(
+        CommError, match=r"no communicator backend 'glo'; did you mean 'gloo'\? .*auto, gloo, nccl, single"
+    ):
         choose_backend("glo", "cpu", 2)
 
 
@@ -84,5 +86,7 @@ def test_a_group_of_several_needs_a_rendezvous() -> None:
 
 
 def test_importing_the_room_does_not_import_torch() -> None:
-    code = "import sys, phalanx.comm as c; c.create_communicator, c.Ledger, c.host_store; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, phalanx.comm as c; c.create_communicator, c.Ledger, c.host_store; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -1,4 +1,6 @@
-"""What a rank is told when another one is missing, stuck or dead. Functions named `rank_*` run on each rank of the pool."""
+"""What a rank is told when another one is missing, stuck or dead. Functions named `rank_*` run on each rank of the
+pool.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,7 @@ def rank_killed(comm: Communicator, store: Store, op: str, victim: int) -> objec
 
 
 @pytest.mark.parametrize(("op", "peer"), [("all_reduce", None), ("recv", 3)])
-def test_a_killed_rank_ends_the_waits_of_all_others_long_before_their_limit(pool: Any, op: str, peer: int | None) -> None:
+def test_a_killed_rank_ends_the_waits_of_all_others_before_their_limit(pool: Any, op: str, peer: int | None) -> None:
     # The limit on waiting is far above the pool's own limit on an answer: only the lost connection can end these waits.
     answers = pool.outcomes(rank_killed, 4, fresh=True, timeout_s=300.0, op=op, victim=3)
     assert answers[3] == DIED

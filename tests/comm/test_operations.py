@@ -201,7 +201,7 @@ def test_handles_are_waited_for_in_any_order_and_more_than_once(pool: Any) -> No
 
 
 def rank_two_groups(comm: Communicator, store: Store, name: str) -> object:
-    """Rows {0, 1} and {2, 3}, columns {0, 2} and {1, 3} of a square of ranks, with operations of both under way at once."""
+    """Rows {0, 1} and {2, 3}, columns {0, 2} and {1, 3} of a square of ranks; operations of both under way at once."""
     row, column = divmod(comm.rank, 2)
     with (
         create_communicator(rank=column, size=2, rendezvous=store, group=f"{name}-row-{row}", timeout_s=20) as across,

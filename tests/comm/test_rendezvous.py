@@ -28,7 +28,8 @@ def test_a_rendezvous_is_a_host_and_port_or_a_file(text: str, expected: Rendezvo
 
 
 @pytest.mark.parametrize(
-    "text", ["", "node1", "node1:", "node1:port", "node1:99999", "http://a:1", ":123", "file://relative/x", "file:///dir/"]
+    "text",
+    ["", "node1", "node1:", "node1:port", "node1:99999", "http://a:1", ":123", "file://relative/x", "file:///dir/"],
 )
 def test_anything_else_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(CommError, match=r"write host:port, such as .* or file:///"):
@@ -50,7 +51,9 @@ def test_a_store_opens_on_a_free_port_of_the_address_given_and_no_other() -> Non
 
 
 def test_a_store_cannot_open_on_the_address_of_another_machine() -> None:
-    with pytest.raises(CommError, match=r"cannot open a rendezvous store on '203\.0\.113\.9'.*use an address of this .*127"):
+    with pytest.raises(
+        CommError, match=r"cannot open a rendezvous store on '203\.0\.113\.9'.*use an address of this .*127"
+    ):
         host_store("203.0.113.9")
 
 

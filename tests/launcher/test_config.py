@@ -109,7 +109,8 @@ def test_every_setting_has_a_description() -> None:
     def fields_of(section: type[Section]) -> list[str]:
         return [f"{section.__name__}.{name}" for name, field in section.model_fields.items() if not field.description]
 
-    assert [name for section in (Config, *Section.__subclasses__()) for name in fields_of(section)] == []
+    sections: list[type[Section]] = [Config, *Section.__subclasses__()]
+    assert [name for section in sections for name in fields_of(section)] == []
 
 
 # Where a model lies

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.families import expected_tensors
 from phalanx.parallel.shape import ModelShape
-from safetensors.torch import save_file
 
 Array = npt.NDArray[Any]
 WriteGguf = Callable[..., Path]
@@ -53,8 +54,8 @@ def tiny_directory(tmp_path: Path, tiny_tensors: dict[str, torch.Tensor]) -> Pat
 def write_gguf(tmp_path: Path) -> WriteGguf:
     """Writes a GGUF file with gguf's own writer.
 
-    tensors: by GGUF name: float32 arrays, stored as `encoding` where they are matrices; or (blocks, encoding), stored as
-    they are. metadata: str, bool, int (uint32), float (float32) or list.
+    tensors: by GGUF name: float32 arrays, stored as `encoding` where they are matrices; or (blocks, encoding), stored
+    as they are. metadata: str, bool, int (uint32), float (float32) or list.
     """
 
     def write(
@@ -68,6 +69,8 @@ def write_gguf(tmp_path: Path) -> WriteGguf:
         writer = gguf.GGUFWriter(path, arch)
         for key, value in metadata.items():
             match value:
+                case _ if key == "general.alignment":
+                    writer.add_custom_alignment(value)  # the writer lays the data out by it
                 case bool():
                     writer.add_bool(key, value)
                 case str():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from phalanx.errors import ModelError
 from phalanx.models.checkpoint import ENCODINGS, Checkpoint, TensorEntry
 from phalanx.models.config import DecoderConfig
@@ -25,7 +26,8 @@ from phalanx.parallel.split import Interval, Split
 
 QUANTISED = [name for name, encoding in ENCODINGS.items() if encoding.dtype is None]
 
-# Where the half-precision scales lie in a block: gguf quantises all but the K types, whose blocks are made of random bytes.
+# Where the half-precision scales lie in a block: gguf quantises all but the K types, whose blocks are made of random
+# bytes.
 SCALE_BYTES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
 
@@ -33,7 +35,9 @@ def random_blocks(encoding: str, rows: int, columns: int) -> np.ndarray[Any, Any
     kind = gguf.GGMLQuantizationType[encoding]
     rng = np.random.default_rng(5)
     if encoding not in SCALE_BYTES:
-        blocks: np.ndarray[Any, Any] = gguf.quants.quantize(rng.standard_normal((rows, columns), dtype=np.float32), kind)
+        blocks: np.ndarray[Any, Any] = gguf.quants.quantize(
+            rng.standard_normal((rows, columns), dtype=np.float32), kind
+        )
         return blocks
     values, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (rows, columns // values, size), dtype=np.uint8)
@@ -195,7 +199,7 @@ def test_a_file_cut_after_indexing_is_named(tmp_path: Path) -> None:
     checkpoint, _ = blocks_checkpoint(tmp_path / "w", "Q8_0", 8, 64)
     with (tmp_path / "w").open("r+b") as file:
         file.truncate(300)
-    with checkpoint, pytest.raises(ModelError, match="truncated: tensor w .*file ends at 300"):
+    with checkpoint, pytest.raises(ModelError, match=r"truncated: tensor w .*file ends at 300"):
         checkpoint.read("w")
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from phalanx.errors import ModelError
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.config import DecoderConfig
 from phalanx.models.safetensors_index import read_safetensors_header, safetensors_entries
-from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -127,7 +128,9 @@ def test_a_missing_shard_is_named_with_a_tensor_of_it(
         safetensors_entries(tmp_path, tiny)
 
 
-def test_a_tensor_that_only_the_index_knows_is_named(tiny: DecoderConfig, tiny_tensors: Tensors, tmp_path: Path) -> None:
+def test_a_tensor_that_only_the_index_knows_is_named(
+    tiny: DecoderConfig, tiny_tensors: Tensors, tmp_path: Path
+) -> None:
     write_shards(tmp_path, halves(tiny_tensors))
     del tiny_tensors[NAME]
     for file, tensors in halves(tiny_tensors).items():
@@ -181,7 +184,7 @@ def test_overlapping_tensors_are_named(tmp_path: Path) -> None:
         "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
         "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
     }
-    with pytest.raises(ModelError, match="tensor b starts at byte .* inside of tensor a"):
+    with pytest.raises(ModelError, match=r"tensor b starts at byte .* inside of tensor a"):
         read_safetensors_header(write_raw(tmp_path / "w.safetensors", header, b"\0" * 12))
 
 

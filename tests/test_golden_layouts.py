@@ -1,0 +1,80 @@
+"""The same greedy tokens as transformers in float32, in every layout, through real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from phalanx import LLM, SamplingParams
+from phalanx.models.resolve import resolve_model
+
+NEW_TOKENS = 64
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Three ways in which a river differs from a canal: first, a river finds its own way to the sea, while",
+    "Once upon a time " + "there was a small stone bridge, and under it lived a heron who counted boats. " * 32,
+)
+
+
+class Golden(NamedTuple):
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    """Prompts of unlike lengths, one of over 500 tokens, and what transformers makes of them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    path = Path(resolve_model("smollm2-135m").location)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert [len(prompt) for prompt in prompts] == sorted({len(prompt) for prompt in prompts})
+    assert len(prompts[-1]) > 500
+    tokens = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, use_cache=True
+        )
+        tokens.append(out[0, len(prompt) :].tolist())
+    return Golden(prompts, tokens)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param({}, id="1x1"),
+        pytest.param({"tensor": 2}, id="tensor-2"),
+        pytest.param({"tensor": 3}, id="tensor-3"),
+        pytest.param({"tensor": 4}, id="tensor-4"),
+        pytest.param({"tensor": 5}, id="tensor-5"),
+        pytest.param({"pipeline": 2}, id="pipeline-2"),
+        pytest.param({"pipeline": 3}, id="pipeline-3"),
+        pytest.param({"tensor": 2, "pipeline": 2}, id="2x2"),
+        pytest.param({"stages": [{"tensor": 3, "layers": 22}, {"tensor": 1, "layers": 8}]}, id="ragged-3-1"),
+        pytest.param(
+            {"stages": [{"layers": 7}, {"tensor": 2, "layers": 13}, {"tensor": 1, "layers": 10}]}, id="ragged-1-2-1"
+        ),
+        pytest.param({"stages": [{"tensor": 2, "weights": [2, 1]}]}, id="weights-2-1"),
+        pytest.param({"tensor": 1, "replicas": 2}, id="replicas-2"),
+    ],
+)
+def test_greedy_tokens_equal_those_of_transformers(parallel: dict[str, Any], golden: Golden) -> None:
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    with LLM(
+        model={"path": "smollm2-135m", "dtype": "float32"},
+        cluster={"ray": "none", "device": "cpu"},
+        parallel=parallel,
+        engine={"kv_cache": "128MiB", "max_batch_tokens": 300},
+    ) as llm:
+        outputs = llm.generate(golden.prompts, params)
+    assert [list(output.token_ids) for output in outputs] == golden.tokens
+    assert {output.finish_reason for output in outputs} == {"length"}
