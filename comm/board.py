@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -14,12 +14,9 @@ if TYPE_CHECKING:
 _READ_LIMIT_S = 3.0
 
 
-class Waited(Protocol):
-    """An operation that can be waited for; see `Handle`."""
-
-    op: str
-    seq: int
-    peer: int | None
+# One operation of a rank: its name, its number, the other rank of a send or recv, and the bytes of its tensor. A plain
+# tuple, since one is made for every operation.
+Call = tuple[str, int, int | None, int]
 
 
 class RankStatus(NamedTuple):
@@ -44,7 +41,7 @@ class WaitBoard:
     """
 
     def __init__(self, store: Store | None, rank: int, size: int, tick_s: float) -> None:
-        self.waiting: Waited | None = None
+        self.waiting: Call | None = None
         self.num_started = 0
         self._store = store
         self._rank = rank
@@ -81,8 +78,8 @@ class WaitBoard:
 
     def _watch(self) -> None:
         assert self._store is not None
-        seen: Waited | None = None
-        published: Waited | None = None
+        seen: Call | None = None
+        published: Call | None = None
         while not self._closed.wait(self._tick_s):
             now = self.waiting
             try:
@@ -96,8 +93,8 @@ class WaitBoard:
                 return  # the store is gone, and with it the readers of this board
             seen = now
 
-    def _publish(self, store: Store, at: Waited, *, waiting: bool) -> None:
-        store.set(_key(self._rank), json.dumps(RankStatus(self.num_started, at.op, at.seq, at.peer, waiting)))
+    def _publish(self, store: Store, call: Call, *, waiting: bool) -> None:
+        store.set(_key(self._rank), json.dumps((self.num_started, *call[:3], waiting)))
 
 
 def _key(rank: int) -> str:

@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, Literal, NoReturn, Self, TypeVar, overload
 
 import torch
 
-from phalanx.comm.board import RankStatus, WaitBoard
+from phalanx.comm.board import Call, RankStatus, WaitBoard
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
 from phalanx.errors import CommError
@@ -23,27 +23,19 @@ DTYPES = frozenset(
 
 
 class Handle(Generic[Result]):
-    """An operation under way. Every handle must be waited for before its communicator is closed.
+    """An asynchronous operation under way. Every handle must be waited for before its communicator is closed."""
 
-    op: name of the operation. seq: its number. peer: the other rank of a send or recv, else None.
-    num_bytes: of the tensor operated on. started_s: on the ledger's clock. starting_s: time that an asynchronous start
-    took.
-    """
-
-    __slots__ = ("_communicator", "_result", "_work", "num_bytes", "op", "peer", "seq", "started_s", "starting_s")
+    __slots__ = ("_call", "_communicator", "_result", "_started_s", "_starting_s", "_work")
 
     def __init__(
-        self, communicator: Communicator, result: Result, op: str, seq: int, peer: int | None, num_bytes: int
+        self, communicator: Communicator, call: Call, result: Result, work: Work, started_s: float, starting_s: float
     ) -> None:
         self._communicator = communicator
+        self._call = call
         self._result = result
-        self._work: Work | None = FINISHED
-        self.op = op
-        self.seq = seq
-        self.peer = peer
-        self.num_bytes = num_bytes
-        self.started_s = communicator.ledger.clock_s()
-        self.starting_s: float | None = None
+        self._work: Work | None = work
+        self._started_s = started_s
+        self._starting_s = starting_s
 
     def wait(self) -> Result:
         """Blocks until the operation is done; its tensor, or None for a barrier. May be called again, at no cost.
@@ -52,12 +44,9 @@ class Handle(Generic[Result]):
         where the group failed earlier.
         """
         if self._work is not None:
-            self._communicator._finish(self, self._work)
+            self._communicator._finish(self._call, self._work, self._started_s, self._starting_s)
+            self._work = None
         return self._result
-
-    def __str__(self) -> str:
-        ranks = "" if self.peer is None else f" {'to' if self.op == 'send' else 'from'} rank {self.peer}"
-        return f"{self.op} #{self.seq}{ranks} of group {self._communicator.group!r} ({self.num_bytes:,} bytes)"
 
 
 class Communicator(ABC):
@@ -94,6 +83,8 @@ class Communicator(ABC):
         self._on_host = self.device.type == "cpu"
         self._broken: str | None = None
         self._closed = False
+        self._stopped = False  # broken or closed
+        self._clock_s = spec.ledger.clock_s
         self._num_open = 0
         self._num_sent: dict[tuple[str, int], int] = {}
         tick_s = min(0.5, spec.timeout_s / 8)
@@ -115,8 +106,8 @@ class Communicator(ABC):
         self._check_tensor("all_reduce", x)
         if op not in ("sum", "max"):
             raise CommError(f"all_reduce in group {self.group!r}: op must be 'sum' or 'max', found {op!r}")
-        handle = self._begin("all_reduce", x, x.nbytes)
-        return self._run(handle, async_op, self._start_all_reduce if handle.num_bytes else None, x, op)
+        call = self._number("all_reduce", x.nbytes)
+        return self._run(call, x, async_op, self._start_all_reduce, x, op)
 
     @overload
     def all_gather(
@@ -144,8 +135,8 @@ class Communicator(ABC):
             sizes = None if min(sizes) == max(sizes) else tuple(sizes)
         num_rows = rows * self.size if sizes is None else sum(sizes)
         output = x.new_empty((num_rows, *x.shape[1:]))
-        handle = self._begin("all_gather", output, output.nbytes)
-        return self._run(handle, async_op, self._start_all_gather if handle.num_bytes else None, output, x, sizes)
+        call = self._number("all_gather", output.nbytes)
+        return self._run(call, output, async_op, self._start_all_gather, output, x, sizes)
 
     @overload
     def reduce_scatter(
@@ -180,8 +171,8 @@ class Communicator(ABC):
             mine = sizes[self.rank]
             sizes = None if min(sizes) == max(sizes) else tuple(sizes)
         output = x.new_empty((mine, *x.shape[1:]))
-        handle = self._begin("reduce_scatter", output, x.nbytes)
-        return self._run(handle, async_op, self._start_reduce_scatter if handle.num_bytes else None, output, x, sizes)
+        call = self._number("reduce_scatter", x.nbytes)
+        return self._run(call, output, async_op, self._start_reduce_scatter, output, x, sizes)
 
     @overload
     def broadcast(self, x: torch.Tensor, root: int, *, async_op: Literal[False] = False) -> torch.Tensor: ...
@@ -191,8 +182,8 @@ class Communicator(ABC):
         """Replaces `x`, of any shape, on every rank by the `x` of rank `root`. Returns `x`."""
         self._check_tensor("broadcast", x)
         self._check_rank("broadcast", "root", root)
-        handle = self._begin("broadcast", x, x.nbytes)
-        return self._run(handle, async_op, self._start_broadcast if handle.num_bytes else None, x, root)
+        call = self._number("broadcast", x.nbytes)
+        return self._run(call, x, async_op, self._start_broadcast, x, root)
 
     @overload
     def send(self, x: torch.Tensor, to: int, *, async_op: Literal[False] = False) -> torch.Tensor: ...
@@ -202,8 +193,8 @@ class Communicator(ABC):
         """Hands `x` to rank `to`. Done when `x` may be changed, which may be before it has arrived. Returns `x`."""
         self._check_tensor("send", x)
         self._check_peer("send", "to", to)
-        handle = self._begin("send", x, x.nbytes, to)
-        return self._run(handle, async_op, self._start_send if handle.num_bytes else None, x, to)
+        call = self._number("send", x.nbytes, to)
+        return self._run(call, x, async_op, self._start_send, x, to)
 
     @overload
     def recv(self, x: torch.Tensor, source: int, *, async_op: Literal[False] = False) -> torch.Tensor: ...
@@ -213,8 +204,8 @@ class Communicator(ABC):
         """Fills `x` with the next tensor that rank `source` sends here, of the same shape and dtype. Returns `x`."""
         self._check_tensor("recv", x)
         self._check_peer("recv", "source", source)
-        handle = self._begin("recv", x, x.nbytes, source)
-        return self._run(handle, async_op, self._start_recv if handle.num_bytes else None, x, source)
+        call = self._number("recv", x.nbytes, source)
+        return self._run(call, x, async_op, self._start_recv, x, source)
 
     @overload
     def barrier(self, *, async_op: Literal[False] = False) -> None: ...
@@ -223,14 +214,12 @@ class Communicator(ABC):
     def barrier(self, *, async_op: bool = False) -> Handle[None] | None:
         """Done, for the calling thread too, when every rank has made this call."""
         self._check_usable("barrier")
-        handle = self._begin("barrier", None, 0)
-        return self._run(handle, async_op, self._start_barrier)
+        return self._run(self._number("barrier", 0), None, async_op, self._start_barrier)
 
     def abort(self) -> None:
         """Fails every pending operation of the group, on this rank and, through closed connections, on the others."""
-        if self._broken is None and not self._closed:
-            self._broken = f"it was aborted on rank {self.rank}"
-            self._abort()
+        if not self._stopped:
+            self._break(f"it was aborted on rank {self.rank}")
 
     def close(self) -> None:
         """Releases connections and threads. Operations still under way are aborted. May be called again."""
@@ -238,7 +227,7 @@ class Communicator(ABC):
             return
         if self._num_open:
             self.abort()
-        self._closed = True
+        self._closed = self._stopped = True
         self._board.close()
         self._close()
 
@@ -288,7 +277,7 @@ class Communicator(ABC):
             raise GroupBrokenError(f"{op} in group {self.group!r} cannot run: {self._broken}")
 
     def _check_tensor(self, op: str, x: torch.Tensor) -> None:
-        if self._closed or self._broken is not None:
+        if self._stopped:
             self._check_usable(op)
         if not (x.is_cpu if self._on_host else x.device.type == self.device.type):
             raise CommError(
@@ -326,82 +315,83 @@ class Communicator(ABC):
 
     # ---- one operation from start to end ----
 
-    def _begin(self, op: str, result: Result, num_bytes: int, peer: int | None = None) -> Handle[Result]:
+    def _number(self, op: str, num_bytes: int, peer: int | None = None) -> Call:
         if peer is None:
             seq = self._board.num_started = self._board.num_started + 1
         else:
             seq = self._num_sent[op, peer] = self._num_sent.get((op, peer), 0) + 1
-        self._num_open += 1
-        return Handle(self, result, op, seq, peer, num_bytes)
+        return op, seq, peer, num_bytes
 
     def _run(
-        self, handle: Handle[Result], async_op: bool, start: Callable[..., Work] | None, *arguments: object
+        self, call: Call, result: Result, async_op: bool, start: Callable[..., Work], *arguments: object
     ) -> Result | Handle[Result]:
-        """Starts an operation; `start` is None where there is nothing to move, which every rank knows alike."""
-        if start is not None:
-            try:
-                handle._work = start(*arguments)
-            except (RuntimeError, ConnectionError) as error:
-                self._fail(handle, error)
-        if not async_op:
-            return handle.wait()
-        handle.starting_s = self.ledger.clock_s() - handle.started_s
-        return handle
+        started_s = self._clock_s()
+        self._num_open += 1
+        try:
+            # Every rank knows alike where there is nothing to move; only a barrier means something without it.
+            work = start(*arguments) if call[3] or not arguments else FINISHED
+        except (RuntimeError, ConnectionError) as error:
+            self._fail(call, error)
+        if async_op:
+            return Handle(self, call, result, work, started_s, self._clock_s() - started_s)
+        self._finish(call, work, started_s)
+        return result
 
-    def _finish(self, handle: Handle[Result], work: Work) -> None:
-        if self._broken is not None or self._closed:
-            self._check_usable(str(handle))
-        clock_s = self.ledger.clock_s
+    def _finish(self, call: Call, work: Work, started_s: float, starting_s: float | None = None) -> None:
+        """Waits for an operation and writes it down. starting_s: time that an asynchronous start took, else None."""
+        if self._stopped:
+            self._check_usable(self._describe(call))
         # A blocking call is exposed from its start; an asynchronous one while it started, and from here on.
-        blocked_from_s = handle.started_s if handle.starting_s is None else clock_s() - handle.starting_s
-        self._board.waiting = handle
+        blocked_from_s = started_s if starting_s is None else self._clock_s() - starting_s
+        self._board.waiting = call
         try:
             if not work.wait(self.timeout_s):
-                self._give_up(handle)
+                self._give_up(call)
         except (RuntimeError, ConnectionError) as error:
-            self._fail(handle, error)
+            self._fail(call, error)
         finally:
             self._board.waiting = None
-        handle._work = None
         self._num_open -= 1
-        self.ledger.record(
-            handle.seq,
-            self.group,
-            handle.op,
-            handle.num_bytes,
-            handle.started_s,
-            clock_s() - blocked_from_s,
-        )
+        ended_s = self._clock_s()
+        self.ledger.record(call[1], self.group, call[0], call[3], started_s, ended_s - blocked_from_s, ended_s)
 
-    def _fail(self, handle: Handle[Result], error: Exception) -> NoReturn:
+    def _describe(self, call: Call) -> str:
+        op, seq, peer, num_bytes = call
+        ranks = "" if peer is None else f" {'to' if op == 'send' else 'from'} rank {peer}"
+        return f"{op} #{seq}{ranks} of group {self.group!r} ({num_bytes:,} bytes)"
+
+    def _fail(self, call: Call, error: Exception) -> NoReturn:
+        what, peer = self._describe(call), call[2]
         if self._broken is not None:
-            raise GroupBrokenError(f"{handle} on rank {self.rank} ended early: {self._broken}") from error
+            raise GroupBrokenError(f"{what} on rank {self.rank} ended early: {self._broken}") from error
         if isinstance(error, ConnectionError):
-            who = f"rank {handle.peer}" if handle.peer is not None else "a rank of the group"
-            self._break(f"the connection to {who} was lost in {handle}")
+            who = f"rank {peer}" if peer is not None else "a rank of the group"
+            self._break(f"the connection to {who} was lost in {what}")
             raise PeerLostError(
-                f"{handle} on rank {self.rank}: the connection to {who} was lost ({error}). It has most likely died or "
+                f"{what} on rank {self.rank}: the connection to {who} was lost ({error}). It has most likely died or "
                 "given up: its own error is the cause, this is a symptom",
-                handle.peer,
+                peer,
             ) from error
-        self._break(f"{handle} failed")
-        raise CommError(f"{handle} failed on rank {self.rank}: {error}") from error
+        self._break(f"{what} failed")
+        raise CommError(f"{what} failed on rank {self.rank}: {error}") from error
 
-    def _give_up(self, handle: Handle[Result]) -> NoReturn:
+    def _give_up(self, call: Call) -> NoReturn:
+        what, (op, seq, peer, _) = self._describe(call), call
         statuses = self._board.read_others()
-        others = [handle.peer] if handle.peer is not None else [rank for rank in range(self.size) if rank != self.rank]
         missing: list[int] = []
         notes: list[str] = []
-        for rank in others:
+        for rank in range(self.size) if peer is None else [peer]:
+            if rank == self.rank:
+                continue
             status = statuses.get(rank)
-            arrived = handle.peer is None and status is not None and status.num_started >= handle.seq
+            arrived = peer is None and status is not None and status.num_started >= seq
             if not arrived:
                 missing.append(rank)
-            notes.append(f"rank {rank} {_describe(handle, status, arrived)}")
-        what = ", ".join(f"rank {rank}" for rank in missing) or "no rank: all have started it"
-        self._break(f"{handle} waited longer than {self.timeout_s:g} s")
+            notes.append(f"rank {rank} {_whereabouts(op, seq, status, arrived)}")
+        names = ", ".join(f"rank {rank}" for rank in missing) or "no rank: all have started it"
+        self._break(f"{what} waited longer than {self.timeout_s:g} s")
         raise WaitTimeoutError(
-            f"{handle} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: {what} "
+            f"{what} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: {names} "
             f"({'; '.join(notes)}). Look at what is named first; if it is only slow, raise the limit on waiting",
             missing,
         )
@@ -409,12 +399,13 @@ class Communicator(ABC):
     def _break(self, why: str) -> None:
         """Closes the connections, so that ranks waiting for this one or for each other learn of the failure at once."""
         self._broken = why
+        self._stopped = True
         self._abort()
 
 
-def _describe(handle: Handle[Result], status: RankStatus | None, arrived: bool) -> str:
+def _whereabouts(op: str, seq: int, status: RankStatus | None, arrived: bool) -> str:
     if status is None:
         return "is not waiting in this group: busy, stuck or dead"
-    if arrived and status.seq == handle.seq and status.peer is None and status.op != handle.op:
+    if arrived and status.seq == seq and status.peer is None and status.op != op:
         return f"called {status.op} as #{status.seq}: the ranks do not make the same calls"
     return f"{'has started it, ' if arrived else 'is '}{status}"

@@ -51,19 +51,19 @@ class Ledger:
         self.clock_s = clock_s
         self.step = -1
         self.num_recorded = 0
-        self._entries: deque[LedgerEntry] = deque(maxlen=capacity)
+        # Plain tuples: making a NamedTuple runs Python code, which is slow where caches are cold, as between two layers.
+        self._entries: deque[tuple[int, int, str, str, int, float, float, float]] = deque(maxlen=capacity)
 
     def begin_step(self, step: int) -> None:
         """Operations recorded from now on belong to `step`."""
         self.step = step
 
-    def record(self, seq: int, group: str, op: str, num_bytes: int, started_s: float, waited_s: float) -> None:
-        """Writes down an operation that ends now. started_s: when it began. waited_s: seconds that it blocked."""
+    def record(
+        self, seq: int, group: str, op: str, num_bytes: int, started_s: float, waited_s: float, ended_s: float
+    ) -> None:
+        """Writes down an operation. started_s, ended_s: by the ledger's clock. waited_s: seconds that it blocked."""
         self.num_recorded += 1
-        total_us = (self.clock_s() - started_s) * 1e6
-        self._entries.append(
-            LedgerEntry(self.step, seq, group, op, num_bytes, started_s * 1e6, waited_s * 1e6, total_us)
-        )
+        self._entries.append((self.step, seq, group, op, num_bytes, started_s, waited_s, ended_s))
 
     @property
     def num_dropped(self) -> int:
@@ -72,7 +72,11 @@ class Ledger:
 
     def entries(self, step: int | None = None) -> list[LedgerEntry]:
         """The operations held, in the order they ended; of one step only where `step` is given."""
-        return [entry for entry in self._entries if step is None or entry.step == step]
+        return [
+            LedgerEntry(*facts, started_s * 1e6, waited_s * 1e6, (ended_s - started_s) * 1e6)
+            for *facts, started_s, waited_s, ended_s in self._entries
+            if step is None or facts[0] == step
+        ]
 
     def summary(self, step: int | None = None) -> dict[str, OpTotals]:
         """Totals by operation over the entries held; of one step only where `step` is given."""

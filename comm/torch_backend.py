@@ -74,7 +74,7 @@ class GlooCommunicator(TorchCommunicator):
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
         wire = self._on_wire(x, widen=op == "sum")
         work = self._process_group.allreduce(wire, _REDUCE[op])
-        return _GlooWork(work, wire, None if wire is x else lambda: x.copy_(wire))
+        return _GlooWork(work, wire, None) if wire is x else _GlooWork(work, wire, lambda: x.copy_(wire))
 
     def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
         if sizes is None:

@@ -1,4 +1,4 @@
-"""The wire between the engine and its ranks: msgpack messages over ZMQ, over TCP so that one form serves all machines."""
+"""The wire between the engine and its ranks: msgpack over ZMQ, over TCP so that one form serves all machines."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class EngineChannel:
         identity, data = self._socket.recv_multipart()
         if not identity.startswith(self._secret + b":"):
             return None
-        return self._decoder.decode(data)
+        message: ToEngine = self._decoder.decode(data)
+        return message
 
     def close(self) -> None:
         self._context.destroy(linger=LINGER_MS)
@@ -63,7 +64,9 @@ class EngineChannel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -87,7 +90,8 @@ class RankChannel:
         """The next message, or None if none came in time; None as limit sleeps until one comes."""
         if not self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
             return None
-        return self._decoder.decode(self._socket.recv())
+        message: ToRank = self._decoder.decode(self._socket.recv())
+        return message
 
     def close(self) -> None:
         self._context.destroy(linger=LINGER_MS)
@@ -95,7 +99,9 @@ class RankChannel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

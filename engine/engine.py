@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 from phalanx.engine.messages import NewSequence, StepPlan, StepResult
@@ -49,18 +49,18 @@ class Engine:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
-        self._seeds = random.Random(seed)  # noqa: S311 - reproducibility is the point
+        self._seeds = random.Random(seed)
         self._clock = clock
         self._requests: dict[int, Request] = {}
         self._next_name = 0
 
     def add(self, prompt: str | Sequence[int], params: SamplingParams) -> int:
-        """Queues a request and returns its number. Raises RequestError, naming the remedy, for one that cannot be served."""
+        """Queues a request and returns its number. Raises RequestError, naming the remedy, for one that cannot be
+        served.
+        """
         text = prompt if isinstance(prompt, str) else list(prompt)
         seed = self._seeds.getrandbits(63)
-        request = new_request(
-            self._next_name, text, params, self._tokenizer, self._eos_token_ids, seed, self._clock()
-        )
+        request = new_request(self._next_name, text, params, self._tokenizer, self._eos_token_ids, seed, self._clock())
         for token in request.prompt_token_ids:
             if not 0 <= token < self._vocab_size:
                 raise RequestError(f"prompt token {token} is not in the vocabulary (0 to {self._vocab_size - 1})")
@@ -126,7 +126,7 @@ class Engine:
         self.abort(name)
         self._requests.pop(name, None)
 
-    def run(self, names: Sequence[int]) -> Iterator[Delta]:
+    def run(self, names: Sequence[int]) -> Generator[Delta, None, None]:
         """Drives the engine until the requests are finished, passing on what is added to them."""
         open_names = set(names)
         try:

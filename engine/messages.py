@@ -68,8 +68,8 @@ class NewSequence(NamedTuple):
 class SequenceWork(NamedTuple):
     """Tokens of one sequence to run in a step.
 
-    tokens: ids at positions `start`, `start` + 1, ... pages: pages appended to the sequence's page table, before the step.
-    sample: whether the token after the last of these is to be drawn.
+    tokens: ids at positions `start`, `start` + 1, ... pages: pages appended to the sequence's page table, before the
+    step. sample: whether the token after the last of these is to be drawn.
     """
 
     sequence: int
@@ -110,7 +110,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """How far a starting rank is. part: `imports`, `rendezvous`, `weights`, `warmup`. Figures are bytes for `weights`."""
+    """How far a starting rank is. part: `imports`, `rendezvous`, `weights`, `warmup`. In bytes for `weights`."""
 
     rank: int
     part: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-_IMPORTING_SINCE = time.perf_counter()
+_IMPORTING_SINCE = time.perf_counter()  # before the imports that take seconds, so that they can be told
 
 import os
 import socket
@@ -51,6 +51,7 @@ WARMUP = (
         step=-1, new=(), work=(SequenceWork(WARMUP_NAME, start=2, tokens=(0,), pages=(), sample=True),), dropped=()
     ),
 )
+
 
 class Rank:
     """The running parts of one rank. Making one is the whole start: rendezvous, weights, KV cache, warm-up."""
@@ -187,8 +188,9 @@ class Rank:
 def run_rank(spec: RankSpec) -> None:
     """Starts a rank and serves steps until the engine says `Shutdown`.
 
-    Reports `Progress`, then `RankReady`, then a `StepResult` a step (the first rank of the last stage) over the engine's
-    channel. A failure is reported there as `RankFailed` and raised. Blocks; the caller's process is the rank.
+    Reports `Progress`, then `RankReady`, then a `StepResult` a step (the first rank of the last stage) over the
+    engine's channel. A failure is reported there as `RankFailed` and raised. Blocks; the caller's process is the
+    rank.
     """
     with RankChannel(spec.engine, spec.rank, spec.secret) as channel:
         try:

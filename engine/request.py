@@ -22,7 +22,9 @@ class TokenLogprobs(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What a step added to a request. text may lag behind the tokens: characters of several tokens, possible stop strings."""
+    """What a step added to a request. text may lag behind the tokens: characters of several tokens, possible stop
+    strings.
+    """
 
     request: int
     token_ids: tuple[int, ...]
@@ -33,7 +35,7 @@ class Delta(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds. time_to_first_token_s: from the request to its first token. time_per_output_token_s: mean of the others."""
+    """Seconds. time_to_first_token_s: from the request on. time_per_output_token_s: mean of the tokens after it."""
 
     time_to_first_token_s: float
     time_per_output_token_s: float

@@ -1,7 +1,7 @@
 """Drawing tokens from logits whose vocabulary is cut over the ranks of a stage.
 
-Every rank draws the same tokens, since all see the same few candidates: of each row only a rank's best entries leave it,
-never its whole shard, except where top_p asks for a set that wide.
+Every rank draws the same tokens, since all see the same few candidates: of each row only a rank's best entries leave
+it, never its whole shard, except where top_p asks for a set that wide.
 
 Shapes: B rows, V vocabulary rows of this rank, R ranks, C candidates.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from phalanx.comm.communicator import Communicator
+from phalanx.comm.communicator import Communicator, ReduceOp
 from phalanx.engine.messages import NewSequence, SampledToken
 from phalanx.kernels import gumbel_noise
 from phalanx.parallel.split import Split
@@ -40,11 +40,16 @@ class Sampler:
     def sample(
         self, logits_BV: torch.Tensor, requests: Sequence[NewSequence], positions: Sequence[int]
     ) -> list[SampledToken]:
-        """Tokens for `positions`, one a row of this rank's logits [B, V] float32. Called by all ranks of the stage alike."""
+        """Tokens for `positions`, one a row of this rank's logits [B, V] float32. Called by all ranks of the stage
+        alike.
+        """
         tokens = [0] * len(requests)
         for draw, rows in (
             (self._greedy, [row for row, request in enumerate(requests) if request.temperature == 0]),
-            (self._from_all, [row for row, request in enumerate(requests) if request.temperature and not _cut(request)]),
+            (
+                self._from_all,
+                [row for row, request in enumerate(requests) if request.temperature and not _cut(request)],
+            ),
             (self._from_best, [row for row, request in enumerate(requests) if request.temperature and _cut(request)]),
         ):
             if rows:
@@ -155,7 +160,9 @@ class Sampler:
             return {}
         values_BV = logits_BV[rows].double()
         total_B1 = self._logsumexp(values_BV)
-        drawn_B1 = self._column([tokens[row] for row in rows], torch.empty(0, dtype=torch.int64, device=logits_BV.device))
+        drawn_B1 = self._column(
+            [tokens[row] for row in rows], torch.empty(0, dtype=torch.int64, device=logits_BV.device)
+        )
         local_B1 = drawn_B1 - self._rows.start
         held_B1 = (local_B1 >= 0) & (local_B1 < self._rows.size)
         chosen_B1 = values_BV.gather(1, local_B1.masked_fill(~held_B1, 0)).masked_fill(~held_B1, -math.inf)
@@ -175,7 +182,7 @@ class Sampler:
             return part_BC
         return self._comm.all_gather(part_BC.T.contiguous(), sizes=sizes).T
 
-    def _reduced(self, values: torch.Tensor, op: str) -> torch.Tensor:
+    def _reduced(self, values: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         return values if self._comm.size == 1 else self._comm.all_reduce(values.contiguous(), op=op)
 
     def _noise(self, requests: Sequence[NewSequence], positions: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
@@ -194,8 +201,8 @@ def _cut(request: NewSequence) -> bool:
 def _top(values_BC: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and columns of the best `count` of each row, best first, equal ones in order of their columns.
 
-    `topk` leaves the choice among equals open, and bfloat16 logits are often equal: so it only finds the least value that
-    belongs, and the columns at least that large are then taken in order.
+    `topk` leaves the choice among equals open, and bfloat16 logits are often equal: so it only finds the least value
+    that belongs, and the columns at least that large are then taken in order.
     """
     least_B1 = values_BC.topk(count, dim=1).values[:, -1:]
     belongs_BC = values_BC >= least_B1

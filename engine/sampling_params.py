@@ -14,15 +14,15 @@ MAX_STOP_STRINGS = 16
 class SamplingParams:
     """Parameters of one request; RequestError names any that is out of range.
 
-    max_tokens: most new tokens. temperature: 0 takes the most likely token (greedy), 1 samples the model's distribution.
-    min_p: only tokens at least this fraction as likely as the most likely one. top_k: only the k most likely of those, 0
-    for all. top_p: of those, only the fewest most likely ones whose probabilities reach top_p. The filters act in this
-    order after the temperature.
-    seed: of the random draws, or None for one chosen by the engine. A draw depends on (seed, position) alone, so the same
-    request gives the same tokens in any batch and any layout.
-    stop: strings that end the text and are left out of it. stop_token_ids: tokens that end it. ignore_eos: goes on past
-    the model's own end-of-text tokens. logprobs: log-probabilities of this many most likely tokens a position, beside the
-    drawn one's; 0 for the drawn token's only, None for none. They are the model's own, before temperature and filters.
+    max_tokens: most new tokens. temperature: 0 takes the most likely token (greedy), 1 samples the model's
+    distribution. min_p: only tokens at least this fraction as likely as the most likely one. top_k: only the k most
+    likely of those, 0 for all. top_p: of those, only the fewest most likely ones whose probabilities reach top_p. The
+    filters act in this order after the temperature. seed: of the random draws, or None for one chosen by the engine.
+    A draw depends on (seed, position) alone, so the same request gives the same tokens in any batch and any layout.
+    stop: strings that end the text and are left out of it. stop_token_ids: tokens that end it. ignore_eos: goes on
+    past the model's own end-of-text tokens. logprobs: log-probabilities of this many most likely tokens a position,
+    beside the drawn one's; 0 for the drawn token's only, None for none. They are the model's own, before temperature
+    and filters.
     """
 
     max_tokens: int = 16
@@ -47,7 +47,11 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
-            ("stop", len(stop) <= MAX_STOP_STRINGS and all(stop), f"up to {MAX_STOP_STRINGS} strings, none of them empty"),
+            (
+                "stop",
+                len(stop) <= MAX_STOP_STRINGS and all(stop),
+                f"up to {MAX_STOP_STRINGS} strings, none of them empty",
+            ),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
         )
         for name, good, allowed in limits:

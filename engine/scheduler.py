@@ -13,9 +13,9 @@ from phalanx.errors import RequestError
 class Limits:
     """What bounds a step and the sequences in flight.
 
-    max_sequences: sequences admitted at a time. max_batch_tokens: tokens in one step. num_pages, page_size: KV pages, and
-    tokens in one. max_length: prompt and new tokens of a sequence. num_stages: stages to keep busy; as many steps may be
-    in flight.
+    max_sequences: sequences admitted at a time. max_batch_tokens: tokens in one step. num_pages, page_size: KV pages,
+    and tokens in one. max_length: prompt and new tokens of a sequence. num_stages: stages to keep busy; as many steps
+    may be in flight.
     """
 
     max_sequences: int
@@ -138,15 +138,14 @@ class Scheduler:
         return admitted
 
     def complete(self, result: StepResult) -> None:
-        """Takes the tokens of a step; a sequence finished meanwhile is forgotten now that nothing of it is in flight."""
+        """Takes the tokens of a step; one finished meanwhile is forgotten, since nothing of it is in flight now."""
         for sequence in self._in_flight.pop(result.step):
             sequence.in_flight = False
             if sequence.finished:
                 self._forget(sequence)
         for drawn in result.tokens:
-            sequence = self._running.get(drawn.sequence)
-            if sequence is not None:
-                sequence.tokens.append(drawn.token)
+            if drawn.sequence in self._running:
+                self._running[drawn.sequence].tokens.append(drawn.token)
 
     def finish(self, name: int) -> None:
         """Ends a sequence: its pages are free as soon as no step in flight works on it."""
@@ -154,12 +153,12 @@ class Scheduler:
             if waiting.name == name:
                 self._waiting.remove(waiting)
                 return
-        sequence = self._running.get(name)
-        if sequence is None:
+        running = self._running.get(name)
+        if running is None:
             return
-        sequence.finished = True
-        if not sequence.in_flight:
-            self._forget(sequence)
+        running.finished = True
+        if not running.in_flight:
+            self._forget(running)
 
     def _forget(self, sequence: Sequence) -> None:
         del self._running[sequence.name]

@@ -1,4 +1,6 @@
-"""`paged_attention`: causal attention of many sequences over a KV cache kept in pages (Kwon et al. 2023, arXiv 2309.06180)."""
+"""`paged_attention`: causal attention of many sequences over a KV cache kept in pages (Kwon et al. 2023, arXiv
+2309.06180).
+"""
 
 from __future__ import annotations
 

@@ -20,9 +20,10 @@ def splitmix64(x: torch.Tensor) -> torch.Tensor:
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise for each token of each row, float64 of the broadcast shape.
 
-    seeds, positions: [B, 1] int64, a request's seed and the position of the token to be drawn. tokens: [V] or [B, V] ids.
-    A token with the largest logit + noise is a draw from the softmax (Gumbel 1954), and since the noise of a token depends
-    on (seed, position, token) alone, a rank draws from its own vocabulary rows and only the best leaves it.
+    seeds, positions: [B, 1] int64, a request's seed and the position of the token to be drawn. tokens: [V] or [B, V]
+    ids. A token with the largest logit + noise is a draw from the softmax (Gumbel 1954), and since the noise of a
+    token depends on (seed, position, token) alone, a rank draws from its own vocabulary rows and only the best leaves
+    it.
     """
     key = splitmix64(splitmix64(seeds) ^ positions)
     bits = _shift_right(splitmix64(key + tokens * _GOLDEN), 11)

@@ -1,4 +1,4 @@
-"""`rope`: rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated against each other as in Llama."""
+"""`rope`: rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves turned against each other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def rope_frequencies(
     return frequency / factor * (1 - blend) + frequency * blend
 
 
-def rope_table(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(
+    positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines [T, 1, head_dim] in `dtype` for positions [T]; computed once a step for all layers."""
     angles = torch.outer(positions.to(torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)

@@ -16,7 +16,7 @@ from phalanx.launcher.llm import LLM, Prompt
 
 
 def print_as_text(llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
-    """Streams the first unfinished prompt's text to standard output; the others follow in order. Figures go to stderr."""
+    """Streams the first unfinished prompt's text to standard output; the others follow in order."""
     started = time.perf_counter()
     pending: dict[int, list[str]] = {index: [] for index in range(len(prompts))}
     finished: set[int] = set()
@@ -45,7 +45,7 @@ def print_as_text(llm: LLM, prompts: Sequence[Prompt], params: Sequence[Sampling
 
 
 def print_as_json(llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
-    """One object a line for each prompt, in order and as soon as it and those before it are finished; then the summary."""
+    """One object a line for each prompt, in order, once it and those before it are finished; then a summary."""
     started = time.perf_counter()
     done: dict[int, RequestOutput] = {}
     order: list[int] = []

@@ -52,11 +52,11 @@ class Startup:
 
 
 class _Running(NamedTuple):
-    """A request at work. index: of its prompt in the call."""
+    """A request at work. place: of its prompt in the call."""
 
     engine: Engine
     name: int
-    index: int
+    place: int
 
 
 class LLM:
@@ -66,11 +66,14 @@ class LLM:
     ...     print(llm.generate(["The capital of France is"], SamplingParams(max_tokens=8))[0].text)
     """
 
-    def __init__(self, model: str | Mapping[str, Any], *, on_progress: OnProgress | None = None, **sections: Any) -> None:
+    def __init__(
+        self, model: str | Mapping[str, Any], *, on_progress: OnProgress | None = None, **sections: Any
+    ) -> None:
         """model, and `cluster`, `parallel`, `comm`, `engine` as keywords: the sections of the YAML file.
 
-        on_progress: hears how far each rank is while it starts. Raises ConfigError with every problem at once, ModelError
-        for a model that cannot be read, PlacementError for ranks that cannot be placed, RankFailedError for one that fails.
+        on_progress: hears how far each rank is while it starts. Raises ConfigError with every problem at once,
+        ModelError for a model that cannot be read, PlacementError for ranks that cannot be placed, RankFailedError
+        for one that fails.
         """
         self._open(load_config({"model": model, **sections}), on_progress)
 
@@ -153,8 +156,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes prompts, texts or token ids, and returns an output for each, in order.
 
-        params: one for all, or one a prompt. Raises RequestError, before anything runs, where a prompt cannot be served,
-        and RankFailedError within seconds where a rank dies meanwhile.
+        params: one for all, or one a prompt. Raises RequestError, before anything runs, where a prompt cannot be
+        served, and RankFailedError within seconds where a rank dies meanwhile.
         """
         running = self._add(prompts, params)
         for _ in self._deltas(running):
@@ -164,12 +167,13 @@ class LLM:
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Delta | RequestOutput]:
-        """Completes prompts and yields what is new as it comes; `request` of a Delta is the prompt's place in `prompts`.
+        """Completes prompts and yields what is new as it comes; `request` of a Delta is the prompt's place in
+        `prompts`.
 
         The Delta with a finish reason is followed by the request's RequestOutput. Closing the iterator aborts the rest.
         """
         running = self._add(prompts, params)
-        by_index = {request.index: request for request in running}
+        by_index = {request.place: request for request in running}
         for delta in self._deltas(running):
             yield delta
             if delta.finish_reason is not None:
@@ -194,7 +198,9 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _add(
@@ -206,7 +212,9 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(listed)
         if len(params) != len(listed):
-            raise RequestError(f"{len(listed)} prompts but {len(params)} sampling parameters; give one for all or one each")
+            raise RequestError(
+                f"{len(listed)} prompts but {len(params)} sampling parameters; give one for all or one each"
+            )
         running: list[_Running] = []
         try:
             for index, (prompt, each) in enumerate(zip(listed, params, strict=True)):
@@ -250,7 +258,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _numbered(requests: Sequence[_Running]) -> Iterator[Delta]:
     """What one engine adds to the requests, numbered by their prompts."""
-    index_of = {request.name: request.index for request in requests}
+    index_of = {request.name: request.place for request in requests}
     for delta in requests[0].engine.run(list(index_of)):
         if delta.request in index_of:
             yield delta._replace(request=index_of[delta.request])

@@ -55,7 +55,9 @@ def _prompt_line(line: str, defaults: SamplingParams) -> PromptLine:
         near = get_close_matches(unknown[0], _PARAMS, 1)
         raise RequestError(f"unknown key {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     params = replace(defaults, **msgspec.convert(data, dict, strict=True))
-    msgspec.convert({name: getattr(params, name) for name in _PARAMS}, SamplingParams)  # the types, where JSON gave others
+    msgspec.convert(
+        {name: getattr(params, name) for name in _PARAMS}, SamplingParams
+    )  # the types, where JSON gave others
     if token_ids is not None:
         return PromptLine(msgspec.convert(token_ids, list[int]), params)
     return PromptLine(msgspec.convert(prompt, str), params)

@@ -12,8 +12,8 @@ class Batch(NamedTuple):
     """The sequences of a step, laid one after another.
 
     positions: [T] int64, of each token in its sequence. slots: [T] int64, where its key and value go in the cache.
-    query_starts: row of each sequence's first token, then T. context_lengths: tokens of each sequence, new ones included.
-    page_tables: pages of each sequence, int64. last_rows: [B] int64, rows whose next token is to be drawn.
+    query_starts: row of each sequence's first token, then T. context_lengths: tokens of each sequence, new ones
+    included. page_tables: pages of each sequence, int64. last_rows: [B] int64, rows whose next token is to be drawn.
     """
 
     positions: torch.Tensor
@@ -25,7 +25,9 @@ class Batch(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of this rank's layers and KV heads, in pages: [layers, pages, page_size, kv_heads, head_dim] each."""
+    """Keys and values of this rank's layers and KV heads, in pages: [layers, pages, page_size, kv_heads, head_dim]
+    each.
+    """
 
     def __init__(
         self,

@@ -12,8 +12,8 @@ from phalanx.parallel.shape import ModelShape
 class RopeConfig:
     """Rotary position embedding.
 
-    theta: base of the frequencies. scaling: `none`, `linear` (positions divided by `factor`) or `llama3` (long wavelengths
-    divided by `factor`, short ones kept, those between blended; as published with Llama 3.1).
+    theta: base of the frequencies. scaling: `none`, `linear` (positions divided by `factor`) or `llama3` (long
+    wavelengths divided by `factor`, short ones kept, those between blended; as published with Llama 3.1).
     original_max_position: context length the model was trained on before scaling, for `llama3`.
     """
 
@@ -30,10 +30,11 @@ class DecoderConfig:
     """A decoder: its family, its shape, and which of the known variations it has.
 
     family: row of the table in `models/families.py`. shape: its dimensions. max_position: positions it can address.
-    norm_eps: epsilon of every RMSNorm. tie_embeddings: the head is the embedding. qkv_bias: biases on the query, key and
-    value projections. o_bias, ffn_bias: on the output projection, on the feed-forward. qk_norm: RMSNorm on each query
-    and key head before rotation. sliding_window: positions a token sees back, itself included, or None for all.
-    dtype: as stored, one of `float32`, `float16`, `bfloat16`. bos_token_id, eos_token_ids: from the model's own files.
+    norm_eps: epsilon of every RMSNorm. tie_embeddings: the head is the embedding. qkv_bias: biases on the query, key
+    and value projections. o_bias, ffn_bias: on the output projection, on the feed-forward. qk_norm: RMSNorm on each
+    query and key head before rotation. sliding_window: positions a token sees back, itself included, or None for all.
+    dtype: as stored, one of `float32`, `float16`, `bfloat16`. bos_token_id, eos_token_ids: from the model's own
+    files.
     """
 
     family: str

@@ -30,7 +30,7 @@ class Attention:
         shape = config.shape
         queries, keys = stage.query_heads[tensor_rank], stage.kv_heads[tensor_rank]
         self.head_dim = shape.head_dim
-        self.sizes = (queries.size, keys.size, keys.size)
+        self.sizes = [queries.size, keys.size, keys.size]
         self.scale = shape.head_dim**-0.5
         self.window = config.sliding_window
         self.norm_eps = config.norm_eps
@@ -47,7 +47,7 @@ class Attention:
         self, x_TH: torch.Tensor, table: RopeTable, batch: Batch, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         heads = self.qkv(x_TH).view(x_TH.shape[0], sum(self.sizes), self.head_dim)
-        q_TND, k_TKD, v_TKD = heads.split(self.sizes, dim=1)
+        q_TND, k_TKD, v_TKD = torch.split(heads, self.sizes, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TND = rms_norm(q_TND, self.q_norm, self.norm_eps)
             k_TKD = rms_norm(k_TKD, self.k_norm, self.norm_eps)
@@ -121,7 +121,9 @@ class Decoder:
         self.frequencies = _rope_frequencies(config.shape.head_dim, config.rope).to(attention.device)
 
     def __call__(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Hidden states [T, H] after this stage's layers; x is token ids [T] on the first stage, hidden states elsewhere."""
+        """Hidden states [T, H] after this stage's layers; x is token ids [T] on the first stage, hidden states
+        elsewhere.
+        """
         x_TH = x if self.embed is None else self.embed(x)
         table = rope_table(batch.positions, self.frequencies, x_TH.dtype)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):

@@ -63,7 +63,9 @@ def load_params(
     num_threads: int = 1,
     on_bytes: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads the parameters as `dtype` onto `device`, several at a time. `on_bytes` hears each one's size when it is there."""
+    """Reads the parameters as `dtype` onto `device`, several at a time. `on_bytes` hears each one's size when it is
+    there.
+    """
 
     def load(param: Param) -> torch.Tensor:
         tensor = torch.empty(param.shape, dtype=dtype, device=device)

@@ -14,8 +14,8 @@ class HandOver:
     """One border of the pipeline, seen from a rank on either side of it.
 
     All ranks of the earlier stage hold the same hidden states. Each sends its share of the elements to the ranks of the
-    later stage whose share they are, so that every value crosses the border once; the later stage then gathers the shares
-    inside itself, where links are fast.
+    later stage whose share they are, so that every value crosses the border once; the later stage then gathers the
+    shares inside itself, where links are fast.
     """
 
     def __init__(self, comm: Communicator, senders: range, receivers: range, stage_comm: Communicator) -> None:
@@ -24,7 +24,7 @@ class HandOver:
         self._senders = senders
         self._receivers = receivers
         self._stage_comm = stage_comm
-        self._sending: list[Handle] = []
+        self._sending: list[Handle[torch.Tensor]] = []
 
     def send(self, x: torch.Tensor) -> None:
         """Starts sending this rank's share of x; returns once the hand-over before it has left."""

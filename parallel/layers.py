@@ -16,7 +16,7 @@ from phalanx.parallel.split import Interval
 
 @dataclass(frozen=True, slots=True)
 class ColumnParallelLinear:
-    """Output columns cut over the ranks: every rank reads all of x and makes its own columns. weight [O, H], bias [O]."""
+    """Output columns cut over the ranks: each rank reads all of x and makes its own. weight [O, H], bias [O]."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from phalanx.errors import LayoutError
@@ -52,7 +53,7 @@ class Stage:
 
 
 class RankPlace(NamedTuple):
-    """Where a rank stands. rank: number inside its replica, counted through the stages. tensor_rank: inside its stage."""
+    """Where a rank stands. rank: number inside its replica, through all stages. tensor_rank: inside its stage."""
 
     replica: int
     rank: int
@@ -94,7 +95,8 @@ class Layout:
         widths = "+".join(str(stage.num_ranks) for stage in self.stages)
         copies = f" x {self.replicas} replicas" if self.replicas > 1 else ""
         layers = "+".join(str(stage.layers.size) for stage in self.stages)
-        return f"{widths} ranks, {layers} layers{copies}"
+        plural = "" if self.num_ranks == 1 else "s"
+        return f"{widths} rank{plural}, {layers} layers{copies}"
 
 
 def build_layout(shape: ModelShape, requests: Sequence[StageRequest], replicas: int = 1) -> Layout:
@@ -114,11 +116,14 @@ def build_layout(shape: ModelShape, requests: Sequence[StageRequest], replicas: 
     for index, (request, interval) in enumerate(zip(requests, layers, strict=True)):
         weights = request.weights or (1.0,) * request.num_ranks
         if len(weights) != request.num_ranks:
-            raise LayoutError(f"stage {index} has {request.num_ranks} ranks but {len(weights)} weights; give one a rank")
+            raise LayoutError(
+                f"stage {index} has {request.num_ranks} ranks but {len(weights)} weights; give one a rank"
+            )
         if request.num_ranks > shape.num_query_heads:
             raise LayoutError(
                 f"stage {index} asks for {request.num_ranks} tensor-parallel ranks, but the model has "
-                f"{shape.num_query_heads} query heads; use at most {shape.num_query_heads} ranks a stage and more stages"
+                f"{shape.num_query_heads} query heads; use at most {shape.num_query_heads} ranks a stage and more "
+                "stages"
             )
         query_heads = Split.weighted(shape.num_query_heads, weights)
         stages.append(
@@ -155,15 +160,22 @@ def _deal_layers(shape: ModelShape, requests: Sequence[StageRequest]) -> list[In
         raise LayoutError(f"every stage needs at least one layer, found {asked}")
     if spare < open_stages or (spare and not open_stages):
         wanted = f"the stages ask for {fixed} layers" + (f" and {open_stages} more stages" if open_stages else "")
-        raise LayoutError(f"{wanted}, but the model has {shape.num_layers}; the layers of all stages must add up to that")
+        raise LayoutError(
+            f"{wanted}, but the model has {shape.num_layers}; the layers of all stages must add up to that"
+        )
     counts = [count or 1 for count in asked]
     for _ in range(spare - open_stages):
         # A greedy deal is optimal here: each layer costs the same, and goes where the stage's time grows to the least.
-        counts[min((i for i, count in enumerate(asked) if count is None), key=lambda i: _stage_cost(shape, requests, counts, i))] += 1
+        counts[
+            min(
+                (i for i, count in enumerate(asked) if count is None),
+                key=lambda i: _stage_cost(shape, requests, counts, i),
+            )
+        ] += 1
     bounds = [0]
     for count in counts:
         bounds.append(bounds[-1] + count)
-    return [Interval(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [Interval(low, high) for low, high in pairwise(bounds)]
 
 
 def _stage_cost(shape: ModelShape, requests: Sequence[StageRequest], counts: Sequence[int], stage: int) -> float:

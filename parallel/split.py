@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple, Self
 
 from phalanx.errors import LayoutError
@@ -80,7 +80,9 @@ class Split:
         num_granules = -(-size // granule)
         if num_granules < len(weights):
             unit = "" if granule == 1 else f" granules of {granule}"
-            raise LayoutError(f"{size} elements are {num_granules}{unit}, too few to give each of {len(weights)} parts one")
+            raise LayoutError(
+                f"{size} elements are {num_granules}{unit}, too few to give each of {len(weights)} parts one"
+            )
         exact = [Fraction(weight) for weight in weights]
         total = sum(exact)
         shares = [num_granules * weight / total for weight in exact]
@@ -89,7 +91,9 @@ class Split:
         spare = num_granules - sum(counts)
         for part in order[: max(spare, 0)]:
             counts[part] += 1
-        while sum(counts) > num_granules:  # parts raised to their one granule took it from those with the most in excess
+        while (
+            sum(counts) > num_granules
+        ):  # parts raised to their one granule took it from those with the most in excess
             part = max((p for p in range(len(counts)) if counts[p] > 1), key=lambda p: (counts[p] - shares[p], p))
             counts[part] -= 1
         bounds = [min(size, bound * granule) for bound in accumulate(counts, initial=0)]
@@ -101,7 +105,7 @@ class Split:
 
         Raises LayoutError otherwise.
         """
-        rises = all(low < high for low, high in zip(bounds, bounds[1:], strict=False))
+        rises = all(low < high for low, high in pairwise(bounds))
         if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != size or not rises:
             raise LayoutError(f"bounds must rise from 0 to {size}, found {list(bounds)}")
         crooked = [bound for bound in bounds[:-1] if bound % granule]
@@ -111,7 +115,7 @@ class Split:
 
     @classmethod
     def _from_bounds(cls, size: int, bounds: Sequence[int], granule: int) -> Self:
-        return cls(size, granule, tuple(Interval(low, high) for low, high in zip(bounds, bounds[1:], strict=False)))
+        return cls(size, granule, tuple(Interval(low, high) for low, high in pairwise(bounds)))
 
     def covering(self, group: int) -> Split:
         """The split of whole groups of `group` elements that each part touches: KV heads under a split of query heads.

@@ -42,7 +42,9 @@ def generate(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: parallel.tensor=3. Repeatable."),
     ] = None,
 ) -> None:
-    """Complete prompts with the model of CONFIG; the text goes to standard output as it comes, all else to standard error."""
+    """Complete prompts with the model of CONFIG; the text goes to standard output as it comes, all else to standard
+    error.
+    """
     from phalanx.engine.sampling_params import SamplingParams
     from phalanx.launcher.config import load_config
     from phalanx.launcher.generate_output import print_as_json, print_as_text

@@ -4,13 +4,12 @@ from phalanx.comm import Ledger, OpTotals
 
 
 def test_totals_are_sums_by_operation_and_step() -> None:
-    now_s = 10.0
-    ledger = Ledger(clock_s=lambda: now_s)
+    ledger = Ledger()
     ledger.begin_step(1)
-    ledger.record(1, "stage0", "all_reduce", 100, started_s=7.0, waited_s=1.0)
-    ledger.record(2, "stage0", "all_reduce", 50, started_s=8.0, waited_s=2.0)
+    ledger.record(1, "stage0", "all_reduce", 100, started_s=7.0, waited_s=1.0, ended_s=10.0)
+    ledger.record(2, "stage0", "all_reduce", 50, started_s=8.0, waited_s=2.0, ended_s=10.0)
     ledger.begin_step(2)
-    ledger.record(1, "world", "send", 8, started_s=9.5, waited_s=0.0)
+    ledger.record(1, "world", "send", 8, started_s=9.5, waited_s=0.0, ended_s=10.0)
     assert ledger.summary() == {
         "all_reduce": OpTotals(num_ops=2, num_bytes=150, exposed_us=3e6, hidden_us=2e6),
         "send": OpTotals(num_ops=1, num_bytes=8, exposed_us=0.0, hidden_us=0.5e6),
@@ -20,14 +19,14 @@ def test_totals_are_sums_by_operation_and_step() -> None:
 
 
 def test_the_oldest_entries_give_way_and_are_counted() -> None:
-    ledger = Ledger(capacity=2, clock_s=lambda: 0.0)
+    ledger = Ledger(capacity=2)
     for seq in range(5):
-        ledger.record(seq, "world", "barrier", 0, 0.0, 0.0)
+        ledger.record(seq, "world", "barrier", 0, 0.0, 0.0, 0.0)
     assert [entry.seq for entry in ledger.entries()] == [3, 4]
     assert ledger.num_dropped == 3
 
 
 def test_operations_before_the_first_step_belong_to_none() -> None:
-    ledger = Ledger(clock_s=lambda: 0.0)
-    ledger.record(1, "world", "barrier", 0, 0.0, 0.0)
+    ledger = Ledger()
+    ledger.record(1, "world", "barrier", 0, 0.0, 0.0, 0.0)
     assert ledger.entries()[0].step == -1

@@ -47,14 +47,16 @@ class Script:
         ]
         self._results.append(StepResult(plan.step, tuple(tokens), 1.0))
 
-    def receive(self, timeout_s: float) -> StepResult | None:  # noqa: ARG002
+    def receive(self, timeout_s: float) -> StepResult | None:
         return self._results.popleft()
 
     def close(self) -> None:
         pass
 
 
-def engine_saying(text: bytes, prompt_length: int = 1, num_stages: int = 1, seed: int | None = 0) -> tuple[Engine, Script]:
+def engine_saying(
+    text: bytes, prompt_length: int = 1, num_stages: int = 1, seed: int | None = 0
+) -> tuple[Engine, Script]:
     said = [*text, EOS]
     script = Script(lambda _, position: said[min(position - prompt_length, len(text))])
     limits = Limits(8, 64, 64, 4, 100, num_stages)
@@ -91,7 +93,9 @@ def test_a_stop_token_ends_it_and_is_no_text() -> None:
     assert (output.text, output.finish_reason) == ("he", "stop")
 
 
-@pytest.mark.parametrize(("stop", "text"), [(("lo w",), "hel"), (("zzz", "o"), "hell"), (("world", "wo"), "hello "), (("h",), "")])
+@pytest.mark.parametrize(
+    ("stop", "text"), [(("lo w",), "hel"), (("zzz", "o"), "hell"), (("world", "wo"), "hello "), (("h",), "")]
+)
 def test_a_stop_string_over_several_tokens_is_cut_off(stop: tuple[str, ...], text: str) -> None:
     output, deltas = complete(engine_saying(b"hello world")[0], SamplingParams(max_tokens=50, stop=stop))
     assert (output.text, output.finish_reason) == (text, "stop")

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phalanx.kernels import gumbel_noise, linear, paged_attention, rms_norm, rope, rope_frequencies, rope_table, silu_mul, write_kv
+from phalanx.kernels import (
+    gumbel_noise,
+    linear,
+    paged_attention,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    rope_table,
+    silu_mul,
+    write_kv,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 dtypes = st.sampled_from(list(TOLERANCE))
@@ -110,7 +120,15 @@ def test_paged_attention_of_ragged_sequences(
         starts.append(starts[-1] + new)
         contexts.append(length)
     output = paged_attention(
-        torch.cat(queries), key_cache, value_cache, tables, starts, contexts, torch.tensor(kv_of_query), scale=0.3, window=window
+        torch.cat(queries),
+        key_cache,
+        value_cache,
+        tables,
+        starts,
+        contexts,
+        torch.tensor(kv_of_query),
+        scale=0.3,
+        window=window,
     )
     assert close(output.flatten(0, 1), torch.stack(expected))
 

@@ -68,7 +68,7 @@ def test_transfers_send_every_element_once(split: Split, others: list[float]) ->
     if split.size < len(others):
         return
     target = Split.weighted(split.size, others)
-    sent = []
+    sent: list[int] = []
     for transfer in split.transfers(target):
         elements = range(transfer.interval.start, transfer.interval.stop)
         assert all(split.owner(element) == transfer.source for element in (elements[0], elements[-1]))
