@@ -392,7 +392,8 @@ class Communicator(ABC):
         self._break(f"{what} waited longer than {self.timeout_s:g} s")
         raise WaitTimeoutError(
             f"{what} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: {names} "
-            f"({'; '.join(notes)}). Look at what is named first; if it is only slow, raise the limit on waiting",
+            f"({'; '.join(notes)}). The cause is most likely a rank that does not "
+            "wait itself; if that one is only slow, raise the limit (timeout_s)",
             missing,
         )
 

@@ -51,7 +51,7 @@ class Ledger:
         self.clock_s = clock_s
         self.step = -1
         self.num_recorded = 0
-        # Plain tuples: making a NamedTuple runs Python code, which is slow where caches are cold, as between two layers.
+        # Plain tuples: making a NamedTuple runs Python code, which is slow with cold caches, as between two layers.
         self._entries: deque[tuple[int, int, str, str, int, float, float, float]] = deque(maxlen=capacity)
 
     def begin_step(self, step: int) -> None:
@@ -73,9 +73,9 @@ class Ledger:
     def entries(self, step: int | None = None) -> list[LedgerEntry]:
         """The operations held, in the order they ended; of one step only where `step` is given."""
         return [
-            LedgerEntry(*facts, started_s * 1e6, waited_s * 1e6, (ended_s - started_s) * 1e6)
-            for *facts, started_s, waited_s, ended_s in self._entries
-            if step is None or facts[0] == step
+            LedgerEntry(of, seq, group, op, size, start_s * 1e6, waited_s * 1e6, (end_s - start_s) * 1e6)
+            for of, seq, group, op, size, start_s, waited_s, end_s in self._entries
+            if step is None or of == step
         ]
 
     def summary(self, step: int | None = None) -> dict[str, OpTotals]:

@@ -16,6 +16,7 @@ import torch
 from phalanx.comm.communicator import Communicator
 from phalanx.comm.create import choose_backend, create_communicator
 from phalanx.comm.rendezvous import connect_store
+from phalanx.comm.work import GroupBrokenError
 from phalanx.engine.channel import RankChannel
 from phalanx.engine.messages import (
     NewSequence,
@@ -29,7 +30,7 @@ from phalanx.engine.messages import (
     StepResult,
 )
 from phalanx.engine.runner import StepRunner
-from phalanx.errors import CommError, PhalanxError
+from phalanx.errors import PhalanxError
 from phalanx.models.batch import KVCache
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
@@ -214,7 +215,7 @@ def run_rank(spec: RankSpec) -> None:
                     node=socket.gethostname(),
                     message=f"{error}" if isinstance(error, PhalanxError) else f"{type(error).__name__}: {error}",
                     traceback=traceback.format_exc(),
-                    symptom=isinstance(error, CommError),
+                    symptom=isinstance(error, GroupBrokenError),
                 )
             )
             raise

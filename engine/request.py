@@ -174,7 +174,7 @@ def new_request(
         seed=seed if params.seed is None else params.seed,
         stop_tokens=frozenset(stop_tokens),
         arrived_s=now_s,
-        stream=None if tokenizer is None else tokenizer.stream(),
+        stream=None if tokenizer is None else tokenizer.stream(continuation=True),
     )
 
 

@@ -10,6 +10,7 @@ import typer
 from phalanx import __version__
 from phalanx.errors import PhalanxError
 from phalanx.launcher.commands.check import check
+from phalanx.launcher.commands.deployments import launch, status, stop
 from phalanx.launcher.commands.generate import generate
 
 app = typer.Typer(
@@ -21,6 +22,9 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(generate)
+app.command()(launch)
+app.command()(status)
+app.command()(stop)
 
 
 def _print_version(wanted: bool) -> None:

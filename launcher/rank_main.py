@@ -47,11 +47,13 @@ def load_target(target: str) -> Callable[[Any], None]:
 def run_target(target: str, spec: bytes, num_threads: int) -> RankReport:
     """Runs a rank from its encoded specification to its end; whatever exception ends it is in the report."""
     try:
-        # Imported here: it brings torch, which reads the thread counts when it is imported.
+        # First, and not at the top: it brings torch, which reads the thread counts when it is imported, and it says
+        # how long that took.
+        function = load_target(target)
         from phalanx.engine.messages import RankSpec
 
         decoded = msgspec.msgpack.decode(spec, type=RankSpec)
-        load_target(target)(replace(decoded, num_threads=num_threads))
+        function(replace(decoded, num_threads=num_threads))
     except Exception as error:
         return failure_report(error)
     return RankReport()

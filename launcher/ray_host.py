@@ -17,7 +17,8 @@ from phalanx.errors import PlacementError
 from phalanx.launcher.hosts import DEFAULT_TARGET, EXIT_GRACE_S, ClusterSettings, RankExit
 from phalanx.launcher.placement import Node, plan_placement
 from phalanx.launcher.process_host import cores_here
-from phalanx.launcher.rank_main import RankReport, failure_report, limit_threads, run_target
+from phalanx.launcher.rank_actor import RankActor
+from phalanx.launcher.rank_main import RankReport
 from phalanx.launcher.ray_cluster import RayCluster
 from phalanx.parallel.layout import Layout
 
@@ -27,23 +28,6 @@ NODE_ID = "ray.io/node-id"  # the label that every node carries; addresses are n
 LOG_BYTES = 4096
 
 logger = logging.getLogger(__name__)
-
-
-class RankActor:
-    """The process of one rank. `run` blocks for the rank's life; `where` answers beside it."""
-
-    def run(self, target: str, spec: bytes, num_threads: int) -> bytes:
-        """Runs a rank; returns its `RankReport` in msgpack. Takes what `run_target` takes."""
-        # Not by Ray's runtime_env, which would keep Ray from using the workers it has already started.
-        try:
-            report = run_target(target, spec, limit_threads(num_threads))
-        except BaseException as error:
-            report = failure_report(error)
-        return msgspec.msgpack.encode(report)
-
-    def where(self) -> int:
-        """Its process id."""
-        return os.getpid()
 
 
 class RayHost:

@@ -71,7 +71,7 @@ def load_params(
         tensor = torch.empty(param.shape, dtype=dtype, device=device)
         row = 0
         for piece in param.slices:
-            tensor[row : row + piece.shape[0]] = checkpoint.read(piece.tensor, piece.rows, piece.columns)
+            tensor[row : row + piece.shape[0]] = checkpoint.read(piece.tensor, piece.rows, piece.columns, dtype)
             row += piece.shape[0]
         return tensor
 

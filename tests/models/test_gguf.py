@@ -266,7 +266,7 @@ def test_what_would_change_the_results_is_refused_by_name(
 
 def test_an_unknown_architecture_is_refused(write_gguf: Write, tiny_gguf_tensors: Arrays) -> None:
     file = read_gguf(write_gguf({}, tiny_gguf_tensors, arch="gpt-oss"))
-    with pytest.raises(ModelError, match="general.architecture is 'gpt-oss'; supported: llama, qwen2, qwen3"):
+    with pytest.raises(ModelError, match=r"general.architecture is 'gpt-oss'; supported: llama, qwen2, qwen3"):
         gguf_decoder_config(file)
 
 

@@ -218,7 +218,7 @@ def sentencepiece_metadata(**extra: Any) -> dict[str, Any]:
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(index) for index in range(len(pieces))],
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(5 * index % 13) for index in range(len(pieces))],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,

@@ -1,0 +1,217 @@
+"""Named deployments: an `LLM` in a detached Ray actor, that other programs find by its name."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from phalanx.errors import PhalanxError, PlacementError, RankFailedError, RequestError
+from phalanx.launcher.config import Config, load_config
+from phalanx.launcher.ray_cluster import RayCluster
+
+if TYPE_CHECKING:
+    from phalanx.engine.request import Delta, RequestOutput
+    from phalanx.engine.sampling_params import SamplingParams
+    from phalanx.launcher.llm import LLM, Prompt
+
+NAMESPACE = "phalanx"
+"""The Ray namespace of all deployments: `ray.init(namespace="phalanx")`, then `ray.get_actor(NAME)`."""
+
+STOP_S = 30.0  # for a deployment to end its ranks; then it is killed, and they with it
+
+
+class Deployment:
+    """The actor. Calls of `generate` and `stream` take turns; `status` answers meanwhile."""
+
+    def __init__(self, config: bytes) -> None:
+        self._config = msgspec.json.decode(config)
+        self._llm: LLM | None = None
+        self._turn = threading.Lock()
+        self._since = time.time()
+        self._num_requests = 0
+        self._num_tokens = 0
+        self._failure: str | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Starts the ranks; returns the first status. Raises PhalanxError, with the message of what went wrong."""
+        from phalanx.launcher.llm import LLM
+
+        try:
+            self._llm = LLM.from_config(load_config(self._config))
+        except PhalanxError as error:
+            raise PhalanxError(str(error)) from None  # errors with parts of their own do not cross processes whole
+        return self.status()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """As `LLM.generate`."""
+        from phalanx.engine.request import RequestOutput
+
+        return [event for event in self.stream(prompts, params) if isinstance(event, RequestOutput)]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Delta | RequestOutput]:
+        """As `LLM.stream`; call it with `.options(num_returns="streaming")`."""
+        from phalanx.engine.request import RequestOutput
+
+        if self._llm is None:
+            raise PhalanxError("this deployment is not running; see `phalanx status`")
+        with self._turn:
+            try:
+                for event in self._llm.stream(prompts, params):
+                    if isinstance(event, RequestOutput):
+                        self._num_requests += 1
+                        self._num_tokens += len(event.token_ids)
+                    yield event
+            except RankFailedError as error:
+                self._failure = str(error)
+                raise PhalanxError(str(error)) from None
+
+    def status(self) -> dict[str, Any]:
+        """Plain data: `state` (starting, running, failed), `model`, `layout`, `ranks`, `uptime_s`, `requests`,
+        `output_tokens`, `startup_s`, `failure`.
+        """
+        state = "failed" if self._failure else "starting" if self._llm is None else "running"
+        status: dict[str, Any] = {
+            "state": state,
+            "node": socket.gethostname(),
+            "uptime_s": time.time() - self._since,
+            "requests": self._num_requests,
+            "output_tokens": self._num_tokens,
+            "failure": self._failure,
+        }
+        if self._llm is not None:
+            startup = self._llm.startup
+            status["model"] = self._llm.config.model.path
+            status["layout"] = str(self._llm.plan.layout)
+            status["ranks"] = [{"rank": r.rank, "node": r.node, "pid": r.pid} for r in startup.ranks]
+            status["startup_s"] = dict(startup.startup_s)
+        return status
+
+    def stop(self) -> None:
+        """Ends the ranks. The caller then ends the actor."""
+        if self._llm is not None:
+            self._llm.close()
+            self._llm = None
+
+
+def launch(
+    source: str | Path | Mapping[str, Any], name: str, *, overrides: Sequence[str] = (), wait: bool = True
+) -> Any:
+    """Deploys a configuration under a name and returns the actor's handle.
+
+    The actor is detached: it goes on when this program ends, for as long as the Ray cluster runs. A configuration with
+    `cluster.ray: local` joins the cluster that runs on this machine; one must run already (`ray start --head`), since
+    a Ray of this program's own would end with it. wait: until the ranks are ready.
+
+    Raises ConfigError for a bad configuration, PlacementError where the name is taken, PhalanxError where Ray is not
+    running or the ranks do not start; then nothing is left behind.
+    """
+    import ray
+
+    config = _for_cluster(load_config(source, overrides))
+    RayCluster(config.cluster.ray, config.parallel.num_ranks)
+    if name in deployments():
+        raise PlacementError(
+            f"a deployment {name!r} runs already; stop it with `phalanx stop {name}` or choose another"
+        )
+    actor = (
+        ray.remote(Deployment)
+        .options(name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=16)
+        .remote(msgspec.json.encode(config.model_dump(mode="json")))
+    )
+    if wait:
+        try:
+            ray.get(actor.start.remote())
+        except BaseException as error:
+            _end(actor)
+            raise _own(error) from None
+    else:
+        actor.start.remote()
+    return actor
+
+
+def deployments() -> list[str]:
+    """Names of the deployments on the cluster this process is connected to."""
+    import ray
+
+    return sorted(each["name"] for each in ray.util.list_named_actors(True) if each["namespace"] == NAMESPACE)
+
+
+def find(name: str) -> Any:
+    """The handle of a deployment. Raises PhalanxError, with the names there are, where there is none of that name."""
+    import ray
+
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        running = ", ".join(deployments()) or "none"
+        raise PhalanxError(f"there is no deployment {name!r}; running: {running}") from None
+
+
+def status(name: str) -> dict[str, Any]:
+    """What a deployment says of itself; see `Deployment.status`."""
+    import ray
+
+    try:
+        answer: dict[str, Any] = ray.get(find(name).status.remote(), timeout=10)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        return {"state": "unreachable", "failure": str(error)}
+    return answer
+
+
+def stop(name: str) -> None:
+    """Ends a deployment and its ranks, and returns when its name is free."""
+    import ray
+
+    actor = find(name)
+    try:
+        ray.get(actor.stop.remote(), timeout=STOP_S)
+    except (ray.exceptions.RayError, TimeoutError):
+        pass  # it is killed below; its ranks are its actors and end with it
+    finally:
+        _end(actor)
+
+
+def _end(actor: Any) -> None:
+    import ray
+
+    ray.kill(actor, no_restart=True)
+
+
+def _own(error: BaseException) -> BaseException:
+    """The error that was raised inside the actor, without Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, RequestError | PhalanxError):
+        return cause
+    return error
+
+
+def _for_cluster(config: Config) -> Config:
+    """`config` for ranks on a cluster that outlives this program.
+
+    What a configuration for this machine leaves open is decided as for this machine.
+    """
+    if config.cluster.ray == "none":
+        raise PhalanxError("a deployment needs Ray: set cluster.ray to auto or host:port")
+    if config.cluster.ray != "local":
+        return config
+    from phalanx.launcher.llm import checked_plan
+    from phalanx.models.resolve import resolve_model
+
+    plan = checked_plan(config, resolve_model(config.model.path, revision=config.model.revision))
+    changes = {
+        "ray": "auto",
+        "device": plan.device,
+        "cpus_per_rank": plan.cpus_per_rank,
+        "gpus_per_rank": plan.gpus_per_rank,
+    }
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=changes)})
