@@ -115,14 +115,22 @@ def launch(
     Raises ConfigError for a bad configuration, PlacementError where the name is taken, PhalanxError where Ray is not
     running or the ranks do not start; then nothing is left behind.
     """
+    config = _for_cluster(load_config(source, overrides))
+    cluster = RayCluster(config.cluster.ray, config.parallel.num_ranks)  # stays open, for the handle to work
+    try:
+        if name in deployments():
+            raise PlacementError(
+                f"a deployment {name!r} runs already; stop it with `phalanx stop {name}` or choose another name"
+            )
+        return _deploy(config, name, wait)
+    except BaseException:
+        cluster.close()
+        raise
+
+
+def _deploy(config: Config, name: str, wait: bool) -> Any:
     import ray
 
-    config = _for_cluster(load_config(source, overrides))
-    RayCluster(config.cluster.ray, config.parallel.num_ranks)
-    if name in deployments():
-        raise PlacementError(
-            f"a deployment {name!r} runs already; stop it with `phalanx stop {name}` or choose another"
-        )
     actor = (
         ray.remote(Deployment)
         .options(name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=16)

@@ -20,7 +20,8 @@ from phalanx.engine.sampling_params import SamplingParams
 from phalanx.engine.scheduler import Limits
 from phalanx.errors import ConfigError, RequestError
 from phalanx.launcher.config import load_config
-from phalanx.launcher.formation import Formation
+from phalanx.launcher.formation import Formation, open_host
+from phalanx.launcher.hosts import RankHost
 from phalanx.launcher.machine import this_machine
 from phalanx.launcher.run_faults import find_faults
 from phalanx.launcher.run_plan import Decision, RunPlan, plan_run
@@ -106,14 +107,20 @@ class LLM:
             entries = self._source.entries()
             tokenizer = pool.submit(self._source.tokenizer)
             model_s = time.perf_counter() - started
+            settings, layout = cluster_settings(config, self.plan), self.plan.layout
+            hosts: list[RankHost] = []
             try:
-                for replica in range(self.plan.layout.replicas):
+                # All replicas' hosts get ready at once; then one replica after another is started.
+                for _ in range(layout.replicas):
+                    hosts.append(open_host(settings, layout.num_ranks))
+                for replica in range(layout.replicas):
                     specs = rank_specs(config, self.plan, self._source.config, entries, replica)
-                    self._formations.append(
-                        Formation.start(specs, cluster_settings(config, self.plan), on_progress=on_progress)
-                    )
+                    host = hosts.pop(0)
+                    self._formations.append(Formation.start(specs, settings, on_progress=on_progress, host=host))
                 self._tokenizer = tokenizer.result()
             except BaseException:
+                for host in hosts:
+                    host.stop(0.0)
                 self.close()
                 raise
         self._engines = [self._engine(formation) for formation in self._formations]
