@@ -41,19 +41,32 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         limits = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "0 to 100"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
-            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+            ("max_tokens", _whole(self.max_tokens) and self.max_tokens >= 1, "a whole number of at least 1"),
+            ("temperature", _number(self.temperature) and 0 <= self.temperature <= 100, "0 to 100"),
+            ("top_k", _whole(self.top_k) and self.top_k >= 0, "0 (all tokens) or a whole number"),
+            ("top_p", _number(self.top_p) and 0 < self.top_p <= 1, "above 0, up to 1"),
+            ("min_p", _number(self.min_p) and 0 <= self.min_p <= 1, "0 to 1"),
+            ("seed", self.seed is None or (_whole(self.seed) and -(2**63) <= self.seed < 2**63), "a 64-bit integer"),
             (
                 "stop",
                 len(stop) <= MAX_STOP_STRINGS and all(stop),
                 f"up to {MAX_STOP_STRINGS} strings, none of them empty",
             ),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+            ("stop_token_ids", all(map(_whole, self.stop_token_ids)), "token ids"),
+            (
+                "logprobs",
+                self.logprobs is None or (_whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+                f"0 to {MAX_LOGPROBS}",
+            ),
         )
         for name, good, allowed in limits:
             if not good:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, float) or _whole(value)

@@ -118,10 +118,6 @@ def launch(
     config = _for_cluster(load_config(source, overrides))
     cluster = RayCluster(config.cluster.ray, config.parallel.num_ranks)  # stays open, for the handle to work
     try:
-        if name in deployments():
-            raise PlacementError(
-                f"a deployment {name!r} runs already; stop it with `phalanx stop {name}` or choose another name"
-            )
         return _deploy(config, name, wait)
     except BaseException:
         cluster.close()
@@ -131,6 +127,10 @@ def launch(
 def _deploy(config: Config, name: str, wait: bool) -> Any:
     import ray
 
+    if name in deployments():
+        raise PlacementError(
+            f"a deployment {name!r} runs already; stop it with `phalanx stop {name}` or choose another name"
+        )
     actor = (
         ray.remote(Deployment)
         .options(name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=16)

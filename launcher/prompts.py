@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,7 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
         if line.strip():
             try:
                 lines.append(_prompt_line(line, defaults))
-            except (RequestError, msgspec.DecodeError, TypeError) as error:
+            except (RequestError, msgspec.DecodeError) as error:
                 problems.append(Problem("", str(error), found=line[:80], line=number))
     if problems:
         raise ConfigError(problems, str(path))
@@ -54,10 +54,7 @@ def _prompt_line(line: str, defaults: SamplingParams) -> PromptLine:
     if unknown:
         near = get_close_matches(unknown[0], _PARAMS, 1)
         raise RequestError(f"unknown key {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    params = replace(defaults, **msgspec.convert(data, dict, strict=True))
-    msgspec.convert(
-        {name: getattr(params, name) for name in _PARAMS}, SamplingParams
-    )  # the types, where JSON gave others
+    params = msgspec.convert({**asdict(defaults), **data}, SamplingParams)
     if token_ids is not None:
         return PromptLine(msgspec.convert(token_ids, list[int]), params)
     return PromptLine(msgspec.convert(prompt, str), params)

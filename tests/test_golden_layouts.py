@@ -23,8 +23,8 @@ PROMPTS = (
 class Golden:
     """The float32 model of transformers, asked whether given tokens are its greedy ones.
 
-    One pass over prompt and tokens answers for all of them: where each is the most likely after those before it, they are
-    what greedy decoding gives, token by token.
+    One pass over prompt and tokens answers for all of them: where each is the most likely after those before it, they
+    are what greedy decoding gives, token by token.
     """
 
     def __init__(self) -> None:

@@ -179,6 +179,9 @@ def test_a_request_that_cannot_be_served_is_refused_and_the_engine_goes_on(
     ("name", "value"),
     [
         ("max_tokens", 0),
+        ("max_tokens", "many"),
+        ("temperature", None),
+        ("top_k", 2.5),
         ("temperature", -0.1),
         ("top_k", -1),
         ("top_p", 0.0),
