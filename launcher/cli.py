@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from typing import Annotated
 
@@ -43,9 +45,21 @@ def phalanx(
     """Tensor- and pipeline-parallel inference of large language models, in any layout."""
 
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _log_as_asked() -> None:
+    """Logs to standard error from the level that the environment variable PHALANX_LOG names; warnings by default."""
+    level = os.environ.get("PHALANX_LOG", "warning").lower()
+    if level not in LOG_LEVELS:
+        raise PhalanxError(f"PHALANX_LOG is {level!r}; allowed: {', '.join(LOG_LEVELS)}")
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+
+
 def main() -> None:
     """Runs the command line. An error a user can cause is printed without a traceback and sets the exit code."""
     try:
+        _log_as_asked()
         app()
     except PhalanxError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from phalanx.engine.request import Delta
 from phalanx.errors import RankFailedError
 from phalanx.models.resolve import ModelSource
 
-SECTIONS = {"cluster": {"ray": "none", "device": "cpu"}, "engine": {"kv_cache": "64MiB"}}
+SECTIONS: dict[str, Any] = {"cluster": {"ray": "none", "device": "cpu"}, "engine": {"kv_cache": "64MiB"}}
 
 
 @pytest.mark.parametrize("victim", [0, 1, 3])

@@ -1,0 +1,141 @@
+"""Hidden states from a stage to one of another number of ranks; the ranks are threads, their transfers real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.rank_threads import Join, run_ranks
+
+from phalanx.comm import Communicator, Handle
+from phalanx.parallel.handover import HandOver
+
+SIZES = [(1, 1), (1, 2), (1, 3), (3, 1), (2, 3), (3, 2), (2, 2), (2, 4), (4, 3)]
+
+
+class Spy:
+    """A communicator that keeps a copy of everything sent through it, and counts the sends not yet waited for."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self.rank = comm.rank
+        self.sent: list[torch.Tensor] = []
+        self.num_pending = self.most_pending = 0
+
+    def send(self, x: torch.Tensor, to: int, *, async_op: Literal[True]) -> WatchedHandle:
+        self.sent.append(x.clone())
+        self.num_pending += 1
+        self.most_pending = max(self.most_pending, self.num_pending)
+        return WatchedHandle(self._comm.send(x, to, async_op=async_op), self)
+
+    def recv(self, x: torch.Tensor, source: int, **options: Any) -> Any:
+        return self._comm.recv(x, source, **options)
+
+
+@dataclass
+class WatchedHandle:
+    """An asynchronous send that its Spy hears being waited for."""
+
+    handle: Handle[torch.Tensor]
+    spy: Spy
+
+    def wait(self) -> torch.Tensor:
+        self.spy.num_pending -= 1
+        return self.handle.wait()
+
+
+class Crossing(NamedTuple):
+    """sent: what each sender sent, by tensor. received: what each receiver holds afterwards, by hand-over.
+    most_pending: sends of each rank that were under way at once.
+    """
+
+    sent: list[list[torch.Tensor]]
+    received: list[list[torch.Tensor]]
+    most_pending: list[int]
+
+
+def cross(num_senders: int, num_receivers: int, *hidden_states: torch.Tensor) -> Crossing:
+    """Hands the hidden states over one after another."""
+    senders, receivers = range(num_senders), range(num_senders, num_senders + num_receivers)
+
+    def rank(number: int, join: Join) -> tuple[list[torch.Tensor], int]:
+        pipeline = Spy(join("pipeline", number, num_senders + num_receivers))
+        ranks = senders if number in senders else receivers
+        stage = join(f"stage of rank {ranks.start}", number - ranks.start, len(ranks))
+        border = HandOver(cast(Communicator, pipeline), senders, receivers, stage)
+        if number in senders:
+            for x in hidden_states:
+                border.send(x.clone())
+            border.flush()
+            assert pipeline.num_pending == 0
+            return pipeline.sent, pipeline.most_pending
+        got = [border.receive(x.shape[0], x.shape[1], x.dtype, x.device) for x in hidden_states]
+        assert pipeline.sent == []
+        return got, 0
+
+    tensors, most_pending = zip(*run_ranks(num_senders + num_receivers, rank), strict=True)
+    return Crossing(list(tensors[:num_senders]), list(tensors[num_senders:]), list(most_pending))
+
+
+def numbered(num_tokens: int, hidden_size: int) -> torch.Tensor:
+    """Hidden states no two values of which are the same."""
+    return torch.arange(num_tokens * hidden_size, dtype=torch.float32).view(num_tokens, hidden_size)
+
+
+def check_crossing(num_senders: int, num_receivers: int, x: torch.Tensor) -> None:
+    crossing = cross(num_senders, num_receivers, x)
+    sent = torch.cat([piece for pieces in crossing.sent for piece in pieces])
+    assert sent.sort().values.tolist() == x.flatten().tolist(), "not every value crossed the border exactly once"
+    for got in crossing.received:
+        assert torch.equal(got[0], x)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+@pytest.mark.parametrize(("num_senders", "num_receivers"), SIZES)
+def test_every_value_crosses_once_and_every_receiver_holds_them_all(
+    num_senders: int, num_receivers: int, num_tokens: int
+) -> None:
+    check_crossing(num_senders, num_receivers, numbered(num_tokens, 10))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(4, 40))
+def test_so_it_is_for_any_sizes(num_senders: int, num_receivers: int, num_tokens: int, hidden_size: int) -> None:
+    check_crossing(num_senders, num_receivers, numbered(num_tokens, hidden_size))
+
+
+def test_senders_share_the_work_evenly() -> None:
+    crossing = cross(3, 2, numbered(7, 10))
+    assert [sum(piece.numel() for piece in pieces) for pieces in crossing.sent] == [24, 23, 23]
+
+
+@pytest.mark.parametrize(("num_senders", "num_receivers"), [(1, 3), (3, 1), (2, 3)])
+def test_steps_arrive_in_order_whatever_their_sizes(num_senders: int, num_receivers: int) -> None:
+    steps = [torch.randn(tokens, 12, generator=torch.Generator().manual_seed(tokens)) for tokens in (7, 1, 300, 2, 1)]
+    for got in cross(num_senders, num_receivers, *steps).received:
+        assert all(torch.equal(x, step) for x, step in zip(got, steps, strict=True))
+
+
+def test_a_rank_never_has_more_than_one_hand_over_on_its_way() -> None:
+    """Or hidden states would pile up in front of a slow stage."""
+    crossing = cross(1, 3, *[numbered(2, 12)] * 5)
+    assert crossing.most_pending == [3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_values_cross_bit_by_bit(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, :3] = torch.tensor([float("inf"), -0.0, 1e-7]).to(dtype)
+    for got in cross(2, 3, x).received:
+        assert got[0].dtype == dtype
+        assert torch.equal(got[0].view(torch.int16), x.view(torch.int16))
+
+
+def test_hidden_states_that_are_not_contiguous_cross_too() -> None:
+    x = numbered(12, 5).t()
+    for got in cross(2, 3, x).received:
+        assert torch.equal(got[0], x)
