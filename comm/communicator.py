@@ -79,6 +79,7 @@ class Communicator(ABC):
         self.group = spec.name
         self.device = torch.device(spec.device)
         self.timeout_s = spec.timeout_s
+        self.reason = spec.reason  # why this backend was chosen
         self.ledger = spec.ledger
         self._on_host = self.device.type == "cpu"
         self._broken: str | None = None

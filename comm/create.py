@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.ledger import Ledger
+from phalanx.comm.machine import find_apart, find_obstacle, own_seat
 from phalanx.comm.rendezvous import connect_store, local_address, parse_rendezvous
 from phalanx.errors import CommError
 
@@ -36,6 +37,7 @@ class _Backend(NamedTuple):
     factory: Callable[[GroupSpec], Communicator]
     probe: Callable[[str, int], Probe]
     priority: int
+    shares_memory: bool
 
 
 _backends: dict[str, _Backend] = {}
@@ -47,20 +49,23 @@ def register_backend(
     probe: Callable[[str, int], Probe],
     *,
     priority: int = 0,
+    shares_memory: bool = False,
 ) -> None:
     """Adds a backend, or replaces the one of that name.
 
     factory: builds one rank's end of a group; called on every rank at once. probe: given the device (`cpu`, `cuda`,
     ...) and the size of the group, says whether the backend can serve it on this machine, without starting anything.
-    priority: among usable backends `auto` takes the one with the highest.
+    priority: among usable backends `auto` takes the one with the highest. shares_memory: it serves only ranks that can
+    share memory, on the CPU.
     """
-    _backends[name] = _Backend(factory, probe, priority)
+    _backends[name] = _Backend(factory, probe, priority, shares_memory)
 
 
-def choose_backend(name: str, device: str, size: int) -> Choice:
+def choose_backend(name: str, device: str, size: int, *, apart: str = "") -> Choice:
     """The backend for a group of `size` ranks on `device`: the one named, or for `auto` the best usable here.
 
-    The reason says what was passed over and why. Raises CommError for a name that is not registered, or a backend that
+    apart: why the ranks share no memory, such as `ranks on several machines`; empty where they do. The reason says what
+    was passed over and why. Raises CommError for a name that is not registered, or a backend that
     cannot serve the group.
     """
     names = ", ".join(sorted(_backends))
@@ -69,7 +74,7 @@ def choose_backend(name: str, device: str, size: int) -> Choice:
             close = get_close_matches(name, [*_backends, "auto"], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise CommError(f"there is no communicator backend {name!r}{hint} Registered: auto, {names}")
-        probe = _backends[name].probe(device, size)
+        probe = _probe(name, device, size, apart)
         if not probe.usable:
             raise CommError(
                 f"the communicator backend {name!r} cannot serve {size} ranks on {device!r}: {probe.reason}. "
@@ -78,11 +83,17 @@ def choose_backend(name: str, device: str, size: int) -> Choice:
         return Choice(name, f"asked for; {probe.reason}")
     passed_over: list[str] = []
     for candidate in sorted(_backends, key=lambda key: -_backends[key].priority):
-        probe = _backends[candidate].probe(device, size)
+        probe = _probe(candidate, device, size, apart)
         if probe.usable:
             return Choice(candidate, "; ".join([probe.reason, *passed_over]))
         passed_over.append(f"not {candidate}: {probe.reason}")
     raise CommError(f"no communicator backend can serve {size} ranks on {device!r}: {'; '.join(passed_over)}")
+
+
+def _probe(name: str, device: str, size: int, apart: str) -> Probe:
+    backend = _backends[name]
+    probe = backend.probe(device, size)
+    return Probe(False, apart) if probe.usable and backend.shares_memory and apart else probe
 
 
 def create_communicator(
@@ -111,10 +122,12 @@ def create_communicator(
         raise CommError(f"group {group!r}: rank must be from 0 to size - 1, found rank {rank} of size {size}")
     if not timeout_s > 0:
         raise CommError(f"group {group!r}: timeout_s must be above 0, found {timeout_s}")
-    chosen = _backends[choose_backend(backend, device, size).name]
+    choice = choose_backend(backend, device, size)
     ledger = Ledger() if ledger is None else ledger
     if size == 1 and rendezvous is None:
-        return chosen.factory(GroupSpec(rank, size, group, device, timeout_s, ledger=ledger))
+        return _backends[choice.name].factory(
+            GroupSpec(rank, size, group, device, timeout_s, ledger=ledger, reason=choice.reason)
+        )
     if rendezvous is None:
         raise CommError(f"group {group!r} of {size} ranks needs a rendezvous: host:port, file:///path or an open store")
     from torch._C._distributed_c10d import PrefixStore
@@ -122,8 +135,17 @@ def create_communicator(
     store = connect_store(rendezvous, timeout_s) if isinstance(rendezvous, str) else rendezvous
     towards = parse_rendezvous(rendezvous).host if isinstance(rendezvous, str) else _host_of(rendezvous)
     address = local_address(towards, interface)
-    return chosen.factory(
-        GroupSpec(rank, size, group, device, timeout_s, PrefixStore(f"phalanx/{group}", store), address, ledger)
+    prefix = f"phalanx/{group}"
+    sharing = [_backends[name] for name in ([backend] if backend != "auto" else _backends)]
+    if size > 1 and device == "cpu" and any(each.shares_memory for each in sharing):
+        obstacle = next(
+            (probe.reason for each in sharing if each.shares_memory and not (probe := each.probe(device, size)).usable),
+            "",
+        )
+        apart = find_apart(PrefixStore(f"{prefix}/seats", store), group, own_seat(obstacle), rank, size, timeout_s)
+        choice = choose_backend(backend, device, size, apart=apart)
+    return _backends[choice.name].factory(
+        GroupSpec(rank, size, group, device, timeout_s, PrefixStore(prefix, store), address, ledger, choice.reason)
     )
 
 
@@ -151,6 +173,12 @@ def _create_nccl(spec: GroupSpec) -> Communicator:
     from phalanx.comm.torch_backend import NcclCommunicator
 
     return NcclCommunicator(spec)
+
+
+def _create_shm(spec: GroupSpec) -> Communicator:
+    from phalanx.comm.shm import ShmCommunicator
+
+    return ShmCommunicator(spec)
 
 
 def _probe_single(device: str, size: int) -> Probe:
@@ -184,6 +212,14 @@ def _probe_nccl(device: str, size: int) -> Probe:
     return Probe(True, "NCCL between GPUs, one a rank")
 
 
+def _probe_shm(device: str, size: int) -> Probe:
+    if find_spec("torch") is None:
+        return Probe(False, "torch is not installed")
+    obstacle = find_obstacle(device)
+    return Probe(False, obstacle) if obstacle else Probe(True, "memory that processes of one machine share")
+
+
 register_backend("single", _create_single, _probe_single, priority=100)
+register_backend("shm", _create_shm, _probe_shm, priority=30, shares_memory=True)
 register_backend("nccl", _create_nccl, _probe_nccl, priority=20)
 register_backend("gloo", _create_gloo, _probe_gloo, priority=10)

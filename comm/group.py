@@ -19,6 +19,7 @@ class GroupSpec:
     device: `cpu`, `cuda` or `cuda:N`, where the tensors live. timeout_s: longest wait for another rank.
     store: where the ranks of this group alone find each other, or None in a group of one.
     address: of the network interface to bind to, or None in a group of one.
+    reason: why the backend that is given this was chosen.
     """
 
     rank: int
@@ -29,3 +30,4 @@ class GroupSpec:
     store: Store | None = None
     address: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
+    reason: str = ""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.comm.create import choose_backend, create_communicator
+from phalanx.comm.create import create_communicator
 from phalanx.comm.rendezvous import connect_store
 from phalanx.comm.work import GroupBrokenError
 from phalanx.engine.channel import RankChannel
@@ -79,8 +79,6 @@ class Rank:
     def _rendezvous(self) -> None:
         self._progress("rendezvous", 0, 1)
         spec, place = self._spec, self._place
-        choice = choose_backend(spec.comm.backend, self._device.type, self._stage.num_ranks)
-        self.choices = {"comm": f"{choice.name}: {choice.reason}"}
         store = connect_store(spec.comm.store, timeout_s=spec.comm.timeout_s) if spec.layout.num_ranks > 1 else None
 
         def connect(group: str, rank: int, size: int) -> Communicator:
@@ -98,9 +96,11 @@ class Rank:
             return comm
 
         self._comm = connect(f"stage{place.stage}", place.tensor_rank, self._stage.num_ranks)
+        self.choices = {"comm": f"{self._comm.backend}: {self._comm.reason}"}
         self._before = self._after = None
         if len(spec.layout.stages) > 1:
             pipeline = connect("pipeline", place.rank, spec.layout.num_ranks)
+            self.choices["comm between stages"] = f"{pipeline.backend}: {pipeline.reason}"
             ranks = spec.layout.stage_ranks(place.stage)
             if not self._stage.first:
                 self._before = HandOver(pipeline, spec.layout.stage_ranks(place.stage - 1), ranks, self._comm)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from phalanx.errors import ConfigError, LayoutError, ModelError, PhalanxError, Problem
+from phalanx.errors import CommError, ConfigError, LayoutError, ModelError, PhalanxError, Problem
 from phalanx.launcher.config import load_config
 from phalanx.launcher.machine import Machine, this_machine
 from phalanx.launcher.run_faults import BAD_CONFIGURATION, CANNOT_RUN_HERE, Fault, find_faults
@@ -118,7 +118,7 @@ def check(
     faults = find_faults(config, plan, model, machine)
     comm: tuple[Decision, ...] = ()
     try:
-        comm = _comm_decisions(plan, machine)
+        comm = _comm_decisions(plan, machine, config.cluster.elsewhere)
     except PhalanxError as error:
         problem = Problem("comm.backend", str(error), config.comm.backend)
         faults.append(Fault(BAD_CONFIGURATION, problem))
@@ -140,27 +140,44 @@ def _num_parameters(model: DecoderConfig) -> int:
     return sum(param.num_elements for param in rank_params(model, single, next(single.places())))
 
 
-def _comm_decisions(plan: RunPlan, machine: Machine) -> tuple[Decision, ...]:
+def _comm_decisions(plan: RunPlan, machine: Machine, elsewhere: bool) -> tuple[Decision, ...]:
     """The communicator of each group of ranks, one line for groups of the same size. Raises CommError for none."""
     groups: dict[int, list[str]] = {}
     for stage in plan.layout.stages:
         groups.setdefault(stage.num_ranks, []).append(str(stage.index))
     decisions = [
-        _comm_decision(f"comm in stage{'s' if len(stages) > 1 else ''} {', '.join(stages)}", size, plan, machine)
+        _comm_decision(
+            f"comm in stage{'s' if len(stages) > 1 else ''} {', '.join(stages)}", size, plan, machine, elsewhere
+        )
         for size, stages in groups.items()
     ]
     if len(plan.layout.stages) > 1:
-        decisions.append(_comm_decision("comm between stages", plan.layout.num_ranks, plan, machine))
+        decisions.append(_comm_decision("comm between stages", plan.layout.num_ranks, plan, machine, elsewhere))
     return tuple(decisions)
 
 
-def _comm_decision(name: str, size: int, plan: RunPlan, machine: Machine) -> Decision:
+def _comm_decision(name: str, size: int, plan: RunPlan, machine: Machine, elsewhere: bool) -> Decision:
     from phalanx.comm.create import choose_backend
 
     # Whether NCCL serves can only be asked where there is a GPU; the ranks ask again where they are.
     if plan.device == "cuda" and not machine.gpus and size > 1 and plan.backend in ("auto", "nccl"):
         return Decision(name, plan.backend, "no GPU here to ask; the ranks take NCCL where it serves them")
-    return Decision(name, *choose_backend(plan.backend, plan.device, size))
+    together = choose_backend(plan.backend, plan.device, size)
+    if not elsewhere:
+        return Decision(name, *together)
+    # Which machines the ranks will be on is known when they meet.
+    try:
+        apart = choose_backend(plan.backend, plan.device, size, apart="ranks on several machines")
+    except CommError:
+        return Decision(name, together.name, f"{together.reason}; refused where its ranks are on several machines")
+    if apart.name == together.name:
+        return Decision(name, *apart)
+    return Decision(
+        name,
+        f"{together.name} or {apart.name}",
+        f"{together.name} where its ranks are all on one machine ({together.reason}), "
+        f"else {apart.name} ({apart.reason})",
+    )
 
 
 def _notes(config: Config, plan: RunPlan, found: FoundModel) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from phalanx.comm import host_store
+from phalanx.comm.create import _backends
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 ANSWER_LIMIT_S = 40.0
@@ -110,6 +111,38 @@ class RankPool:
         for rank in list(self._workers):
             self._workers[rank].wait(10)
             self._forget(rank)
+
+
+class BackendPool:
+    """The pool, with groups of one backend where a test names none."""
+
+    def __init__(self, pool: RankPool, backend: str) -> None:
+        self._pool = pool
+        self.backend = backend
+
+    def run(self, function: Callable[..., object], size: int, **options: Any) -> list[Any]:
+        return self._pool.run(function, size, **{"backend": self.backend, **options})
+
+    def outcomes(self, function: Callable[..., object], size: int, **options: Any) -> list[dict[str, Any]]:
+        return self._pool.outcomes(function, size, **{"backend": self.backend, **options})
+
+
+@pytest.fixture(params=["shm", "gloo"])
+def any_pool(pool: RankPool, request: pytest.FixtureRequest) -> BackendPool:
+    """The pool once for each backend of the CPU."""
+    return BackendPool(pool, checked(request.param))
+
+
+@pytest.fixture
+def shm_pool(pool: RankPool) -> BackendPool:
+    return BackendPool(pool, checked("shm"))
+
+
+def checked(backend: str) -> str:
+    probe = _backends[backend].probe("cpu", 2)
+    if not probe.usable:
+        pytest.skip(f"needs the backend {backend}: {probe.reason}")
+    return backend
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,11 @@ import torch
 
 from phalanx.comm import Communicator, GroupSpec, choose_backend, create, create_communicator, register_backend
 from phalanx.comm.create import Probe
+from phalanx.comm.machine import find_obstacle
 from phalanx.comm.single import SingleCommunicator
 from phalanx.errors import CommError
+
+needs_shm = pytest.mark.skipif(bool(find_obstacle("cpu")), reason=f"shared memory: {find_obstacle('cpu')}")
 
 
 class ToyCommunicator(SingleCommunicator):
@@ -28,11 +32,36 @@ def test_a_group_of_one_needs_no_transport() -> None:
     assert choose_backend("auto", "cuda", 1).name == "single"
 
 
-def test_cpus_talk_through_gloo_and_the_reason_says_what_was_passed_over() -> None:
+@needs_shm
+def test_cpus_of_one_machine_talk_through_shared_memory() -> None:
     choice = choose_backend("auto", "cpu", 4)
+    assert choice.name == "shm"
+    assert "not single: it serves a group of one, this has 4 ranks" in choice.reason
+
+
+def test_cpus_of_several_machines_talk_through_gloo_and_the_reason_says_what_was_passed_over() -> None:
+    choice = choose_backend("auto", "cpu", 4, apart="ranks on several machines: 0, 1 on a; 2, 3 on b")
     assert choice.name == "gloo"
     assert "TCP between CPUs" in choice.reason
     assert "not nccl: it needs GPUs" in choice.reason
+    if not find_obstacle("cpu"):
+        assert "not shm: ranks on several machines: 0, 1 on a; 2, 3 on b" in choice.reason
+
+
+@needs_shm
+def test_shared_memory_between_machines_is_refused_with_the_ranks_of_each() -> None:
+    with pytest.raises(
+        CommError, match=r"'shm' cannot serve 3 ranks on 'cpu': ranks on several machines: 0, 2 on a; 1 on b\. Use auto"
+    ):
+        choose_backend("shm", "cpu", 3, apart="ranks on several machines: 0, 2 on a; 1 on b")
+
+
+def test_shared_memory_is_refused_for_gpus_and_processors_that_reorder_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CommError, match="it serves the CPU, the device is 'cuda:1'"):
+        choose_backend("shm", "cuda:1", 2)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    if sys.platform == "linux":
+        assert "not shm: it needs the store order of x86-64, this is aarch64" in choose_backend("auto", "cpu", 2).reason
 
 
 def test_gpus_talk_through_nccl_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +76,7 @@ def test_gpus_talk_through_nccl_where_it_is_there(monkeypatch: pytest.MonkeyPatc
 
 def test_an_unknown_backend_is_refused_with_the_registered_names() -> None:
     with pytest.raises(
-        CommError, match=r"no communicator backend 'glo'; did you mean 'gloo'\? .*auto, gloo, nccl, single"
+        CommError, match=r"no communicator backend 'glo'; did you mean 'gloo'\? .*auto, gloo, nccl, shm, single"
     ):
         choose_backend("glo", "cpu", 2)
 

@@ -36,8 +36,8 @@ def rank_two_of_three(comm: Communicator, store: Store, key: str) -> object:
         store.add(key, 1)
 
 
-def test_a_wait_past_its_limit_names_the_operation_and_the_missing_rank(pool: Any) -> None:
-    answers = pool.outcomes(rank_two_of_three, 3, fresh=True, timeout_s=1.0, key="two-of-three")
+def test_a_wait_past_its_limit_names_the_operation_and_the_missing_rank(any_pool: Any) -> None:
+    answers = any_pool.outcomes(rank_two_of_three, 3, fresh=True, timeout_s=1.0, key="two-of-three")
     assert answers[2] == {"ok": None}
     told = [answer["error"] for answer in answers[:2]]
     late = [error for error in told if error["type"] == "WaitTimeoutError"]
@@ -64,8 +64,8 @@ def rank_each_waits_for_the_other(comm: Communicator, store: Store, key: str) ->
         store.add(key, 1)
 
 
-def test_a_wait_past_its_limit_tells_where_the_missing_rank_is(pool: Any) -> None:
-    answers = pool.outcomes(rank_each_waits_for_the_other, 3, fresh=True, timeout_s=1.5, key="cross")
+def test_a_wait_past_its_limit_tells_where_the_missing_rank_is(any_pool: Any) -> None:
+    answers = any_pool.outcomes(rank_each_waits_for_the_other, 3, fresh=True, timeout_s=1.5, key="cross")
     messages = [answer["error"]["message"] for answer in answers[:2] if answer["error"]["type"] == "WaitTimeoutError"]
     assert any(
         ("recv #1 from rank 1" in message and "rank 1 is waiting in all_reduce #2" in message)
@@ -80,8 +80,8 @@ def rank_unlike_calls(comm: Communicator, store: Store) -> object:
     return comm.broadcast(torch.ones(4), 0).tolist()
 
 
-def test_ranks_that_make_unlike_calls_are_told_so(pool: Any) -> None:
-    answers = pool.outcomes(rank_unlike_calls, 2, fresh=True, timeout_s=1.0)
+def test_ranks_that_make_unlike_calls_are_told_so(any_pool: Any) -> None:
+    answers = any_pool.outcomes(rank_unlike_calls, 2, fresh=True, timeout_s=1.0)
     assert any("the ranks do not make the same calls" in answer["error"]["message"] for answer in answers), answers
 
 
@@ -103,9 +103,9 @@ def rank_killed(comm: Communicator, store: Store, op: str, victim: int) -> objec
 
 
 @pytest.mark.parametrize(("op", "peer"), [("all_reduce", None), ("recv", 3)])
-def test_a_killed_rank_ends_the_waits_of_all_others_before_their_limit(pool: Any, op: str, peer: int | None) -> None:
+def test_a_killed_rank_ends_the_waits_of_all_others_before_their_limit(any_pool: Any, op: str, peer: int | None) -> None:
     # The limit on waiting is far above the pool's own limit on an answer: only the lost connection can end these waits.
-    answers = pool.outcomes(rank_killed, 4, fresh=True, timeout_s=300.0, op=op, victim=3)
+    answers = any_pool.outcomes(rank_killed, 4, fresh=True, timeout_s=300.0, op=op, victim=3)
     assert answers[3] == DIED
     for answer in answers[:3]:
         error = answer["error"]
@@ -123,8 +123,8 @@ def rank_aborted(comm: Communicator, store: Store) -> object:
     return None
 
 
-def test_abort_from_another_thread_ends_the_waits_of_all_ranks(pool: Any) -> None:
-    first, second = pool.outcomes(rank_aborted, 2, fresh=True, timeout_s=300.0)
+def test_abort_from_another_thread_ends_the_waits_of_all_ranks(any_pool: Any) -> None:
+    first, second = any_pool.outcomes(rank_aborted, 2, fresh=True, timeout_s=300.0)
     assert first["error"]["type"] == "GroupBrokenError"
     assert "aborted on rank 0" in first["error"]["message"]
     assert second["error"]["type"] == "PeerLostError"
@@ -145,8 +145,8 @@ def rank_closes_early(comm: Communicator, store: Store) -> object:
     return True
 
 
-def test_closing_with_an_operation_under_way_does_not_hang(pool: Any) -> None:
-    assert pool.run(rank_closes_early, 2, fresh=True, timeout_s=300.0) == [True, True]
+def test_closing_with_an_operation_under_way_does_not_hang(any_pool: Any) -> None:
+    assert any_pool.run(rank_closes_early, 2, fresh=True, timeout_s=300.0) == [True, True]
 
 
 def rank_slow_peer(comm: Communicator, store: Store) -> object:
@@ -157,6 +157,6 @@ def rank_slow_peer(comm: Communicator, store: Store) -> object:
     return [entry.waited_us for entry in comm.ledger.entries() if entry.op == "all_reduce"]
 
 
-def test_a_slow_rank_is_no_error_and_the_ledger_shows_the_wait(pool: Any) -> None:
-    waiting, _ = pool.run(rank_slow_peer, 2, fresh=True, timeout_s=20.0)
+def test_a_slow_rank_is_no_error_and_the_ledger_shows_the_wait(any_pool: Any) -> None:
+    waiting, _ = any_pool.run(rank_slow_peer, 2, fresh=True, timeout_s=20.0)
     assert waiting[0] > 1_000_000

@@ -41,11 +41,11 @@ def rank_all_reduce(comm: Communicator, store: Store, shape: list[int], dtype: s
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("op", ["sum", "max"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_reduce_combines_every_element_on_every_rank(pool: Any, size: int, dtype: str, op: str) -> None:
+def test_all_reduce_combines_every_element_on_every_rank(any_pool: Any, size: int, dtype: str, op: str) -> None:
     combine = sum if op == "sum" else max
     for shape in SHAPES if dtype == "float32" else [[5, 131]]:
         expected = [combine(value(rank, index) for rank in range(size)) for index in range(math.prod(shape))]
-        for answer in pool.run(rank_all_reduce, size, shape=shape, dtype=dtype, op=op):
+        for answer in any_pool.run(rank_all_reduce, size, shape=shape, dtype=dtype, op=op):
             assert answer == [expected, expected]
 
 
@@ -57,9 +57,9 @@ def rank_sum_of_narrow(comm: Communicator, store: Store, values: list[float], dt
     ("dtype", "values", "nearest"),
     [("bfloat16", [256.0, 1.0, 1.0, 1.5], 260.0), ("float16", [2048.0, 1.0, 1.0, 1.5], 2052.0)],
 )
-def test_a_sum_of_narrow_floats_is_rounded_once(pool: Any, dtype: str, values: list[float], nearest: float) -> None:
+def test_a_sum_of_narrow_floats_is_rounded_once(any_pool: Any, dtype: str, values: list[float], nearest: float) -> None:
     # One addition after another would lose each 1.0: next to 256 (2048 in float16) the numbers are 2 apart.
-    assert pool.run(rank_sum_of_narrow, 4, values=values, dtype=dtype) == [[nearest]] * 4
+    assert any_pool.run(rank_sum_of_narrow, 4, values=values, dtype=dtype) == [[nearest]] * 4
 
 
 def rank_all_gather(comm: Communicator, store: Store, rows: list[int], columns: int, dtype: str, sized: bool) -> object:
@@ -79,17 +79,17 @@ def gathered(rows: list[int], columns: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_gather_joins_the_rows_in_rank_order(pool: Any, size: int, dtype: str) -> None:
+def test_all_gather_joins_the_rows_in_rank_order(any_pool: Any, size: int, dtype: str) -> None:
     rows = [3] * size
     for sized in (False, True):
-        answers = pool.run(rank_all_gather, size, rows=rows, columns=7, dtype=dtype, sized=sized)
+        answers = any_pool.run(rank_all_gather, size, rows=rows, columns=7, dtype=dtype, sized=sized)
         assert answers == [gathered(rows, 7)] * size
 
 
 @pytest.mark.parametrize("rows", [[5], [1, 4], [4, 1], [3, 0, 2], [0, 0, 6], [2, 3, 1, 5], [0, 1, 0, 0]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64"])
-def test_all_gather_takes_unlike_numbers_of_rows(pool: Any, rows: list[int], dtype: str) -> None:
-    answers = pool.run(rank_all_gather, len(rows), rows=rows, columns=5, dtype=dtype, sized=True)
+def test_all_gather_takes_unlike_numbers_of_rows(any_pool: Any, rows: list[int], dtype: str) -> None:
+    answers = any_pool.run(rank_all_gather, len(rows), rows=rows, columns=5, dtype=dtype, sized=True)
     assert answers == [gathered(rows, 5)] * len(rows)
 
 
@@ -103,14 +103,14 @@ def rank_reduce_scatter(comm: Communicator, store: Store, rows: list[int], dtype
 
 @pytest.mark.parametrize("rows", [[4], [2, 2], [5, 1], [2, 2, 2], [3, 0, 4], [3, 3, 3, 3], [1, 5, 2, 4]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int64"])
-def test_reduce_scatter_hands_each_rank_its_rows_of_the_sum(pool: Any, rows: list[int], dtype: str) -> None:
+def test_reduce_scatter_hands_each_rank_its_rows_of_the_sum(any_pool: Any, rows: list[int], dtype: str) -> None:
     size = len(rows)
     total = [
         [sum(value(rank, row * 3 + column) for rank in range(size)) for column in range(3)] for row in range(sum(rows))
     ]
     expected = [total[sum(rows[:rank]) : sum(rows[: rank + 1])] for rank in range(size)]
     for sized in (True, False) if len(set(rows)) == 1 else (True,):
-        assert pool.run(rank_reduce_scatter, size, rows=rows, dtype=dtype, sized=sized) == expected
+        assert any_pool.run(rank_reduce_scatter, size, rows=rows, dtype=dtype, sized=sized) == expected
 
 
 def rank_broadcast(comm: Communicator, store: Store, dtype: str) -> object:
@@ -124,9 +124,9 @@ def rank_broadcast(comm: Communicator, store: Store, dtype: str) -> object:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_broadcast_copies_the_tensor_of_any_root(pool: Any, size: int, dtype: str) -> None:
+def test_broadcast_copies_the_tensor_of_any_root(any_pool: Any, size: int, dtype: str) -> None:
     expected = [[value(root, index) for index in range(150)] for root in range(size)]
-    assert pool.run(rank_broadcast, size, dtype=dtype) == [expected] * size
+    assert any_pool.run(rank_broadcast, size, dtype=dtype) == [expected] * size
 
 
 def rank_exchange(comm: Communicator, store: Store, dtype: str) -> object:
@@ -145,8 +145,8 @@ def rank_exchange(comm: Communicator, store: Store, dtype: str) -> object:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_send_and_recv_match_in_order_between_every_pair(pool: Any, size: int, dtype: str) -> None:
-    for rank, answer in enumerate(pool.run(rank_exchange, size, dtype=dtype)):
+def test_send_and_recv_match_in_order_between_every_pair(any_pool: Any, size: int, dtype: str) -> None:
+    for rank, answer in enumerate(any_pool.run(rank_exchange, size, dtype=dtype)):
         sources = [source for source in range(size) if source != rank]
         assert answer == [
             [[value(source * 4 + rank, index) for index in range(count)] for count in (18, 31)] for source in sources
@@ -161,8 +161,8 @@ def rank_empty(comm: Communicator, store: Store) -> object:
     return [list(shape) for shape in shapes]
 
 
-def test_tensors_without_elements_pass_through_every_operation(pool: Any) -> None:
-    assert pool.run(rank_empty, 3) == [[[0, 4], [0, 4]]] * 3
+def test_tensors_without_elements_pass_through_every_operation(any_pool: Any) -> None:
+    assert any_pool.run(rank_empty, 3) == [[[0, 4], [0, 4]]] * 3
 
 
 def rank_barrier(comm: Communicator, store: Store, key: str) -> int:
@@ -172,8 +172,8 @@ def rank_barrier(comm: Communicator, store: Store, key: str) -> int:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_no_rank_passes_a_barrier_before_all_have_reached_it(pool: Any, size: int) -> None:
-    assert pool.run(rank_barrier, size, key=f"barrier-{size}") == [size] * size
+def test_no_rank_passes_a_barrier_before_all_have_reached_it(any_pool: Any, size: int) -> None:
+    assert any_pool.run(rank_barrier, size, key=f"barrier-{size}") == [size] * size
 
 
 def rank_handles_out_of_order(comm: Communicator, store: Store) -> object:
@@ -189,9 +189,9 @@ def rank_handles_out_of_order(comm: Communicator, store: Store) -> object:
     ]
 
 
-def test_handles_are_waited_for_in_any_order_and_more_than_once(pool: Any) -> None:
+def test_handles_are_waited_for_in_any_order_and_more_than_once(any_pool: Any) -> None:
     total = [sum(value(rank, index) for rank in range(3)) for index in range(100)]
-    for rank, (first, second) in enumerate(pool.run(rank_handles_out_of_order, 3)):
+    for rank, (first, second) in enumerate(any_pool.run(rank_handles_out_of_order, 3)):
         spread, scattered, gathered_rows, reduced = first
         assert spread == [value(1, index) for index in range(10)]
         assert scattered == total[:12][[0, 6, 10][rank] : [6, 10, 12][rank]]
@@ -213,18 +213,18 @@ def rank_two_groups(comm: Communicator, store: Store, name: str) -> object:
         return [listed(handle.wait())[0] for handle in reversed(handles)], listed(whole)[0]
 
 
-def test_groups_in_one_process_do_not_disturb_each_other(pool: Any) -> None:
+def test_groups_in_one_process_do_not_disturb_each_other(any_pool: Any) -> None:
     rows, columns = [11.0, 1100.0], [101.0, 1010.0]
-    answers = pool.run(rank_two_groups, 4, name="square")
+    answers = any_pool.run(rank_two_groups, 4, name="square")
     assert answers == [[[columns[rank % 2], rows[rank // 2]] * 3, 1111.0] for rank in range(4)]
 
 
-def rank_gloo_alone(comm: Communicator, store: Store) -> object:
+def rank_alone(comm: Communicator, store: Store) -> object:
     return comm.backend, listed(comm.all_gather(comm.all_reduce(torch.tensor([3.0]))))
 
 
-def test_gloo_serves_a_group_of_one_when_asked(pool: Any) -> None:
-    assert pool.run(rank_gloo_alone, 1, backend="gloo") == [["gloo", [3.0]]]
+def test_a_backend_serves_a_group_of_one_when_asked(any_pool: Any) -> None:
+    assert any_pool.run(rank_alone, 1) == [[any_pool.backend, [3.0]]]
 
 
 def rank_ledger(comm: Communicator, store: Store) -> object:
@@ -244,9 +244,9 @@ def rank_ledger(comm: Communicator, store: Store) -> object:
     return [[entry.seq for entry in entries], totals]
 
 
-def test_the_ledger_counts_every_operation_and_its_bytes(pool: Any) -> None:
+def test_the_ledger_counts_every_operation_and_its_bytes(any_pool: Any) -> None:
     shared = {"barrier": [1, 0], "all_reduce": [3, 3 * 128], "all_gather": [1, 64]}
-    assert pool.run(rank_ledger, 2, fresh=True) == [
+    assert any_pool.run(rank_ledger, 2, fresh=True) == [
         [[1, 2, 3, 4, 5, 1], {**shared, "send": [1, 20]}],
         [[1, 2, 3, 4, 5, 1], {**shared, "recv": [1, 20]}],
     ]
