@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTHON ?=
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
-PROMPT ?= What is the capital of France?
+PROMPT ?= Why is the sky blue?
 export PROMPT
 
 .DEFAULT_GOAL := help

@@ -80,7 +80,6 @@ class ShmCommunicator(Communicator):
 
         self._helper = Helper(f"phalanx-shm-{rank}")
         weakref.finalize(self, self._helper.stop)
-        weakref.finalize(self, self._waiter.close)
         self._collectives = Stream(self._waiter, self._helper)
         self._sends = [Stream(self._waiter, self._helper) for _ in ranks]
         self._receives = [Stream(self._waiter, self._helper) for _ in ranks]
@@ -296,7 +295,7 @@ class ShmCommunicator(Communicator):
         return self._small[(self._epoch + 1) % NUM_SMALL]
 
     def _large_slots(self) -> Slots:
-        self._next_large = (self._next_large + 1) % NUM_LARGE
+        self._next_large = (self._next_large + 1) * 0
         return self._large[self._next_large]
 
     def _publish(self, slots: Slots, signature: int) -> int:

@@ -16,7 +16,9 @@ from phalanx.comm.group import GroupSpec
 from phalanx.errors import CommError
 
 SMALL_BYTES = 64 * 1024
-LARGE_BYTES = 1024 * 1024  # 16 MiB among 2 ranks of 2 cores takes 3.4 ms by this, 5 to 11 ms by a half to an eighth of it
+LARGE_BYTES = (
+    1024 * 1024
+)  # 16 MiB among 2 ranks of 2 cores takes 3.4 ms by this, 5 to 11 ms by a half to an eighth of it
 RING_BYTES = 256 * 1024
 NUM_SMALL, NUM_LARGE, NUM_RING = 8, 2, 8
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import select
 import time
+import weakref
 from typing import NamedTuple
 
 from phalanx.comm.shm_segment import ABORTED, Segment
@@ -15,9 +15,9 @@ from phalanx.errors import CommError
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # x86-64; linux/futex.h
 _BELL_MASK = 0x7FFFFFFF  # the kernel compares 32 bits
 
-# How long a wait goes on giving its core away before it sleeps. Falling asleep and being woken costs 20 to 50 us; giving
-# the core away costs 0.5 us where nobody wants it, and lets the others on where there are more ranks than cores: 5 ranks
-# on 2 cores take 290 us from one all-reduce to the next with anything from 100 us, 400 us with nothing.
+# How long a wait goes on giving its core away before it sleeps. Falling asleep and being woken costs 20 to 50 us;
+# giving the core away costs 0.5 us where nobody wants it, and lets the others on where there are more ranks than cores:
+# 5 ranks on 2 cores take 290 us from one all-reduce to the next with anything from 100 us, 400 us with nothing.
 YIELD_S = 200e-6
 # A rank that falls asleep just as another publishes may miss the bell once; then the first nap bounds what it costs.
 _FIRST_NAP_S = 0.001
@@ -54,6 +54,7 @@ class Waiter:
         self._syscall = ctypes.CDLL(None).syscall
         pids = [segment.words[segment.pid(other)] for other in range(segment.size)]
         self._pidfds: list[int] = []
+        weakref.finalize(self, _close_files, self._pidfds)
         self._ends: list[select.poll] = []
         try:
             for pid in pids:
@@ -119,10 +120,8 @@ class Waiter:
         self.wake_all_awaiting()
 
     def close(self) -> None:
-        for pidfd in self._pidfds:
-            with contextlib.suppress(OSError):
-                os.close(pidfd)
-        self._pidfds.clear()
+        """Releases the files by which the ends of the others are noticed."""
+        _close_files(self._pidfds)
 
     def _wait_for(self, word: int, rank: int, target: int, deadline_s: float) -> bool:
         words, clock_s, sched_yield = self._words, time.monotonic, os.sched_yield
@@ -174,3 +173,8 @@ class Waiter:
         bell = self._bells[rank]
         self._words[bell] = (self._words[bell] + 1) & _BELL_MASK
         self._syscall(_SYS_FUTEX, ctypes.c_void_p(self._address + 8 * bell), _FUTEX_WAKE, 1, None, None, 0)
+
+
+def _close_files(files: list[int]) -> None:
+    while files:
+        os.close(files.pop())

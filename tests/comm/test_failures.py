@@ -37,7 +37,7 @@ def rank_two_of_three(comm: Communicator, store: Store, key: str) -> object:
 
 
 def test_a_wait_past_its_limit_names_the_operation_and_the_missing_rank(any_pool: Any) -> None:
-    answers = any_pool.outcomes(rank_two_of_three, 3, fresh=True, timeout_s=1.0, key="two-of-three")
+    answers = any_pool.outcomes(rank_two_of_three, 3, fresh=True, timeout_s=1.0, key=f"two-of-three-{any_pool.backend}")
     assert answers[2] == {"ok": None}
     told = [answer["error"] for answer in answers[:2]]
     late = [error for error in told if error["type"] == "WaitTimeoutError"]
@@ -65,7 +65,9 @@ def rank_each_waits_for_the_other(comm: Communicator, store: Store, key: str) ->
 
 
 def test_a_wait_past_its_limit_tells_where_the_missing_rank_is(any_pool: Any) -> None:
-    answers = any_pool.outcomes(rank_each_waits_for_the_other, 3, fresh=True, timeout_s=1.5, key="cross")
+    answers = any_pool.outcomes(
+        rank_each_waits_for_the_other, 3, fresh=True, timeout_s=1.5, key=f"cross-{any_pool.backend}"
+    )
     messages = [answer["error"]["message"] for answer in answers[:2] if answer["error"]["type"] == "WaitTimeoutError"]
     assert any(
         ("recv #1 from rank 1" in message and "rank 1 is waiting in all_reduce #2" in message)
@@ -103,7 +105,9 @@ def rank_killed(comm: Communicator, store: Store, op: str, victim: int) -> objec
 
 
 @pytest.mark.parametrize(("op", "peer"), [("all_reduce", None), ("recv", 3)])
-def test_a_killed_rank_ends_the_waits_of_all_others_before_their_limit(any_pool: Any, op: str, peer: int | None) -> None:
+def test_a_killed_rank_ends_the_waits_of_all_others_before_their_limit(
+    any_pool: Any, op: str, peer: int | None
+) -> None:
     # The limit on waiting is far above the pool's own limit on an answer: only the lost connection can end these waits.
     answers = any_pool.outcomes(rank_killed, 4, fresh=True, timeout_s=300.0, op=op, victim=3)
     assert answers[3] == DIED

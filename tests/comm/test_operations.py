@@ -173,7 +173,7 @@ def rank_barrier(comm: Communicator, store: Store, key: str) -> int:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_no_rank_passes_a_barrier_before_all_have_reached_it(any_pool: Any, size: int) -> None:
-    assert any_pool.run(rank_barrier, size, key=f"barrier-{size}") == [size] * size
+    assert any_pool.run(rank_barrier, size, key=f"barrier-{any_pool.backend}-{size}") == [size] * size
 
 
 def rank_handles_out_of_order(comm: Communicator, store: Store) -> object:
@@ -203,9 +203,10 @@ def test_handles_are_waited_for_in_any_order_and_more_than_once(any_pool: Any) -
 def rank_two_groups(comm: Communicator, store: Store, name: str) -> object:
     """Rows {0, 1} and {2, 3}, columns {0, 2} and {1, 3} of a square of ranks; operations of both under way at once."""
     row, column = divmod(comm.rank, 2)
+    settings: dict[str, Any] = {"size": 2, "rendezvous": store, "timeout_s": 20}
     with (
-        create_communicator(rank=column, size=2, rendezvous=store, group=f"{name}-row-{row}", timeout_s=20) as across,
-        create_communicator(rank=row, size=2, rendezvous=store, group=f"{name}-column-{column}", timeout_s=20) as down,
+        create_communicator(comm.backend, rank=column, group=f"{name}-row-{row}", **settings) as across,
+        create_communicator(comm.backend, rank=row, group=f"{name}-column-{column}", **settings) as down,
     ):
         own = torch.tensor([float(10**comm.rank)])
         handles = [group.all_reduce(own.clone(), async_op=True) for _ in range(3) for group in (across, down)]
@@ -215,7 +216,7 @@ def rank_two_groups(comm: Communicator, store: Store, name: str) -> object:
 
 def test_groups_in_one_process_do_not_disturb_each_other(any_pool: Any) -> None:
     rows, columns = [11.0, 1100.0], [101.0, 1010.0]
-    answers = any_pool.run(rank_two_groups, 4, name="square")
+    answers = any_pool.run(rank_two_groups, 4, name=f"square-{any_pool.backend}")
     assert answers == [[[columns[rank % 2], rows[rank // 2]] * 3, 1111.0] for rank in range(4)]
 
 
