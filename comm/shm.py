@@ -295,7 +295,7 @@ class ShmCommunicator(Communicator):
         return self._small[(self._epoch + 1) % NUM_SMALL]
 
     def _large_slots(self) -> Slots:
-        self._next_large = (self._next_large + 1) * 0
+        self._next_large = (self._next_large + 1) % NUM_LARGE
         return self._large[self._next_large]
 
     def _publish(self, slots: Slots, signature: int) -> int:
