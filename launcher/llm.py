@@ -151,8 +151,9 @@ class LLM:
             host = [formation.startup_s.get(part, 0.0) for formation in self._formations]
             seconds[part] = max([*host, *(ready.startup_s.get(part, 0.0) for ready in ranks)])
         seconds["total"] = total_s
-        comm = [Decision("comm", *choice.split(": ", 1)) for choice in sorted({r.choices["comm"] for r in ranks})]
-        return Startup(seconds, ranks, (*self.plan.decisions, *comm))
+        chosen = sorted({choice for ready in ranks for choice in ready.choices.items()})
+        decisions = [Decision(name, *choice.split(": ", 1)) for name, choice in chosen]
+        return Startup(seconds, ranks, (*self.plan.decisions, *decisions))
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from phalanx.models.resolve import ModelSource, resolve_model
+
+# Shared machines are slow at times: a limit on the time of one example would fail tests that are right.
+settings.register_profile("phalanx", deadline=None)
+settings.load_profile("phalanx")
 
 
 @pytest.fixture(scope="session")
