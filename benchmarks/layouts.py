@@ -61,7 +61,9 @@ def run_layout(parallel: dict[str, Any], dtype: str, num_tokens: int) -> Reading
 
 def run_transformers(dtype: str, num_tokens: int) -> Reading:
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = Path(resolve_model(MODEL).location)
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
