@@ -36,12 +36,6 @@ class EngineChannel:
         """Queues `message` for a rank that has already spoken; raises PhalanxError for one that is not connected."""
         self.send_bytes(rank, self._encoder.encode(message))
 
-    def send_all(self, num_ranks: int, message: ToRank) -> None:
-        """Queues `message` for ranks 0 to `num_ranks` - 1, encoded once."""
-        data = self._encoder.encode(message)
-        for rank in range(num_ranks):
-            self.send_bytes(rank, data)
-
     def send_bytes(self, rank: int, data: bytes) -> None:
         try:
             self._socket.send_multipart([_identity(self._secret, rank), data])
@@ -52,10 +46,10 @@ class EngineChannel:
         """The next message of any rank, or None if none came in time."""
         if not self._socket.poll(int(timeout_s * 1000)):
             return None
-        identity, data = self._socket.recv_multipart()
-        if not identity.startswith(self._secret + b":"):
+        identity, *parts = self._socket.recv_multipart()
+        if len(parts) != 1 or not identity.startswith(self._secret + b":"):
             return None
-        message: ToEngine = self._decoder.decode(data)
+        message: ToEngine = self._decoder.decode(parts[0])
         return message
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
@@ -26,11 +27,9 @@ class Executor(Protocol):
     def receive(self, timeout_s: float) -> StepResult | None:
         """The next result, or None if none came in time. Raises RankFailedError as soon as a rank has failed."""
 
-    def close(self) -> None: ...
-
 
 class Engine:
-    """Turns requests into steps and tokens into text. Single-threaded: whoever calls `step` drives it."""
+    """Turns requests into steps and tokens into text. Whoever follows a request drives it, from any thread."""
 
     def __init__(
         self,
@@ -52,15 +51,26 @@ class Engine:
         self._seeds = random.Random(seed)
         self._clock = clock
         self._requests: dict[int, Request] = {}
+        self._unheard: dict[int, list[Delta]] = {}  # what a step added to requests that others follow
+        self._lock = threading.RLock()
         self._next_name = 0
 
     def add(self, prompt: str | Sequence[int], params: SamplingParams) -> int:
         """Queues a request and returns its number. Raises RequestError, naming the remedy, for one that cannot be
         served.
         """
-        text = prompt if isinstance(prompt, str) else list(prompt)
+        if not isinstance(prompt, Sequence) or not (
+            isinstance(prompt, str) or all(isinstance(token, int) for token in prompt)
+        ):
+            raise RequestError(f"a prompt is text or a list of token ids, found {prompt!r:.80}")
+        with self._lock:
+            return self._add(prompt if isinstance(prompt, str) else list(prompt), params)
+
+    def _add(self, prompt: str | list[int], params: SamplingParams) -> int:
         seed = self._seeds.getrandbits(63)
-        request = new_request(self._next_name, text, params, self._tokenizer, self._eos_token_ids, seed, self._clock())
+        request = new_request(
+            self._next_name, prompt, params, self._tokenizer, self._eos_token_ids, seed, self._clock()
+        )
         for token in request.prompt_token_ids:
             if not 0 <= token < self._vocab_size:
                 raise RequestError(f"prompt token {token} is not in the vocabulary (0 to {self._vocab_size - 1})")
@@ -101,7 +111,7 @@ class Engine:
         deltas = []
         for drawn in result.tokens:
             request = self._requests.get(drawn.sequence)
-            if request is None:  # aborted while its token was on the way
+            if request is None or request.finish_reason is not None:  # aborted while its token was on the way
                 continue
             delta = request.push(drawn, now_s)
             deltas.append(delta)
@@ -111,33 +121,44 @@ class Engine:
 
     def take(self, name: int) -> RequestOutput:
         """The output of a finished request; the engine forgets it."""
-        return self._requests.pop(name).output()
+        with self._lock:
+            return self._requests.pop(name).output()
 
-    def abort(self, name: int) -> Delta | None:
-        """Ends a request now; None if there is no such request any more."""
-        request = self._requests.get(name)
-        if request is None or request.finish_reason is not None:
-            return None
-        self._scheduler.finish(name)
-        return request.abort()
+    def abort(self, name: int) -> None:
+        """Ends a request now; whoever follows it hears so. Nothing where there is no such request any more."""
+        with self._lock:
+            request = self._requests.get(name)
+            if request is not None and request.finish_reason is None:
+                self._scheduler.finish(name)
+                self._unheard.setdefault(name, []).append(request.abort())
 
     def discard(self, name: int) -> None:
         """Ends a request whose output nobody will take."""
-        self.abort(name)
-        self._requests.pop(name, None)
+        with self._lock:
+            self.abort(name)
+            self._requests.pop(name, None)
+            self._unheard.pop(name, None)
 
     def run(self, names: Sequence[int]) -> Generator[Delta, None, None]:
-        """Drives the engine until the requests are finished, passing on what is added to them."""
-        open_names = set(names)
+        """Drives the engine until the requests are finished, passing on what is added to them.
+
+        Others may do so at the same time for requests of theirs, in turns or from other threads.
+        """
+        open_names = list(names)
         try:
             while open_names:
-                for delta in self.step():
+                for delta in self._hear(open_names):
                     if delta.finish_reason is not None:
-                        open_names.discard(delta.request)
+                        open_names.remove(delta.request)
                     yield delta
         finally:
             for name in open_names:  # the caller stopped listening
                 self.discard(name)
 
-    def close(self) -> None:
-        self._executor.close()
+    def _hear(self, names: Sequence[int]) -> list[Delta]:
+        """What was added to the requests since last asked; takes a step where that is nothing."""
+        with self._lock:
+            if not any(name in self._unheard for name in names):
+                for delta in self.step():
+                    self._unheard.setdefault(delta.request, []).append(delta)
+            return [delta for name in names for delta in self._unheard.pop(name, ())]

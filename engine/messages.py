@@ -34,7 +34,7 @@ class RankSpec:
     rank: number inside its replica. engine: ZMQ address of the engine, `tcp://host:port`. secret: says that this rank
     belongs to this formation. dtype: of weights and activations. device: `cpu` or `cuda`. num_threads: compute threads.
     entries: where the tensors of the checkpoint lie, by canonical name. num_pages, page_size: KV cache, in pages and
-    tokens a page. max_batch_tokens: most tokens in one step.
+    tokens a page.
     """
 
     replica: int
@@ -47,7 +47,6 @@ class RankSpec:
     num_threads: int
     num_pages: int
     page_size: int
-    max_batch_tokens: int
     comm: CommSettings
     engine: str
     secret: str

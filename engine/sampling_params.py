@@ -37,6 +37,9 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(getattr(self, name), str | list | tuple):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; allowed: a list")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -49,9 +52,10 @@ class SamplingParams:
             ("seed", self.seed is None or (_whole(self.seed) and -(2**63) <= self.seed < 2**63), "a 64-bit integer"),
             (
                 "stop",
-                len(stop) <= MAX_STOP_STRINGS and all(stop),
+                len(stop) <= MAX_STOP_STRINGS and all(isinstance(each, str) and each for each in stop),
                 f"up to {MAX_STOP_STRINGS} strings, none of them empty",
             ),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
             ("stop_token_ids", all(map(_whole, self.stop_token_ids)), "token ids"),
             (
                 "logprobs",

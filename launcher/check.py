@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from phalanx.errors import CommError, ConfigError, LayoutError, ModelError, PhalanxError, Problem
-from phalanx.launcher.config import load_config
+from phalanx.launcher.config import UnsoundConfigError, load_config
 from phalanx.launcher.machine import Machine, this_machine
 from phalanx.launcher.run_faults import BAD_CONFIGURATION, CANNOT_RUN_HERE, Fault, find_faults
 from phalanx.launcher.run_plan import Decision, RunPlan, plan_run
@@ -92,15 +92,19 @@ def check(
     machine: what to check against; None looks at this one.
     """
     report = CheckReport("configuration" if isinstance(source, Mapping) else str(source))
+    problems: tuple[Problem, ...] = ()
     try:
         config = load_config(source, overrides)
+    except UnsoundConfigError as error:  # what is sound of it may have more that is wrong
+        problems, config = error.problems, error.sound
     except ConfigError as error:
         return replace(report, exit_code=BAD_CONFIGURATION, errors=error.problems)
     try:
         found = look_up(config.model.path, config.model.revision)
     except ModelError as error:
         problem = Problem("model.path", str(error), config.model.path)
-        return replace(report, exit_code=CANNOT_RUN_HERE, errors=(problem,))
+        exit_code = BAD_CONFIGURATION if problems else CANNOT_RUN_HERE
+        return replace(report, exit_code=exit_code, errors=(*problems, problem))
     model = found.config
     machine = machine or this_machine()
     lines = {} if isinstance(source, Mapping) else read_yaml(Path(source)).lines
@@ -114,18 +118,15 @@ def check(
         plan = plan_run(config, model, machine)
     except LayoutError as error:
         problem = with_line(Problem("parallel", str(error)))
-        return replace(report, exit_code=BAD_CONFIGURATION, errors=(problem,), model=found.name)
-    faults = find_faults(config, plan, model, machine)
-    comm: tuple[Decision, ...] = ()
-    try:
-        comm = _comm_decisions(plan, machine, config.cluster.elsewhere)
-    except PhalanxError as error:
-        problem = Problem("comm.backend", str(error), config.comm.backend)
-        faults.append(Fault(BAD_CONFIGURATION, problem))
+        return replace(report, exit_code=BAD_CONFIGURATION, errors=(*problems, problem), model=found.name)
+    faults, comm = review(config, plan, model, machine)
+    errors = (*problems, *(with_line(fault.problem) for fault in faults))
+    if problems:
+        return replace(report, exit_code=BAD_CONFIGURATION, errors=errors, model=found.name)
     return replace(
         report,
         exit_code=min((fault.exit_code for fault in faults), default=0),
-        errors=tuple(with_line(fault.problem) for fault in faults),
+        errors=errors,
         notes=tuple(_notes(config, plan, found)),
         model=found.name,
         model_parameters=_num_parameters(model),
@@ -133,6 +134,18 @@ def check(
         device_memory=config.cluster.device_memory,
         decisions=(*plan.decisions, *comm),
     )
+
+
+def review(
+    config: Config, plan: RunPlan, model: DecoderConfig, machine: Machine
+) -> tuple[list[Fault], tuple[Decision, ...]]:
+    """Everything that is known to stop a run before it is started, and the communicators it would take."""
+    faults = find_faults(config, plan, model, machine)
+    try:
+        return faults, _comm_decisions(plan, machine, config.cluster.elsewhere)
+    except PhalanxError as error:
+        problem = Problem("comm.backend", str(error), config.comm.backend)
+        return [*faults, Fault(BAD_CONFIGURATION, problem)], ()
 
 
 def _num_parameters(model: DecoderConfig) -> int:

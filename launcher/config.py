@@ -20,6 +20,14 @@ __all__ = ["Config", "load_config"]
 _MAX_INDEX = 1024
 
 
+class UnsoundConfigError(ConfigError):
+    """A ConfigError that knows what is sound. sound: the configuration without the keys that were refused."""
+
+    def __init__(self, problems: Sequence[Problem], source: str, sound: Config) -> None:
+        super().__init__(problems, source)
+        self.sound = sound
+
+
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Reads and validates a configuration.
 
@@ -35,7 +43,11 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     else:
         folder = Path(source).parent
         document = read_yaml(Path(source))
-    return _located(validate(document, overrides), folder)
+    try:
+        return _located(validate(document, overrides), folder)
+    except UnsoundConfigError as error:
+        error.sound = _located(error.sound, folder)
+        raise
 
 
 def validate(document: YamlDocument, overrides: Sequence[str] = ()) -> Config:
@@ -61,9 +73,12 @@ def validate(document: YamlDocument, overrides: Sequence[str] = ()) -> Config:
     sound, dropped = _sound_part(data, errors)
     if sound is not None:
         problems += broken_rules(sound, dropped, document, overridden)
-    if problems or sound is None:
-        raise ConfigError(sorted(problems, key=lambda problem: problem.line or 0), document.source)
-    return sound
+    if not problems and sound is not None:
+        return sound
+    problems.sort(key=lambda problem: problem.line or 0)
+    if sound is None or any(path[0] == "model" for path in dropped):
+        raise ConfigError(problems, document.source)
+    raise UnsoundConfigError(problems, document.source, sound)
 
 
 def _normalised(data: dict[str, Any]) -> dict[str, Any]:

@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 NAMESPACE = "phalanx"
 """The Ray namespace of all deployments: `ray.init(namespace="phalanx")`, then `ray.get_actor(NAME)`."""
 
+MAX_CALLS = 256  # at once; those beyond wait in Ray, `status` among them
 STOP_S = 30.0  # for a deployment to end its ranks; then it is killed, and they with it
 
 
 class Deployment:
-    """The actor. Calls of `generate` and `stream` take turns; `status` answers meanwhile."""
+    """The actor. Calls run beside each other, in one batch; `status` answers meanwhile."""
 
     def __init__(self, config: bytes) -> None:
         self._config = msgspec.json.decode(config)
         self._llm: LLM | None = None
-        self._turn = threading.Lock()
+        self._counting = threading.Lock()
         self._since = time.time()
         self._num_requests = 0
         self._num_tokens = 0
@@ -44,8 +45,11 @@ class Deployment:
 
         try:
             self._llm = LLM.from_config(load_config(self._config))
-        except PhalanxError as error:
-            raise PhalanxError(str(error)) from None  # errors with parts of their own do not cross processes whole
+        except Exception as error:
+            self._failure = str(error)
+            if isinstance(error, PhalanxError):  # those with parts of their own do not cross processes whole
+                raise PhalanxError(str(error)) from None
+            raise
         return self.status()
 
     def generate(
@@ -64,16 +68,16 @@ class Deployment:
 
         if self._llm is None:
             raise PhalanxError("this deployment is not running; see `phalanx status`")
-        with self._turn:
-            try:
-                for event in self._llm.stream(prompts, params):
-                    if isinstance(event, RequestOutput):
+        try:
+            for event in self._llm.stream(prompts, params):
+                if isinstance(event, RequestOutput):
+                    with self._counting:
                         self._num_requests += 1
                         self._num_tokens += len(event.token_ids)
-                    yield event
-            except RankFailedError as error:
-                self._failure = str(error)
-                raise PhalanxError(str(error)) from None
+                yield event
+        except RankFailedError as error:
+            self._failure = str(error)
+            raise PhalanxError(str(error)) from None
 
     def status(self) -> dict[str, Any]:
         """Plain data: `state` (starting, running, failed), `model`, `layout`, `ranks`, `uptime_s`, `requests`,
@@ -133,7 +137,7 @@ def _deploy(config: Config, name: str, wait: bool) -> Any:
         )
     actor = (
         ray.remote(Deployment)
-        .options(name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=16)
+        .options(name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=MAX_CALLS)
         .remote(msgspec.json.encode(config.model_dump(mode="json")))
     )
     if wait:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +20,11 @@ from phalanx.engine.request import Delta, RequestOutput
 from phalanx.engine.sampling_params import SamplingParams
 from phalanx.engine.scheduler import Limits
 from phalanx.errors import ConfigError, RequestError
+from phalanx.launcher.check import review
 from phalanx.launcher.config import load_config
 from phalanx.launcher.formation import Formation, open_host
 from phalanx.launcher.hosts import RankHost
 from phalanx.launcher.machine import this_machine
-from phalanx.launcher.run_faults import find_faults
 from phalanx.launcher.run_plan import Decision, RunPlan, plan_run
 from phalanx.launcher.schema import Config
 from phalanx.launcher.specs import cluster_settings, rank_specs
@@ -84,9 +85,9 @@ class LLM:
         changes = []
         for section, values in overrides.items():
             if isinstance(values, Mapping):
-                changes += [f"{section}.{key}={json.dumps(value)}" for key, value in values.items()]
+                changes += [f"{section}.{key}={json.dumps(value, default=str)}" for key, value in values.items()]
             else:
-                changes.append(f"{section}={json.dumps(values)}")
+                changes.append(f"{section}={json.dumps(values, default=str)}")
         return cls.from_config(load_config(path, changes), on_progress=on_progress)
 
     @classmethod
@@ -168,9 +169,12 @@ class LLM:
         served, and RankFailedError within seconds where a rank dies meanwhile.
         """
         running = self._add(prompts, params)
-        for _ in self._deltas(running):
-            pass
-        return [request.engine.take(request.name) for request in running]
+        try:
+            for _ in self._deltas(running):
+                pass
+            return [request.engine.take(request.name) for request in running]
+        finally:
+            _discard(running)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -182,11 +186,14 @@ class LLM:
         """
         running = self._add(prompts, params)
         by_index = {request.place: request for request in running}
-        for delta in self._deltas(running):
-            yield delta
-            if delta.finish_reason is not None:
-                request = by_index[delta.request]
-                yield request.engine.take(request.name)
+        try:
+            for delta in self._deltas(running):
+                yield delta
+                if delta.finish_reason is not None:
+                    request = by_index[delta.request]
+                    yield request.engine.take(request.name)
+        finally:
+            _discard(running)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the model's own template, ready for its reply."""
@@ -198,8 +205,9 @@ class LLM:
 
     def close(self) -> None:
         """Ends all ranks and leaves nothing behind. Idempotent."""
-        for formation in self._formations:
-            formation.close()
+        with ExitStack() as closing:
+            for formation in self._formations:
+                closing.callback(formation.close)
         self._formations = []
         self._engines = []
 
@@ -228,11 +236,11 @@ class LLM:
             for index, (prompt, each) in enumerate(zip(listed, params, strict=True)):
                 engine = self._engines[index % len(self._engines)]
                 running.append(_Running(engine, engine.add(prompt, each), index))
-        except RequestError as error:
-            for request in running:
-                request.engine.discard(request.name)
-            where = f"prompt {len(running)}: " if len(listed) > 1 else ""
-            raise RequestError(f"{where}{error}") from None
+        except BaseException as error:
+            _discard(running)
+            if isinstance(error, RequestError) and len(listed) > 1:
+                raise RequestError(f"prompt {len(running)}: {error}") from None
+            raise
         return running
 
     def _deltas(self, running: Sequence[_Running]) -> Iterator[Delta]:
@@ -250,16 +258,24 @@ def checked_plan(config: Config, source: ModelSource) -> RunPlan:
     """The plan of a run, or everything that is known to stop it, before anything is started."""
     machine = this_machine()
     plan = plan_run(config, source.config, machine)
-    faults = find_faults(config, plan, source.config, machine)
+    faults, _ = review(config, plan, source.config, machine)
     if faults:
         raise ConfigError([fault.problem for fault in faults], config.model.path)
     return plan
+
+
+def _discard(requests: Sequence[_Running]) -> None:
+    """Ends requests that nobody will ask for any more; nothing for those whose output was taken."""
+    for request in requests:
+        request.engine.discard(request.name)
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt is a list of one: a text, or token ids."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts are texts or lists of token ids, found {prompts!r:.80}")
     listed: list[Any] = list(prompts)
     return [listed] if listed and all(isinstance(item, int) for item in listed) else listed
 
@@ -268,8 +284,7 @@ def _numbered(requests: Sequence[_Running]) -> Iterator[Delta]:
     """What one engine adds to the requests, numbered by their prompts."""
     index_of = {request.name: request.place for request in requests}
     for delta in requests[0].engine.run(list(index_of)):
-        if delta.request in index_of:
-            yield delta._replace(request=index_of[delta.request])
+        yield delta._replace(request=index_of[delta.request])
 
 
 def _merged(streams: Sequence[Iterator[Delta]]) -> Iterator[Delta]:

@@ -31,7 +31,7 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([Problem("", f"cannot be read: {error}")], str(path)) from None
     lines, problems = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 lines.append(_prompt_line(line, defaults))
@@ -50,6 +50,8 @@ def _prompt_line(line: str, defaults: SamplingParams) -> PromptLine:
         raise RequestError("a line has either `prompt` or `prompt_token_ids`")
     prompt = data.pop("prompt", None)
     token_ids = data.pop("prompt_token_ids", None)
+    if isinstance(data.get("stop"), str):
+        data["stop"] = [data["stop"]]
     unknown = [key for key in data if key not in _PARAMS]
     if unknown:
         near = get_close_matches(unknown[0], _PARAMS, 1)

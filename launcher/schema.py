@@ -189,7 +189,7 @@ class EngineSection(Section):
     kv_cache: SizeBytes = Field(
         default=2**30, description="Memory for the KV cache, for each rank.", json_schema_extra=_SIZE_FIELD
     )
-    page_size: int = Field(default=16, ge=1, le=1024, description="Tokens in a page of the KV cache.")
+    page_size: int = Field(default=16, ge=4, le=1024, description="Tokens in a page of the KV cache.")
     seed: int = Field(
         default=0,
         ge=0,

@@ -46,7 +46,6 @@ def rank_specs(
                 num_threads=plan.num_threads,
                 num_pages=plan.num_pages,
                 page_size=plan.page_size,
-                max_batch_tokens=config.engine.max_batch_tokens,
                 comm=CommSettings(
                     store="",
                     backend=plan.backend,

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from phalanx.engine.messages import RankSpec
 from phalanx.errors import PlacementError
-from phalanx.launcher.hosts import DEFAULT_TARGET, ClusterSettings, RankExit
+from phalanx.launcher.hosts import DEFAULT_TARGET, EXIT_GRACE_S, ClusterSettings, RankExit
 from phalanx.launcher.placement import plan_placement
 from phalanx.launcher.process_host import LOOPBACK, cores_here, this_machine
 from phalanx.launcher.rank_main import RankReport, failure_report, load_target
@@ -70,7 +70,7 @@ class ThreadHost:
     def stop(self, timeout_s: float) -> None:
         if self._thread is None:
             return
-        self._thread.join(timeout_s)
+        self._thread.join(max(timeout_s, EXIT_GRACE_S))  # it must not run into the interpreter's end
         if self._thread.is_alive():
             logger.warning(
                 "the rank in this process did not end within %.1f s; it goes on until the program ends", timeout_s

@@ -62,7 +62,7 @@ def status(
     console.print(table if found else "no deployments")
     for each, answer in found.items():
         if answer.get("failure"):
-            console.print(f"[bold]{each}[/]: {answer['failure']}", markup=True)
+            console.print(f"{each}: {answer['failure']}", markup=False)
 
 
 def stop(

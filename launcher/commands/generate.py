@@ -62,7 +62,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    # Everything that can be wrong with the prompts is found before anything is started.
+    # What is wrong with the prompts' form is found before anything is started.
     lines = [PromptLine(_text(text), defaults) for text in prompt or ()]
     if prompts is not None:
         lines += read_prompts(prompts, defaults)

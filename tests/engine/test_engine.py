@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -140,6 +142,44 @@ def test_closing_the_stream_aborts_and_leaves_room_for_others() -> None:
     assert output.text == "abcd"
 
 
+def test_two_callers_in_turns_each_get_all_of_their_own() -> None:
+    engine, _ = engine_saying(b"abcdefgh")
+    first, second = (engine.add("?", SamplingParams(max_tokens=length)) for length in (4, 6))
+    following = engine.run([first])
+    heard = next(following).text
+    assert "".join(delta.text for delta in engine.run([second])) == "abcdef"
+    heard += "".join(delta.text for delta in following)
+    assert heard == "abcd"
+    assert [engine.take(name).text for name in (first, second)] == ["abcd", "abcdef"]
+
+
+def test_callers_in_threads_each_get_all_of_their_own() -> None:
+    engine, _ = engine_saying(b"abcdefgh" * 5)
+
+    def follow(length: int) -> str:
+        return complete(engine, SamplingParams(max_tokens=length))[0].text
+
+    with ThreadPoolExecutor(6) as pool:
+        texts = list(pool.map(follow, range(5, 35)))
+    assert [len(text) for text in texts] == list(range(5, 35))
+
+
+def test_whoever_follows_an_aborted_request_hears_so() -> None:
+    engine, _ = engine_saying(b"abcdefgh")
+    name = engine.add("?", SamplingParams(max_tokens=8))
+    following = engine.run([name])
+    next(following)
+    engine.abort(name)
+    assert [delta.finish_reason for delta in following] == ["abort"]
+    assert engine.take(name).finish_reason == "abort"
+
+
+@pytest.mark.parametrize("prompt", [5, None, ["a"], [[1]]])
+def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
+    with pytest.raises(RequestError, match="a prompt is text or a list of token ids"):
+        engine_saying(b"ok")[0].add(prompt, SamplingParams())
+
+
 def test_the_seed_of_a_request_reaches_the_ranks() -> None:
     engine, script = engine_saying(b"ab")
     complete(engine, SamplingParams(seed=1234, temperature=1.0))
@@ -189,6 +229,10 @@ def test_a_request_that_cannot_be_served_is_refused_and_the_engine_goes_on(
         ("min_p", 2.0),
         ("logprobs", 21),
         ("stop", ("",)),
+        ("stop", (1,)),
+        ("stop", None),
+        ("stop_token_ids", 5),
+        ("ignore_eos", "no"),
         ("seed", 2**63),
     ],
 )

@@ -52,7 +52,6 @@ def make_specs(*stages: StageRequest | int, behaviour: str = "serve") -> list[Ra
             num_threads=0,
             num_pages=1,
             page_size=16,
-            max_batch_tokens=16,
             comm=CommSettings(store=""),
             engine="",
             secret="",

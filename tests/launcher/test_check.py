@@ -323,8 +323,21 @@ def test_the_command_prints_every_problem_of_a_bad_file(tmp_path: Path) -> None:
     path.write_text("model: tiny\nparallel: {tensr: 2}\nengine: {seed: x}\n")
     result = run(str(path))
     assert result.exit_code == 2
-    for text in ("2 problems", "parallel.tensr (line 2)", "did you mean `tensor`?", "engine.seed (line 3)"):
+    for text in (
+        "3 problems",
+        "model.path",
+        "parallel.tensr (line 2)",
+        "did you mean `tensor`?",
+        "engine.seed (line 3)",
+    ):
         assert text in result.output
+
+
+def test_what_the_model_forbids_is_told_beside_what_the_schema_refuses() -> None:
+    result = run(str(CONFIGS / "h100-8x.yaml"), "--set", "parallel.tensor=65", "--set", "engine.kvcache=1")
+    assert result.exit_code == 2
+    for text in ("2 problems", "did you mean `kv_cache`?", "the model has 64 query heads"):
+        assert text in " ".join(result.output.split())
 
 
 def test_the_command_returns_exit_code_3_for_a_model_that_is_not_there(tmp_path: Path) -> None:

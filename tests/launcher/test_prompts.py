@@ -53,6 +53,13 @@ def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, line: str, message:
     assert message in problem.message
 
 
+def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"prompt": "a\u2028b\u0085c", "stop": "x"}\n')
+    [line] = read_prompts(path, DEFAULTS)
+    assert line.prompt == "a\u2028b\u0085c"
+    assert line.params.stop == ("x",)
+
+
 def test_all_wrong_lines_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as wrong:
         read_prompts(write(tmp_path, "{}\n{}\n"), DEFAULTS)
