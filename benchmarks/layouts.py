@@ -3,7 +3,8 @@
     python benchmarks/layouts.py [--rounds 3] [--new-tokens 64] [--json FILE]
 
 The layouts and the peer take turns in every round, so that a machine whose speed drifts treats them alike; the figures
-are medians over the rounds, and the ratio is to the peer in the same run. Each is started anew in each round.
+are medians over the rounds, and the ratio is to the peer in the same run. Each reading is a process of its own: thread
+pools that another library leaves behind would slow down whatever comes after it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from phalanx import LLM, SamplingParams
 from phalanx.models.resolve import resolve_model
 
 MODEL = "smollm2-135m"
+PEER = "transformers"
 PROMPT_TOKENS = 64
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 x 1": {},
@@ -82,31 +84,40 @@ def run_transformers(dtype: str, num_tokens: int) -> Reading:
     return Reading(start_s, first_s, (generate(num_tokens) - first_s) / (num_tokens - 1))
 
 
+def read_apart(name: str, dtype: str, num_tokens: int) -> Reading:
+    """One reading, in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, "--dtype", dtype, "--new-tokens", str(num_tokens)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    return Reading(*json.loads(done.stdout))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--one", choices=(PEER, *LAYOUTS), help="take one reading here and print it as JSON")
     arguments = parser.parse_args()
+    dtype, num_tokens = arguments.dtype, arguments.new_tokens
 
-    runs: dict[str, Callable[[], Reading]] = {
-        "transformers": partial(run_transformers, arguments.dtype, arguments.new_tokens)
-    }
-    for name, parallel in LAYOUTS.items():
-        runs[name] = partial(run_layout, parallel, arguments.dtype, arguments.new_tokens)
-    readings: dict[str, list[Reading]] = {name: [] for name in runs}
+    if arguments.one is not None:
+        if arguments.one == PEER:
+            print(json.dumps(run_transformers(dtype, num_tokens)))
+        else:
+            print(json.dumps(run_layout(LAYOUTS[arguments.one], dtype, num_tokens)))
+        return
+    readings: dict[str, list[Reading]] = {name: [] for name in (PEER, *LAYOUTS)}
     console = Console(stderr=True)
     for number in range(arguments.rounds):
-        for name, run in runs.items():
+        for name, taken in readings.items():
             with console.status(f"round {number + 1} of {arguments.rounds}: {name}"):
-                readings[name].append(run())
+                taken.append(read_apart(name, dtype, num_tokens))
 
     medians = {
         name: Reading(*(statistics.median(column) for column in zip(*values, strict=True)))
         for name, values in readings.items()
     }
-    peer = medians["transformers"]
     table = Table("layout", "start s", "first token ms", "ms a token", "peer's / ours", box=None)
     for name, median in medians.items():
         table.add_row(
@@ -114,18 +125,23 @@ def main() -> None:
             f"{median.start_s:.1f}",
             f"{median.first_s * 1e3:.0f}",
             f"{median.token_s * 1e3:.1f}",
-            f"{peer.token_s / median.token_s:.2f}",
+            f"{medians[PEER].token_s / median.token_s:.2f}",
         )
     Console().print(table)
     if arguments.json is not None:
         report = {
             "benchmark": "layouts",
+            "command": f"benchmarks/layouts.py --rounds {arguments.rounds} --new-tokens {num_tokens} --dtype {dtype}",
             "model": MODEL,
-            "dtype": arguments.dtype,
+            "dtype": dtype,
             "prompt_tokens": PROMPT_TOKENS,
-            "new_tokens": arguments.new_tokens,
+            "new_tokens": num_tokens,
             "rounds": arguments.rounds,
-            "machine": {"cores": torch.get_num_threads(), "processor": platform.machine(), "torch": torch.__version__},
+            "machine": {
+                "threads": torch.get_num_threads(),
+                "processor": platform.machine(),
+                "torch": torch.__version__,
+            },
             "readings": {name: [reading._asdict() for reading in values] for name, values in readings.items()},
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -82,11 +82,6 @@ class StepRunner:
         """Drops what this rank remembers of a sequence; its pages may be another's from the next step on."""
         del self._sequences[sequence]
 
-    def flush(self) -> None:
-        """Waits until everything handed on has left this rank."""
-        if self._after is not None:
-            self._after.flush()
-
     def _input(self, plan: StepPlan) -> torch.Tensor:
         if self._before is not None:
             num_tokens = sum(len(work.tokens) for work in plan.work)
