@@ -15,6 +15,7 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.comm.create import create_communicator
+from phalanx.comm.ledger import Ledger
 from phalanx.comm.rendezvous import connect_store
 from phalanx.comm.work import GroupBrokenError
 from phalanx.engine.channel import RankChannel
@@ -68,6 +69,7 @@ class Rank:
         self._stage = spec.layout.stages[self._place.stage]
         torch.set_num_threads(spec.num_threads)
         self._comms: list[Communicator] = []
+        self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
         try:
             self._rendezvous()
             self._load()
@@ -91,6 +93,7 @@ class Rank:
                 device=spec.device,
                 interface=spec.comm.interface,
                 timeout_s=spec.comm.timeout_s,
+                ledger=self.ledger,
             )
             self._comms.append(comm)
             return comm
@@ -157,6 +160,7 @@ class Rank:
         self._took("warmup")
 
     def run(self, plan: StepPlan) -> StepResult | None:
+        self.ledger.begin_step(plan.step)
         return self._runner.run(plan)
 
     def ready(self) -> RankReady:
