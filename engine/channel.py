@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +19,8 @@ LINGER_MS = 1000  # how long a closing side waits for its last words (Shutdown, 
 class EngineChannel:
     """The engine's end: one socket for all ranks of a replica.
 
-    A message from anyone who does not know the formation's secret is dropped unread. Not thread-safe.
+    A message from anyone who does not know the formation's secret is dropped unread. Used from one thread, but for
+    `wake`. woken: whether the last `receive` ended because of that.
     """
 
     def __init__(self, address: str, secret: str) -> None:
@@ -31,10 +34,25 @@ class EngineChannel:
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         port = self._socket.bind_to_random_port(f"tcp://{address}")
         self.address = f"tcp://{address}:{port}"
+        self.woken = False
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake_in, zmq.POLLIN)
+
+    def wake(self) -> None:
+        """Ends a `receive` that waits, or the next one. From any thread; nothing once the channel is closed."""
+        with contextlib.suppress(OSError):  # full: it is awake as it is
+            self._wake_out.send(b"!")
 
     def send(self, rank: int, message: ToRank) -> None:
         """Queues `message` for a rank that has already spoken; raises PhalanxError for one that is not connected."""
-        self.send_bytes(rank, self._encoder.encode(message))
+        self.send_bytes(rank, self.encode(message))
+
+    def encode(self, message: ToRank) -> bytes:
+        return self._encoder.encode(message)
 
     def send_bytes(self, rank: int, data: bytes) -> None:
         try:
@@ -43,8 +61,12 @@ class EngineChannel:
             raise PhalanxError(f"rank {rank} is not connected to the engine at {self.address}: {error}") from error
 
     def receive(self, timeout_s: float) -> ToEngine | None:
-        """The next message of any rank, or None if none came in time."""
-        if not self._socket.poll(int(timeout_s * 1000)):
+        """The next message of any rank, or None if none came in time or someone called `wake`."""
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        self.woken = self._wake_in.fileno() in ready
+        if self.woken:
+            self._wake_in.recv(4096)
+        if self._socket not in ready:
             return None
         identity, *parts = self._socket.recv_multipart()
         if len(parts) != 1 or not identity.startswith(self._secret + b":"):
@@ -54,6 +76,8 @@ class EngineChannel:
 
     def close(self) -> None:
         self._context.destroy(linger=LINGER_MS)
+        self._wake_in.close()
+        self._wake_out.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,163 +2,192 @@
 
 from __future__ import annotations
 
-import random
-import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
-from phalanx.engine.messages import NewSequence, StepPlan, StepResult
-from phalanx.engine.request import Delta, Request, RequestOutput, new_request
-from phalanx.engine.sampling_params import SamplingParams
-from phalanx.engine.scheduler import Limits, Scheduler
-from phalanx.errors import RequestError
-from phalanx.models.tokenizer import Tokenizer
+import msgspec
 
-POLL_S = 5.0  # how long one wait for a result lasts; failures of ranks end it at once
+from phalanx.engine.guide import next_mask
+from phalanx.engine.messages import StageReport, StepPlan, StepResult
+from phalanx.engine.request import Event, Request, Track
+from phalanx.engine.sampling_params import check_tokens, completion_seed, sampling_for
+from phalanx.engine.scheduler import Limits, Scheduler, Stepped
+from phalanx.engine.stats import WINDOW_S, EngineStats, Rate
+from phalanx.engine.timeline import Timeline
+from phalanx.errors import RequestError
 
 
 class Executor(Protocol):
-    """The ranks of one replica, wherever they are."""
+    """The ranks of one replica, wherever they are. Used from one thread but for `wake`."""
 
     def submit(self, plan: StepPlan) -> None:
         """Sends a step to every rank. Returns without waiting for it."""
 
-    def receive(self, timeout_s: float) -> StepResult | None:
-        """The next result, or None if none came in time. Raises RankFailedError as soon as a rank has failed."""
+    def receive(self, timeout_s: float) -> StepResult | StageReport | None:
+        """The next message, or None if none came in time or `wake` was called. Raises RankFailedError as soon as a rank
+        has failed.
+        """
+
+    def wake(self) -> None:
+        """Ends a `receive` that waits, or the next one. From any thread."""
 
 
 class Engine:
-    """Turns requests into steps and tokens into text. Whoever follows a request drives it, from any thread."""
+    """Turns requests into steps, and tokens into text. Used from one thread, but for `check` and `stats`."""
 
     def __init__(
-        self,
-        executor: Executor,
-        limits: Limits,
-        *,
-        vocab_size: int,
-        eos_token_ids: tuple[int, ...] = (),
-        tokenizer: Tokenizer | None = None,
-        seed: int | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        self, executor: Executor, limits: Limits, vocab_size: int, *, clock_s: Callable[[], float] = time.perf_counter
     ) -> None:
-        """seed: of the seeds of requests that bring none; None for fresh ones every time."""
         self._executor = executor
         self._scheduler = Scheduler(limits)
         self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
-        self._tokenizer = tokenizer
-        self._seeds = random.Random(seed)
-        self._clock = clock
-        self._requests: dict[int, Request] = {}
-        self._unheard: dict[int, list[Delta]] = {}  # what a step added to requests that others follow
-        self._lock = threading.RLock()
-        self._next_name = 0
+        self._clock_s = clock_s
+        self.timeline = Timeline(limits.num_stages, clock_s)
+        self._rate = Rate(clock_s)
+        self._tracks: dict[int, Track] = {}  # unfinished ones, by the names of their sequences
+        self._guided: set[int] = set()
+        self._num_sequences = 0
+        self._num_requests = 0
+        self._num_finished = 0
+        self._num_aborted = 0
+        self._num_tokens = 0
 
-    def add(self, prompt: str | Sequence[int], params: SamplingParams) -> int:
-        """Queues a request and returns its number. Raises RequestError, naming the remedy, for one that cannot be
-        served.
+    def check(self, request: Request) -> None:
+        """Raises RequestError, naming the remedy, for a request that cannot be served, QueueFullError where too many
+        are waiting.
         """
-        if not isinstance(prompt, Sequence) or not (
-            isinstance(prompt, str) or all(isinstance(token, int) for token in prompt)
-        ):
-            raise RequestError(f"a prompt is text or a list of token ids, found {prompt!r:.80}")
-        with self._lock:
-            return self._add(prompt if isinstance(prompt, str) else list(prompt), params)
-
-    def _add(self, prompt: str | list[int], params: SamplingParams) -> int:
-        seed = self._seeds.getrandbits(63)
-        request = new_request(
-            self._next_name, prompt, params, self._tokenizer, self._eos_token_ids, seed, self._clock()
-        )
         for token in request.prompt_token_ids:
             if not 0 <= token < self._vocab_size:
                 raise RequestError(f"prompt token {token} is not in the vocabulary (0 to {self._vocab_size - 1})")
-        if params.stop and request.stream is None:
-            raise RequestError("stop strings need a tokenizer; use stop_token_ids")
-        self._scheduler.add(
-            NewSequence(
-                sequence=request.name,
-                seed=request.seed,
-                temperature=params.temperature,
-                top_k=min(params.top_k, self._vocab_size),
-                top_p=params.top_p,
-                min_p=params.min_p,
-                logprobs=-1 if params.logprobs is None else params.logprobs,
-            ),
-            list(request.prompt_token_ids),
-            params.max_tokens,
-        )
-        self._requests[request.name] = request
-        self._next_name += 1
-        return request.name
+        check_tokens(request.params, self._vocab_size)
+        self._scheduler.check(len(request.prompt_token_ids), request.params.max_tokens, len(request.tracks))
+
+    def add(self, request: Request) -> None:
+        """Queues a request that `check` has passed."""
+        params, prompt = request.params, request.prompt_token_ids
+        masks = [None if track.guide is None else next_mask(track.guide, self._vocab_size) for track in request.tracks]
+        self._num_requests += 1
+        for track, mask in zip(request.tracks, masks, strict=True):
+            track.name = self._num_sequences
+            self._num_sequences += 1
+            self._tracks[track.name] = track
+            if mask is not None:
+                self._guided.add(track.name)
+            sampling = sampling_for(
+                params,
+                seed=completion_seed(request.seed, track.index),
+                prompt=prompt,
+                outputs=(),
+                stop_tokens=request.stop_tokens,
+                vocab_size=self._vocab_size,
+            )
+            if track.index:  # the prompt is the same for all
+                sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)
+            self._scheduler.add(
+                track.name,
+                prompt,
+                params.max_tokens,
+                sampling,
+                stop_tokens=request.stop_tokens,
+                priority=request.priority,
+                mask=mask,
+            )
+
+    def abort(self, request: Request) -> list[Event]:
+        """Ends a request now and frees all that it holds. Nothing where it has ended already."""
+        return self._abort(request, None)
 
     @property
-    def num_unfinished(self) -> int:
-        return len(self._requests)
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._scheduler.num_unfinished or self._scheduler.num_in_flight)
 
-    def step(self) -> list[Delta]:
-        """Sends what can run, waits for one result, and returns what it added to which request."""
+    def step(self, timeout_s: float) -> list[Event]:
+        """Sends what can run, waits for one message, and returns what it brought."""
+        self._submit()
+        message = self._executor.receive(timeout_s)
+        if isinstance(message, StageReport):
+            self.timeline.add(message)
+        if not isinstance(message, StepResult):
+            return []
+        stepped = self._scheduler.complete(message)
+        events = self._guide(stepped) if self._guided else []
+        self._submit()  # the ranks go on while the text is made
+        return events + self._deliver(stepped)
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler.stats()
+        now_s = self._clock_s()
+        return EngineStats(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            pages=scheduler.pages,
+            pages_used=scheduler.pages_used,
+            pages_kept=scheduler.pages_kept,
+            tokens_per_s=self._rate.per_s(),
+            stage_busy=self.timeline.busy(now_s - WINDOW_S, now_s),
+            requests=self._num_requests,
+            finished=self._num_finished,
+            aborted=self._num_aborted,
+            prompt_tokens=scheduler.prompt_tokens,
+            prompt_tokens_cached=scheduler.prompt_tokens_cached,
+            output_tokens=self._num_tokens,
+            preemptions=scheduler.preemptions,
+            steps=scheduler.steps,
+        )
+
+    def _submit(self) -> None:
         while (plan := self._scheduler.schedule()) is not None:
             self._executor.submit(plan)
-        if not self._scheduler.num_in_flight:
-            return []
-        result = self._executor.receive(POLL_S)
-        if result is None:
-            return []
-        self._scheduler.complete(result)
-        now_s = self._clock()
-        deltas = []
-        for drawn in result.tokens:
-            request = self._requests.get(drawn.sequence)
-            if request is None or request.finish_reason is not None:  # aborted while its token was on the way
+
+    def _guide(self, stepped: Stepped) -> list[Event]:
+        """Asks the guides of those that have drawn what they may draw next."""
+        events = []
+        for name, token in zip(stepped.names, stepped.tokens, strict=True):
+            if name in self._guided and name not in stepped.endings:
+                guide = self._tracks[name].guide
+                assert guide is not None
+                try:
+                    guide.accept(token)
+                    self._scheduler.allow(name, next_mask(guide, self._vocab_size))
+                except Exception as error:  # a guide is the caller's code: it ends its own request, not the engine
+                    events += self._abort(self._tracks[name].request, error)
+        return events
+
+    def _deliver(self, stepped: Stepped) -> list[Event]:
+        now_s = self._clock_s()
+        self._num_tokens += len(stepped.tokens)
+        self._rate.count(len(stepped.tokens))
+        for name, start, found in stepped.prompt_logprobs:
+            if name in self._tracks:
+                self._tracks[name].request.prompt_logprobs[start:] = found  # anew where a preemption came between
+        events = []
+        for name, token in zip(stepped.names, stepped.tokens, strict=True):
+            track = self._tracks.get(name)
+            if track is None:  # its guide has failed in this very step
                 continue
-            delta = request.push(drawn, now_s)
-            deltas.append(delta)
+            delta = track.push(token, stepped.logprobs.get(name), stepped.endings.get(name), now_s)
+            events.append(Event(track.request, delta))
             if delta.finish_reason is not None:
-                self._scheduler.finish(request.name)
-        return deltas
+                self._forget(track)
+                if track.request.finished:
+                    self._num_finished += 1
+                    events.append(Event(track.request, track.request.output()))
+        return events
 
-    def take(self, name: int) -> RequestOutput:
-        """The output of a finished request; the engine forgets it."""
-        with self._lock:
-            return self._requests.pop(name).output()
+    def _abort(self, request: Request, error: Exception | None) -> list[Event]:
+        open_tracks = [track for track in request.tracks if track.finish_reason is None]
+        if not open_tracks:
+            return []
+        self._num_aborted += 1
+        events = []
+        for track in open_tracks:
+            self._forget(track)
+            events.append(Event(request, track.abort()))
+        return [*events, Event(request, request.output())] if error is None else [Event(request, error)]
 
-    def abort(self, name: int) -> None:
-        """Ends a request now; whoever follows it hears so. Nothing where there is no such request any more."""
-        with self._lock:
-            request = self._requests.get(name)
-            if request is not None and request.finish_reason is None:
-                self._scheduler.finish(name)
-                self._unheard.setdefault(name, []).append(request.abort())
-
-    def discard(self, name: int) -> None:
-        """Ends a request whose output nobody will take."""
-        with self._lock:
-            self.abort(name)
-            self._requests.pop(name, None)
-            self._unheard.pop(name, None)
-
-    def run(self, names: Sequence[int]) -> Generator[Delta, None, None]:
-        """Drives the engine until the requests are finished, passing on what is added to them.
-
-        Others may do so at the same time for requests of theirs, in turns or from other threads.
-        """
-        open_names = list(names)
-        try:
-            while open_names:
-                for delta in self._hear(open_names):
-                    if delta.finish_reason is not None:
-                        open_names.remove(delta.request)
-                    yield delta
-        finally:
-            for name in open_names:  # the caller stopped listening
-                self.discard(name)
-
-    def _hear(self, names: Sequence[int]) -> list[Delta]:
-        """What was added to the requests since last asked; takes a step where that is nothing."""
-        with self._lock:
-            if not any(name in self._unheard for name in names):
-                for delta in self.step():
-                    self._unheard.setdefault(delta.request, []).append(delta)
-            return [delta for name in names for delta in self._unheard.pop(name, ())]
+    def _forget(self, track: Track) -> None:
+        self._scheduler.finish(track.name)
+        self._guided.discard(track.name)
+        self._tracks.pop(track.name, None)

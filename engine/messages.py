@@ -28,13 +28,30 @@ class CommSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class KVMeasure:
+    """How ranks find out how many pages they hold: as many as the tightest of them has room for.
+
+    share: of the memory that is free once all are loaded and warm. device_part: of its GPU that is a rank's own; on a
+    CPU the ranks of one machine divide what is free there. limit_pages: most that are taken. least_pages: fewer are an
+    error. copies: replicas that may be on one machine.
+    """
+
+    share: float
+    device_part: float
+    limit_pages: int
+    least_pages: int
+    copies: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankSpec:
     """All that a rank needs to know to start; it asks nobody else.
 
     rank: number inside its replica. engine: ZMQ address of the engine, `tcp://host:port`. secret: says that this rank
     belongs to this formation. dtype: of weights and activations. device: `cpu` or `cuda`. num_threads: compute threads.
     entries: where the tensors of the checkpoint lie, by canonical name. num_pages, page_size: KV cache, in pages and
-    tokens a page.
+    tokens a page; `measure` says how many where `num_pages` is 0. max_sequences, max_batch_tokens: most slots, and most
+    tokens of a step. max_length: most tokens of a sequence.
     """
 
     replica: int
@@ -47,65 +64,136 @@ class RankSpec:
     num_threads: int
     num_pages: int
     page_size: int
+    max_sequences: int
+    max_batch_tokens: int
+    max_length: int
     comm: CommSettings
     engine: str
     secret: str
+    measure: KVMeasure | None = None
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How the tokens of one sequence are drawn; see `engine.sampling_params` for what the first ones mean.
+
+    top_k: 0 for all. logprobs, prompt_logprobs: most likely tokens to report a position, 0 for the token's own only, -1
+    for none. num_prompt: tokens of the prompt; a penalty for presence or frequency counts those after it, one for
+    repetition all. history: the tokens so far, where a penalty needs them, else empty. logit_bias: (token, bias).
+    allowed: the only tokens that may be drawn, None for all. stop_tokens, min_tokens: the tokens that end the text may
+    not be drawn before so many others were.
+    """
+
+    seed: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    logprobs: int = -1
+    prompt_logprobs: int = -1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    num_prompt: int = 0
+    history: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed: tuple[int, ...] | None = None
+    stop_tokens: tuple[int, ...] = ()
+    min_tokens: int = 0
 
 
 class NewSequence(NamedTuple):
-    """A sequence the ranks have not seen. The rest is what sampling needs; see `engine.sampling_params`."""
+    """A sequence that takes a slot: a row of every table that ranks keep. Whatever held the slot before is over.
 
-    sequence: int
-    seed: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    logprobs: int
-
-
-class SequenceWork(NamedTuple):
-    """Tokens of one sequence to run in a step.
-
-    tokens: ids at positions `start`, `start` + 1, ... pages: pages appended to the sequence's page table, before the
-    step. sample: whether the token after the last of these is to be drawn.
+    pages: the pages it begins with; some may hold keys and values already, of a prefix that others had too.
     """
 
-    sequence: int
+    slot: int
+    pages: tuple[int, ...]
+    sampling: Sampling
+
+
+class Chunk(NamedTuple):
+    """Known tokens of one sequence to run in a step: a prompt, or a part of one.
+
+    tokens: ids at positions `start`, `start` + 1, ... sample: whether the token after the last of these is to be drawn.
+    following: that token where it is known, which only log-probabilities of the prompt ask for; else -1.
+    """
+
+    slot: int
     start: int
     tokens: tuple[int, ...]
-    pages: tuple[int, ...]
     sample: bool
+    following: int = -1
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """What to compute in one step. dropped: sequences whose state the ranks forget, before the step."""
+    """What to compute in one step. Ranks run plans in the order of their steps, whatever they hold of the results.
+
+    new: sequences that take a slot, before the step. pages: (slot, page) appended to the slots' page tables, before the
+    step. decodes: slots that run the token last drawn for them, at the position after those they ran. chunks: known
+    tokens. masks: (slot, bits) of the tokens that may be drawn in this step: bit t % 8 of byte t // 8 for token t.
+
+    Rows are the decodes, then the chunks. Drawn are a token for each decode, then for each chunk with `sample`.
+    """
 
     step: int
-    new: tuple[NewSequence, ...]
-    work: tuple[SequenceWork, ...]
-    dropped: tuple[int, ...]
+    new: tuple[NewSequence, ...] = ()
+    pages: tuple[tuple[int, int], ...] = ()
+    decodes: tuple[int, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    masks: tuple[tuple[int, bytes], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
+    def drawn_slots(self) -> tuple[int, ...]:
+        """The slots that a token is drawn for, in that order."""
+        return (*self.decodes, *[chunk.slot for chunk in self.chunks if chunk.sample])
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """End of a formation: the rank releases what it holds and returns."""
 
 
-class SampledToken(NamedTuple):
-    """A drawn token, its log-probability where asked for, and the most likely tokens with theirs, best first."""
+class TokenLogprobs(NamedTuple):
+    """Log-probability of a token, and the most likely tokens at its position with theirs, best first."""
 
-    sequence: int
     token: int
-    logprob: float | None
+    logprob: float
     top: tuple[tuple[int, float], ...]
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Tokens drawn in a step, from the first rank of the last stage. busy_us: time from plan to tokens on that rank."""
+    """Tokens drawn in a step, in the order that the plan says, from the first rank of the last stage.
+
+    logprobs: (place among the drawn, what was asked for) of the sequences that ask. prompt_logprobs: (place among the
+    chunks, one a token of the prompt that is known after a token of the chunk).
+    """
 
     step: int
-    tokens: tuple[SampledToken, ...]
-    busy_us: float
+    tokens: tuple[int, ...]
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
+    prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...] = ()
+
+
+class StageStep(NamedTuple):
+    """When a stage worked on a step, in seconds of its machine's monotonic clock: from its input being there until its
+    output was handed on or its tokens drawn.
+    """
+
+    step: int
+    started_s: float
+    ended_s: float
+
+
+class StageReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What a stage did lately, from its first rank. sent_s: now, on the clock of the steps."""
+
+    stage: int
+    steps: tuple[StageStep, ...]
+    sent_s: float
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -120,7 +208,7 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A rank that can serve. startup_s: seconds by part. weight_bytes: held; bytes_read: from the checkpoint's files.
 
-    choices: what this rank chose among, the choice and why, for the start-up table.
+    num_pages: pages of the KV cache. choices: what this rank chose among, the choice and why, for the start-up table.
     """
 
     rank: int
@@ -130,6 +218,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     weight_bytes: int
     bytes_read: int
     kv_bytes: int
+    num_pages: int = 0
     choices: dict[str, str] = {}
 
 
@@ -144,4 +233,4 @@ class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 ToRank = StepPlan | Shutdown
-ToEngine = StepResult | Progress | RankReady | RankFailed
+ToEngine = StepResult | StageReport | Progress | RankReady | RankFailed

@@ -9,6 +9,7 @@ _IMPORTING_SINCE = time.perf_counter()  # before the imports that take seconds, 
 import os
 import socket
 import traceback
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -19,18 +20,25 @@ from phalanx.comm.ledger import Ledger
 from phalanx.comm.rendezvous import connect_store
 from phalanx.comm.work import GroupBrokenError
 from phalanx.engine.channel import RankChannel
+from phalanx.engine.feedback import TokenReceiver, TokenSender
+from phalanx.engine.kv_budget import free_device_bytes, num_pages_for
 from phalanx.engine.messages import (
+    Chunk,
+    KVMeasure,
     NewSequence,
     Progress,
     RankFailed,
     RankReady,
     RankSpec,
-    SequenceWork,
+    Sampling,
     Shutdown,
+    StageReport,
+    StageStep,
     StepPlan,
-    StepResult,
 )
-from phalanx.engine.runner import StepRunner
+from phalanx.engine.runner import Links, Ran, StepRunner
+from phalanx.engine.sampler import Sampler
+from phalanx.engine.tables import SlotTables
 from phalanx.errors import PhalanxError
 from phalanx.models.batch import KVCache
 from phalanx.models.checkpoint import Checkpoint
@@ -41,18 +49,12 @@ from phalanx.parallel.handover import HandOver
 IMPORT_S = time.perf_counter() - _IMPORTING_SINCE
 
 # Two steps of a made-up sequence take every path of a real one once, on every rank: a chunk of a prompt, then a token.
-WARMUP_NAME = -1
 WARMUP = (
-    StepPlan(
-        step=-2,
-        new=(NewSequence(WARMUP_NAME, seed=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=-1),),
-        work=(SequenceWork(WARMUP_NAME, start=0, tokens=(0, 0), pages=(0,), sample=True),),
-        dropped=(),
-    ),
-    StepPlan(
-        step=-1, new=(), work=(SequenceWork(WARMUP_NAME, start=2, tokens=(0,), pages=(), sample=True),), dropped=()
-    ),
+    StepPlan(step=-2, new=(NewSequence(0, (0,), Sampling()),), chunks=(Chunk(0, 0, (0, 0), sample=True),)),
+    StepPlan(step=-1, decodes=(0,)),
 )
+
+MOST_REPORTED = 32  # steps that a stage keeps to itself while it is busy
 
 
 class Rank:
@@ -100,15 +102,29 @@ class Rank:
 
         self._comm = connect(f"stage{place.stage}", place.tensor_rank, self._stage.num_ranks)
         self.choices = {"comm": f"{self._comm.backend}: {self._comm.reason}"}
-        self._before = self._after = None
-        if len(spec.layout.stages) > 1:
-            pipeline = connect("pipeline", place.rank, spec.layout.num_ranks)
+        before = after = tokens_in = tokens_out = None
+        layout = spec.layout
+        self._everyone = self._comm
+        if len(layout.stages) > 1:
+            pipeline = connect("pipeline", place.rank, layout.num_ranks)
+            self._everyone = pipeline
             self.choices["comm between stages"] = f"{pipeline.backend}: {pipeline.reason}"
-            ranks = spec.layout.stage_ranks(place.stage)
+            ranks = layout.stage_ranks(place.stage)
             if not self._stage.first:
-                self._before = HandOver(pipeline, spec.layout.stage_ranks(place.stage - 1), ranks, self._comm)
+                before = HandOver(pipeline, layout.stage_ranks(place.stage - 1), ranks, self._comm)
             if not self._stage.last:
-                self._after = HandOver(pipeline, ranks, spec.layout.stage_ranks(place.stage + 1), self._comm)
+                after = HandOver(pipeline, ranks, layout.stage_ranks(place.stage + 1), self._comm)
+            if self._stage.first or self._stage.last:
+                # A group of its own: tokens go back while hidden states go forward.
+                num_senders, num_receivers = layout.stages[-1].num_ranks, layout.stages[0].num_ranks
+                number = place.tensor_rank + (num_senders if self._stage.first else 0)
+                ends = connect("tokens", number, num_senders + num_receivers)
+                senders, receivers = range(num_senders), range(num_senders, ends.size)
+                if self._stage.first:
+                    tokens_in = TokenReceiver(ends, senders, receivers, len(layout.stages) + 1)
+                else:
+                    tokens_out = TokenSender(ends, senders, receivers)
+        self._links = Links(before, after, tokens_in, tokens_out)
         self._took("rendezvous")
 
     def _load(self) -> None:
@@ -129,39 +145,98 @@ class Rank:
         )
         self._weight_bytes = sum(weight.nbytes for weight in weights.values())
         self._bytes_read = checkpoint.bytes_read
+        self._decoder = Decoder(spec.config, self._stage, self._place.tensor_rank, self._comm, weights)
+        self._make_runner(spec.num_pages or -(-self._widest_step // spec.page_size))
+        self._took("weights")
+
+    @property
+    def _widest_step(self) -> int:
+        """Tokens of one sequence in one step, at most."""
+        return min(self._spec.max_batch_tokens, self._spec.max_length)
+
+    def _make_runner(self, num_pages: int) -> None:
+        spec, stage, part = self._spec, self._stage, self._place.tensor_rank
         self._cache = KVCache(
-            self._stage.layers.size,
-            spec.num_pages,
+            stage.layers.size,
+            num_pages,
             spec.page_size,
-            self._stage.kv_heads[self._place.tensor_rank].size,
+            stage.kv_heads[part].size,
             spec.config.shape.head_dim,
             self._dtype,
             self._device,
         )
         self._runner = StepRunner(
-            self._stage,
-            self._comm,
-            Decoder(spec.config, self._stage, self._place.tensor_rank, self._comm, weights),
+            self._decoder,
             self._cache,
-            spec.config.shape.hidden_size,
-            self._dtype,
-            self._device,
-            self._before,
-            self._after,
+            SlotTables(spec.max_sequences, spec.max_length, spec.page_size, spec.config.sliding_window, self._device),
+            Sampler(stage.vocab, self._comm) if stage.last else None,
+            self._links,
+            hidden_size=spec.config.shape.hidden_size,
+            dtype=self._dtype,
+            device=self._device,
+            reports=part == 0,
         )
-        self._took("weights")
 
     def _warm_up(self) -> None:
         self._progress("warmup", 0, len(WARMUP))
         for done, plan in enumerate(WARMUP, start=1):
             self._runner.run(plan)
             self._progress("warmup", done, len(WARMUP))
-        self._runner.forget(WARMUP_NAME)
+        if self._spec.measure is not None:
+            self._make_runner(self._measured_pages(self._spec.measure))
         self._took("warmup")
 
-    def run(self, plan: StepPlan) -> StepResult | None:
+    def _measured_pages(self, measure: KVMeasure) -> int:
+        """Pages that the tightest rank of the replica has room for, asked when all have run the widest step."""
+        bytes_per_page = self._cache.num_bytes // self._cache.num_pages
+        part = measure.device_part
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        tokens = (0,) * self._widest_step
+        pages = tuple(range(self._cache.num_pages))
+        self._runner.run(
+            StepPlan(step=-1, new=(NewSequence(0, pages, Sampling()),), chunks=(Chunk(0, 0, tokens, sample=True),))
+        )
+        del self._runner, self._cache  # the next ones take their place
+        self._everyone.barrier()
+        if self._device.type == "cpu":
+            part = 1 / (self._num_here() * measure.copies)
+        free_bytes = int(free_device_bytes(self._device) * part)
+        self._everyone.barrier()  # nobody takes its pages before all have looked
+        found = num_pages_for(
+            free_bytes, measure.share, bytes_per_page, measure.limit_pages, least_pages=measure.least_pages
+        )
+        fewest = self._everyone.all_reduce(torch.tensor([-found], dtype=torch.int64, device=self._device), op="max")
+        return -int(fewest)
+
+    def _num_here(self) -> int:
+        """Ranks of the replica on this machine."""
+        own = torch.tensor([zlib.crc32(socket.gethostname().encode())], dtype=torch.int64)
+        return int((self._everyone.all_gather(own) == own).sum())
+
+    def run(self, plan: StepPlan) -> Ran:
         self.ledger.begin_step(plan.step)
         return self._runner.run(plan)
+
+    def serve(self, channel: RankChannel) -> None:
+        """Runs steps until the engine says `Shutdown`."""
+        times: list[StageStep] = []
+        reports = self._place.tensor_rank == 0
+        while True:
+            message = channel.receive(0.0)
+            if times and (message is None or len(times) >= MOST_REPORTED):
+                channel.send(StageReport(self._place.stage, tuple(times), time.perf_counter()))
+                times = []
+            if message is None:
+                message = channel.receive()
+            if isinstance(message, Shutdown):
+                return
+            if isinstance(message, StepPlan):
+                ran = self.run(message)
+                if ran.result is not None:
+                    channel.send(ran.result)
+                if reports:
+                    times.append(ran.times)
 
     def ready(self) -> RankReady:
         return RankReady(
@@ -172,6 +247,7 @@ class Rank:
             weight_bytes=self._weight_bytes,
             bytes_read=self._bytes_read,
             kv_bytes=self._cache.num_bytes,
+            num_pages=self._cache.num_pages,
             choices=self.choices,
         )
 
@@ -193,23 +269,16 @@ class Rank:
 def run_rank(spec: RankSpec) -> None:
     """Starts a rank and serves steps until the engine says `Shutdown`.
 
-    Reports `Progress`, then `RankReady`, then a `StepResult` a step (the first rank of the last stage) over the
-    engine's channel. A failure is reported there as `RankFailed` and raised. Blocks; the caller's process is the
-    rank.
+    Reports `Progress`, then `RankReady`, then a `StepResult` a step (the first rank of the last stage) and a
+    `StageReport` now and then (the first rank of each stage) over the engine's channel. A failure is reported there as
+    `RankFailed` and raised. Blocks; the caller's process is the rank.
     """
     with RankChannel(spec.engine, spec.rank, spec.secret) as channel:
         try:
             rank = Rank(spec, channel.send)
             try:
                 channel.send(rank.ready())
-                while True:
-                    message = channel.receive()
-                    if isinstance(message, StepPlan):
-                        result = rank.run(message)
-                        if result is not None:
-                            channel.send(result)
-                    elif isinstance(message, Shutdown):
-                        return
+                rank.serve(channel)
             finally:
                 rank.close()
         except Exception as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from phalanx.engine.messages import SampledToken
+from phalanx.engine.guide import Guide
+from phalanx.engine.messages import TokenLogprobs
 from phalanx.engine.sampling_params import SamplingParams
 from phalanx.errors import RequestError
 from phalanx.models.tokenizer import TextStream, Tokenizer
@@ -13,20 +15,13 @@ from phalanx.models.tokenizer import TextStream, Tokenizer
 FinishReason = Literal["stop", "length", "abort"]
 
 
-class TokenLogprobs(NamedTuple):
-    """Log-probability of a drawn token, and the most likely tokens at its position with theirs, best first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
 class Delta(NamedTuple):
-    """What a step added to a request. text may lag behind the tokens: characters of several tokens, possible stop
-    strings.
+    """What a step added to a completion of a request. text may lag behind the tokens: characters of several tokens,
+    possible stop strings.
     """
 
     request: int
+    completion: int
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...]
@@ -42,11 +37,9 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """A finished request. text: of the new tokens, without the stop string that ended it."""
+class Completion:
+    """One of the `n` completions of a prompt. text: of the new tokens, without the stop string that ended it."""
 
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
@@ -54,18 +47,63 @@ class RequestOutput:
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-@dataclass(slots=True)
-class Request:
-    """The truth about one request. seed: what its draws are keyed by; fixed when the request comes in."""
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A finished request. What is said of a completion is also said here, of the first.
 
-    name: int
+    request: place of the prompt in the call. prompt_logprobs: of the prompt's tokens after the first, where asked for.
+    """
+
+    request: int
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    stop_tokens: frozenset[int]
-    arrived_s: float
+    completions: tuple[Completion, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.completions[0].token_ids
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.completions[0].finish_reason
+
+    @property
+    def timings(self) -> Timings:
+        return self.completions[0].timings
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        return self.completions[0].logprobs
+
+
+class Event(NamedTuple):
+    """Something that happened to a request: more of it, all of it, or the error that ended it."""
+
+    request: Request
+    what: Delta | RequestOutput | Exception
+
+
+class Mailbox(Protocol):
+    """Where a caller hears of its requests."""
+
+    def put(self, events: list[Event]) -> None:
+        """Takes what a step brought. Called from the engine's thread: it must not block."""
+
+
+@dataclass(slots=True)
+class Track:
+    """A completion under way. guide: says what it may draw next, None where anything."""
+
+    request: Request
+    index: int
     stream: TextStream | None
+    guide: Guide | None = None
+    name: int = -1  # of its sequence
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: str = ""
@@ -74,71 +112,66 @@ class Request:
     first_token_s: float = 0.0
     last_token_s: float = 0.0
 
-    def push(self, drawn: SampledToken, now_s: float) -> Delta:
-        """Takes a drawn token. A stop token ends the request and is kept in `token_ids` but not in the text."""
-        self.token_ids.append(drawn.token)
+    def push(
+        self, token: int, logprobs: TokenLogprobs | None, ending: Literal["stop", "length"] | None, now_s: float
+    ) -> Delta:
+        """Takes a drawn token. A stop token, the ending `stop`, is kept in `token_ids` but not in the text."""
+        self.token_ids.append(token)
         self.last_token_s = now_s
         if len(self.token_ids) == 1:
             self.first_token_s = now_s
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if drawn.logprob is not None:
-            logprobs = (TokenLogprobs(drawn.token, drawn.logprob, drawn.top),)
-            self.logprobs.extend(logprobs)
+        given = () if logprobs is None else (logprobs,)
+        self.logprobs.extend(given)
         text = ""
-        if drawn.token in self.stop_tokens:
+        if ending == "stop":
             self.finish_reason = "stop"
+            text = self._rest()
         elif self.stream is not None:
-            text = self._release(self.stream.push(drawn.token))
-        if self.finish_reason is None and len(self.token_ids) >= self.params.max_tokens:
+            text = self._release(self.stream.push(token))
+        if ending == "length" and self.finish_reason is None:
             self.finish_reason = "length"
-        if self.finish_reason is not None:
-            text += self._finish_text()
+            text += self._rest()
         self.text += text
-        return Delta(self.name, (drawn.token,), text, logprobs, self.finish_reason)
+        return Delta(self.request.place, self.index, (token,), text, given, self.finish_reason)
 
     def abort(self) -> Delta:
         self.finish_reason = "abort"
-        text = self._finish_text()
+        text = self._rest()
         self.text += text
-        return Delta(self.name, (), text, (), "abort")
+        return Delta(self.request.place, self.index, (), text, (), "abort")
 
-    def output(self) -> RequestOutput:
+    def completion(self) -> Completion:
         if self.finish_reason is None:
-            raise RuntimeError(f"request {self.name} is not finished")
+            raise RuntimeError(f"completion {self.index} of request {self.request.name} is not finished")
         decode_s = self.last_token_s - self.first_token_s
-        timings = Timings(
-            time_to_first_token_s=max(0.0, self.first_token_s - self.arrived_s),
-            time_per_output_token_s=decode_s / max(1, len(self.token_ids) - 1),
-        )
-        return RequestOutput(
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
+        return Completion(
             token_ids=tuple(self.token_ids),
             text=self.text,
             finish_reason=self.finish_reason,
-            timings=timings,
-            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            timings=Timings(
+                time_to_first_token_s=max(0.0, self.first_token_s - self.request.arrived_s),
+                time_per_output_token_s=decode_s / max(1, len(self.token_ids) - 1),
+            ),
+            logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
         )
 
     def _release(self, text: str) -> str:
-        """The part of the text that no stop string can take back any more; ends the request where one is complete."""
+        """The part of the text that no stop string can take back any more; ends the track where one is complete."""
         self.held_back += text
-        if not self.params.stop:
+        params = self.request.params
+        if not params.stop or len(self.token_ids) < params.min_tokens:
             return self._take(len(self.held_back))
-        found = [place for stop in self.params.stop if (place := self.held_back.find(stop)) >= 0]
+        found = [place for stop in params.stop if (place := self.held_back.find(stop)) >= 0]
         if found:
             self.finish_reason = "stop"
             released = self.held_back[: min(found)]
             self.held_back = ""
             return released
-        return self._take(len(self.held_back) - max(_overlap(self.held_back, stop) for stop in self.params.stop))
+        return self._take(len(self.held_back) - max(_overlap(self.held_back, stop) for stop in params.stop))
 
-    def _finish_text(self) -> str:
-        """What is still held back when the request ends, unless a stop string ended it: then nothing is."""
+    def _rest(self) -> str:
+        """What is still held back at the end."""
         if self.stream is None:
-            return ""
-        stopped = self.finish_reason == "stop" and (not self.token_ids or self.token_ids[-1] not in self.stop_tokens)
-        if stopped:
             return ""
         return self._take(len(self.held_back)) + self.stream.finish()
 
@@ -147,35 +180,88 @@ class Request:
         return released
 
 
+@dataclass(slots=True)
+class Request:
+    """The truth about one request.
+
+    name: how whoever sent it calls it. place: of its prompt in the call that it came with. seed: what its draws are
+    keyed by, fixed when it comes in. stop_tokens: that end it. priority: lower comes first. mailbox: hears of it.
+    """
+
+    name: str
+    place: int
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    stop_tokens: frozenset[int]
+    priority: int
+    arrived_s: float
+    mailbox: Mailbox
+    tracks: list[Track] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(track.finish_reason is not None for track in self.tracks)
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            request=self.place,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            completions=tuple(track.completion() for track in self.tracks),
+            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
+        )
+
+
 def new_request(
-    name: int,
-    prompt: str | list[int],
+    prompt: str | Sequence[int],
     params: SamplingParams,
+    *,
+    name: str,
+    place: int,
     tokenizer: Tokenizer | None,
     eos_token_ids: tuple[int, ...],
     seed: int,
+    priority: int,
+    mailbox: Mailbox,
     now_s: float,
 ) -> Request:
-    """Encodes the prompt where it is text. Without a tokenizer prompts are token ids and there is no text."""
+    """Encodes the prompt where it is text. Without a tokenizer prompts are token ids and there is no text.
+
+    seed: where the parameters bring none. Raises RequestError for what is no prompt.
+    """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer; give token ids")
-        token_ids = tokenizer.encode(prompt)
+        token_ids = tuple(tokenizer.encode(prompt))
     else:
-        token_ids = list(prompt)
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            raise RequestError(f"a prompt is text or a list of token ids, found {prompt!r:.80}")
+        token_ids = tuple(int(token) for token in prompt)
+    if params.stop and tokenizer is None:
+        raise RequestError("stop strings need a tokenizer; use stop_token_ids")
     stop_tokens = set(params.stop_token_ids)
     if not params.ignore_eos:
         stop_tokens.update(eos_token_ids)
-    return Request(
+    request = Request(
         name=name,
+        place=place,
         prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=tuple(token_ids),
+        prompt_token_ids=token_ids,
         params=params,
         seed=seed if params.seed is None else params.seed,
         stop_tokens=frozenset(stop_tokens),
+        priority=priority,
         arrived_s=now_s,
-        stream=None if tokenizer is None else tokenizer.stream(continuation=True),
+        mailbox=mailbox,
     )
+    for index in range(params.n):
+        stream = None if tokenizer is None else tokenizer.stream(continuation=True)
+        guide = None if params.guide is None else params.guide()
+        request.tracks.append(Track(request, index, stream, guide))
+    return request
 
 
 def _overlap(text: str, stop: str) -> int:

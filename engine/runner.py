@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from phalanx.comm.communicator import Communicator
-from phalanx.engine.messages import NewSequence, StepPlan, StepResult
-from phalanx.engine.sampler import Sampler
-from phalanx.models.batch import Batch, KVCache
+from phalanx.engine.feedback import TokenReceiver, TokenSender
+from phalanx.engine.messages import Chunk, StageStep, StepPlan, StepResult, TokenLogprobs
+from phalanx.engine.sampler import Draws, Sampler
+from phalanx.engine.tables import SlotTables
+from phalanx.models.batch import KVCache
 from phalanx.models.decoder import Decoder
 from phalanx.parallel.handover import HandOver
-from phalanx.parallel.layout import Stage
+
+LOGPROB_ROWS = 64  # rows of a prompt whose logits are held at a time
 
 
-@dataclass(slots=True)
-class SequenceState:
-    """What a rank remembers of a sequence between steps: how to draw for it, and where its keys and values lie."""
+class Links(NamedTuple):
+    """A rank's connections to other stages, None where there is nothing to connect.
 
-    request: NewSequence
-    pages: list[int] = field(default_factory=list)
+    before, after: the borders to the neighbouring stages. tokens_in: on the first stage of several. tokens_out: on the
+    last of several.
+    """
+
+    before: HandOver | None = None
+    after: HandOver | None = None
+    tokens_in: TokenReceiver | None = None
+    tokens_out: TokenSender | None = None
+
+
+class Ran(NamedTuple):
+    """times: of the stage's work. result: from the first rank of the last stage, else None."""
+
+    times: StageStep
+    result: StepResult | None
 
 
 class StepRunner:
@@ -29,86 +43,96 @@ class StepRunner:
 
     def __init__(
         self,
-        stage: Stage,
-        comm: Communicator,
         decoder: Decoder,
         cache: KVCache,
+        tables: SlotTables,
+        sampler: Sampler | None,
+        links: Links,
+        *,
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        before: HandOver | None,
-        after: HandOver | None,
+        reports: bool,
     ) -> None:
-        """comm: of the stage. before, after: the borders to the neighbouring stages, None at the pipeline's ends."""
-        self._stage = stage
-        self._comm = comm
+        """sampler: on the last stage. reports: whether this rank returns the step's result."""
         self._decoder = decoder
         self._cache = cache
+        self._tables = tables
+        self._sampler = sampler
+        self._links = links
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._device = device
-        self._before = before
-        self._after = after
-        self._sampler = Sampler(stage.vocab, comm) if stage.last else None
-        self._sequences: dict[int, SequenceState] = {}
+        self._reports = reports
+        self._prompt_logprobs: dict[int, int] = {}  # of the slots that ask for them
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult | None:
-        """Computes this rank's share of a step; the first rank of the last stage returns the tokens drawn."""
-        started = time.perf_counter()
-        for sequence in plan.dropped:
-            self.forget(sequence)
-        for request in plan.new:
-            self._sequences[request.sequence] = SequenceState(request)
-        batch = self._batch(plan)
-        hidden = self._decoder(self._input(plan), batch, self._cache)
-        if self._after is not None:
-            self._after.send(hidden)
-        if self._sampler is None:
-            return None
-        drawing = [work for work in plan.work if work.sample]
-        tokens = []
-        if drawing:
-            tokens = self._sampler.sample(
-                self._decoder.logits(hidden, batch.last_rows),
-                [self._sequences[work.sequence].request for work in drawing],
-                [work.start + len(work.tokens) for work in drawing],
-            )
-        if self._comm.rank != 0:
-            return None
-        return StepResult(plan.step, tuple(tokens), (time.perf_counter() - started) * 1e6)
-
-    def forget(self, sequence: int) -> None:
-        """Drops what this rank remembers of a sequence; its pages may be another's from the next step on."""
-        del self._sequences[sequence]
+    def run(self, plan: StepPlan) -> Ran:
+        """Computes this rank's share of a step."""
+        self._tables.apply(plan)
+        x = self._input(plan)
+        started_s = time.perf_counter()
+        batch = self._tables.batch(plan)
+        hidden = self._decoder(x, batch, self._cache)
+        result = None
+        if self._links.after is not None:
+            self._links.after.send(hidden)
+        if self._sampler is not None:
+            result = self._draw(plan, hidden, batch.last_rows, self._sampler)
+        return Ran(StageStep(plan.step, started_s, time.perf_counter()), result)
 
     def _input(self, plan: StepPlan) -> torch.Tensor:
-        if self._before is not None:
-            num_tokens = sum(len(work.tokens) for work in plan.work)
-            return self._before.receive(num_tokens, self._hidden_size, self._dtype, self._device)
-        return torch.tensor([token for work in plan.work for token in work.tokens], device=self._device)
+        """Tokens on the first stage, hidden states elsewhere; waits until they are there."""
+        before, tokens_in = self._links.before, self._links.tokens_in
+        if before is not None:
+            return before.receive(plan.num_tokens, self._hidden_size, self._dtype, self._device)
+        if tokens_in is not None:
+            tokens_in.collect(plan.decodes, self._tables.last_tokens)
+            tokens_in.expect(plan.step, plan.drawn_slots)
+        return self._tables.tokens(plan)
 
-    def _batch(self, plan: StepPlan) -> Batch:
-        page_size = self._cache.page_size
-        positions: list[int] = []
-        slots: list[int] = []
-        last_rows: list[int] = []
-        query_starts = [0]
-        for work in plan.work:
-            pages = self._sequences[work.sequence].pages
-            pages.extend(work.pages)
-            span = range(work.start, work.start + len(work.tokens))
-            positions.extend(span)
-            slots.extend(pages[position // page_size] * page_size + position % page_size for position in span)
-            query_starts.append(len(positions))
-            if work.sample:
-                last_rows.append(len(positions) - 1)
-        device = self._device
-        return Batch(
-            positions=torch.tensor(positions, device=device),
-            slots=torch.tensor(slots, device=device),
-            query_starts=query_starts,
-            context_lengths=[work.start + len(work.tokens) for work in plan.work],
-            page_tables=[torch.tensor(self._sequences[work.sequence].pages, device=device) for work in plan.work],
-            last_rows=torch.tensor(last_rows, dtype=torch.int64, device=device),
-        )
+    def _draw(
+        self, plan: StepPlan, hidden: torch.Tensor, last_rows: torch.Tensor, sampler: Sampler
+    ) -> StepResult | None:
+        for new in plan.new:
+            sampler.admit(new.slot, new.sampling)
+            self._prompt_logprobs.pop(new.slot, None)
+            if new.sampling.prompt_logprobs >= 0:
+                self._prompt_logprobs[new.slot] = new.sampling.prompt_logprobs
+        slots = plan.drawn_slots
+        draws = Draws(torch.empty(0, dtype=torch.int64), ())
+        if slots:
+            logits = self._decoder.logits(hidden, last_rows)
+            draws = sampler.sample(logits, slots, self._tables.lengths_of(slots), dict(plan.masks))
+            if self._links.tokens_out is not None:
+                self._links.tokens_out.send(draws.tokens)
+            else:
+                self._tables.last_tokens[torch.tensor(slots, device=self._device)] = draws.tokens
+        prompt_logprobs = self._prompt(plan, hidden, sampler) if self._prompt_logprobs else ()
+        if not self._reports:
+            return None
+        return StepResult(plan.step, tuple(draws.tokens.tolist()), draws.logprobs, prompt_logprobs)
+
+    def _prompt(
+        self, plan: StepPlan, hidden: torch.Tensor, sampler: Sampler
+    ) -> tuple[tuple[int, tuple[TokenLogprobs, ...]], ...]:
+        """Log-probabilities of the prompts' tokens, by the place of their chunk."""
+        found = []
+        row = len(plan.decodes)
+        for place, chunk in enumerate(plan.chunks):
+            following = _following(chunk)
+            if chunk.slot in self._prompt_logprobs and following:
+                logprobs: list[TokenLogprobs] = []
+                for start in range(0, len(following), LOGPROB_ROWS):
+                    part = following[start : start + LOGPROB_ROWS]
+                    rows = torch.arange(row + start, row + start + len(part), device=self._device)
+                    logits = self._decoder.logits(hidden, rows)
+                    logprobs += sampler.prompt_logprobs(logits, part, self._prompt_logprobs[chunk.slot])
+                found.append((place, tuple(logprobs)))
+            row += len(chunk.tokens)
+        return tuple(found)
+
+
+def _following(chunk: Chunk) -> tuple[int, ...]:
+    """The known token after each of the chunk's, as far as there is one."""
+    return chunk.tokens[1:] if chunk.following < 0 else (*chunk.tokens[1:], chunk.following)

@@ -3,211 +3,207 @@
 Every rank draws the same tokens, since all see the same few candidates: of each row only a rank's best entries leave
 it, never its whole shard, except where top_p asks for a set that wide.
 
-Shapes: B rows, V vocabulary rows of this rank, R ranks, C candidates.
+Shapes: B rows, V vocabulary rows of this rank, C candidates; T tokens of a prompt.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from phalanx.comm.communicator import Communicator, ReduceOp
-from phalanx.engine.messages import NewSequence, SampledToken
+from phalanx.comm.communicator import Communicator
+from phalanx.engine.logit_rules import LogitRules
+from phalanx.engine.logprobs import token_logprobs
+from phalanx.engine.messages import Sampling, TokenLogprobs
+from phalanx.engine.vocab_shard import VocabShard, blocks, on_device
 from phalanx.kernels import gumbel_noise
 from phalanx.parallel.split import Split
 
 FIRST_NUCLEUS = 256  # candidates first asked of each rank for top_p; doubled until their mass suffices
 
+# What a draw needs to know of a slot, so that a step takes the facts of all its rows at once; `position` is the row's.
+FACTS = np.dtype(
+    [
+        ("seed", np.int64),
+        ("position", np.int64),
+        ("temperature", np.float64),
+        ("top_k", np.int64),
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("logprobs", np.int64),
+    ]
+)
+Facts: TypeAlias = npt.NDArray[np.void]  # of FACTS, one a row
 
-class Candidates(NamedTuple):
-    """Entries of the distribution, over all ranks, best first. values: [B, C] float64. tokens: [B, C] int64."""
 
-    values: torch.Tensor
+class Draws(NamedTuple):
+    """Tokens drawn, one a row. tokens: [B] int64 on the logits' device. logprobs: (row, ...) of the rows that ask."""
+
     tokens: torch.Tensor
+    logprobs: tuple[tuple[int, TokenLogprobs], ...]
 
 
 class Sampler:
-    """Draws the next token of each row. `vocab` says which tokens each rank of `comm` holds the logits of."""
+    """Draws the next tokens of the sequences in slots. `vocab` says which tokens each rank of `comm` holds the logits
+    of. Every rank makes the same calls and gets the same tokens.
+    """
 
     def __init__(self, vocab: Split, comm: Communicator) -> None:
-        self._vocab = vocab
-        self._rows = vocab[comm.rank]
-        self._comm = comm
+        self._shard = VocabShard(vocab, comm)
+        self._rules = LogitRules(self._shard, comm.device)
+        self._facts = np.zeros(0, FACTS)  # by slot
+
+    def admit(self, slot: int, sampling: Sampling) -> None:
+        """A sequence takes a slot, with the tokens in its history; what held the slot before is forgotten."""
+        if slot >= self._facts.size:
+            self._facts = np.concatenate((self._facts, np.zeros(slot + 1, FACTS)))
+        self._facts[slot] = (
+            sampling.seed,
+            0,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.logprobs,
+        )
+        self._rules.admit(slot, sampling)
 
     def sample(
-        self, logits_BV: torch.Tensor, requests: Sequence[NewSequence], positions: Sequence[int]
-    ) -> list[SampledToken]:
-        """Tokens for `positions`, one a row of this rank's logits [B, V] float32. Called by all ranks of the stage
-        alike.
+        self,
+        logits_BV: torch.Tensor,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        masks: Mapping[int, bytes] = {},
+    ) -> Draws:
+        """Tokens for `positions`, that is after so many others, one a row of this rank's logits, float32.
+
+        The logits may be changed in place. masks: by slot, bits of the tokens that may be drawn: bit t % 8 of byte
+        t // 8 for token t, and none past the last byte.
+
+        Order: penalties, biases, tokens ruled out, temperature, min_p, top_k, top_p. Ruled out are stop tokens before
+        `min_tokens`, unless nothing else is left, and what is not allowed or masked out. Raises ValueError, on every
+        rank, where that leaves no token of the vocabulary.
         """
-        tokens = [0] * len(requests)
-        for draw, rows in (
-            (self._greedy, [row for row, request in enumerate(requests) if request.temperature == 0]),
-            (
-                self._from_all,
-                [row for row, request in enumerate(requests) if request.temperature and not _cut(request)],
-            ),
-            (self._from_best, [row for row, request in enumerate(requests) if request.temperature and _cut(request)]),
-        ):
-            if rows:
-                part = logits_BV if len(rows) == len(requests) else logits_BV[rows]
-                drawn = draw(part, [requests[row] for row in rows], [positions[row] for row in rows])
-                for row, token in zip(rows, drawn.tolist(), strict=True):
-                    tokens[row] = token
-        logprobs = self._logprobs(logits_BV, requests, tokens)
-        return [
-            SampledToken(request.sequence, token, *logprobs.get(row, (None, ())))
-            for row, (request, token) in enumerate(zip(requests, tokens, strict=True))
-        ]
+        facts = self._facts[np.asarray(slots, np.intp)]
+        facts["position"] = positions
+        asking = np.flatnonzero(facts["logprobs"] >= 0)
+        if asking.size:
+            plain_BV = logits_BV[on_device(asking, logits_BV)]  # a copy: the model's own, whatever the rules change
+        ruled = bool(masks) or self._rules.concern(slots)
+        if ruled:
+            self._rules.apply(logits_BV, slots, positions, masks)
+        tokens_B = self._draw(logits_BV, facts)
+        if ruled:
+            self._rules.record(slots, tokens_B)
+        if not asking.size:
+            return Draws(tokens_B, ())
+        num_top = facts["logprobs"][asking].tolist()
+        found = token_logprobs(self._shard, plain_BV, tokens_B[on_device(asking, tokens_B)], num_top)
+        return Draws(tokens_B, tuple(zip(asking.tolist(), found, strict=True)))
 
-    def _greedy(self, logits_BV: torch.Tensor, _: Sequence[NewSequence], __: Sequence[int]) -> torch.Tensor:
-        return self._best(logits_BV)
+    def prompt_logprobs(
+        self, logits_TV: torch.Tensor, following: Sequence[int], num_top: int
+    ) -> tuple[TokenLogprobs, ...]:
+        """Of the tokens that follow those of a prompt, with the `num_top` most likely ones. The model's own.
 
-    def _from_all(
-        self, logits_BV: torch.Tensor, requests: Sequence[NewSequence], positions: Sequence[int]
-    ) -> torch.Tensor:
+        logits_TV: this rank's shard, float32, a row each of `following`.
+        """
+        if not following:
+            return ()
+        tokens_T = torch.tensor(following, device=logits_TV.device)
+        return token_logprobs(self._shard, logits_TV, tokens_T, [num_top] * len(following))
+
+    def _draw(self, logits_BV: torch.Tensor, facts: Facts) -> torch.Tensor:
+        sampled = facts["temperature"] > 0
+        if not sampled.any():
+            return self._shard.argmax(logits_BV)
+        cut = sampled & ((facts["top_k"] > 0) | (facts["top_p"] < 1))
+        tokens_B = torch.empty(facts.size, dtype=torch.int64, device=logits_BV.device)
+        for rows, draw in ((~sampled, self._greedy), (sampled & ~cut, self._from_all), (cut, self._from_best)):
+            if rows.all():
+                return draw(logits_BV, facts)
+            if rows.any():
+                index = on_device(np.flatnonzero(rows), logits_BV)
+                tokens_B[index] = draw(logits_BV[index], facts[rows])
+        return tokens_B
+
+    def _greedy(self, logits_BV: torch.Tensor, _: Facts) -> torch.Tensor:
+        return self._shard.argmax(logits_BV)
+
+    def _from_all(self, logits_BV: torch.Tensor, facts: Facts) -> torch.Tensor:
         """Draws from the whole distribution, or what min_p leaves of it: the largest of scaled logit + Gumbel noise."""
-        scaled_BV = self._scaled(logits_BV, requests)
-        tokens_V = torch.arange(self._rows.start, self._rows.stop, device=logits_BV.device)
-        return self._best(scaled_BV + self._noise(requests, positions, tokens_V))
+        temperature_B1 = _column(facts["temperature"], logits_BV)
+        floor_B1 = None
+        if facts["min_p"].any():
+            top_B1 = self._shard.max(logits_BV.amax(1).double()).unsqueeze(1)
+            floor_B1 = _floor(top_B1 / temperature_B1, facts)
+        tokens_V = torch.arange(self._shard.rows.start, self._shard.rows.stop, device=logits_BV.device)
+        best = []
+        for block in blocks(facts.size, logits_BV):
+            scaled_BV = _scaled(logits_BV, temperature_B1, floor_B1, block)
+            best.append(scaled_BV.add_(_noise(facts[block], tokens_V)).max(1))
+        value_B = torch.cat([value_B for value_B, _ in best])
+        return self._shard.winner(value_B, torch.cat([column_B for _, column_B in best]))
 
-    def _from_best(
-        self, logits_BV: torch.Tensor, requests: Sequence[NewSequence], positions: Sequence[int]
-    ) -> torch.Tensor:
+    def _from_best(self, logits_BV: torch.Tensor, facts: Facts) -> torch.Tensor:
         """Draws where top_k or top_p leave only the best candidates."""
-        scaled_BV = self._scaled(logits_BV, requests)
-        best = self._nucleus(scaled_BV, requests)
-        order_BC = torch.arange(best.values.shape[1], device=logits_BV.device)
-        top_k_B1 = self._column([request.top_k or best.values.shape[1] for request in requests], best.tokens)
-        values_BC = best.values.masked_fill(order_BC >= top_k_B1, -math.inf)
+        temperature_B1 = _column(facts["temperature"], logits_BV)
+        unlimited = facts["top_k"] == 0
+        count = int(facts["top_k"].max())
+        if unlimited.any():
+            count = max(count, FIRST_NUCLEUS)
+        best = self._shard.candidates(logits_BV, count)
+        floor_B1 = _floor(best.values[:, :1] / temperature_B1, facts) if facts["min_p"].any() else None
+        values_BC = _scaled(best.values, temperature_B1, floor_B1)
+        if unlimited.any():
+            totals = [
+                _scaled(logits_BV, temperature_B1, floor_B1, block).logsumexp(1)
+                for block in blocks(facts.size, logits_BV)
+            ]
+            total_B1 = self._shard.logsumexp(torch.cat(totals)).unsqueeze(1)
+            # No row needs more candidates than its top_k, or hold its top_p of the mass.
+            mass_B1 = _column(np.where(unlimited, facts["top_p"], 0.0), logits_BV)
+            while (
+                (values_BC - total_B1).exp().sum(1, keepdim=True) < mass_B1
+            ).any() and count < self._shard.vocab_size:
+                count *= 2
+                best = self._shard.candidates(logits_BV, count)
+                values_BC = _scaled(best.values, temperature_B1, floor_B1)
+        limit_B1 = _column(np.where(unlimited, count, facts["top_k"]), logits_BV)
+        order_C = torch.arange(values_BC.shape[1], device=logits_BV.device)
+        values_BC = values_BC.masked_fill(order_C >= limit_B1, -math.inf)
         # The mass that top_p counts in: of the k best where top_k cuts, else of all that is left.
-        total_B1 = torch.where(
-            self._column([request.top_k > 0 for request in requests], best.tokens) > 0,
-            values_BC.logsumexp(1, keepdim=True),
-            self._logsumexp(scaled_BV),
-        )
-        before_BC = (values_BC - total_B1).exp().cumsum(1).roll(1, dims=1)
+        kept_B1 = values_BC.logsumexp(1, keepdim=True)
+        if unlimited.any():
+            kept_B1 = torch.where(_column(unlimited, logits_BV), total_B1, kept_B1)
+        before_BC = (values_BC - kept_B1).exp().cumsum(1).roll(1, dims=1)
         before_BC[:, 0] = 0  # the most likely candidate is always kept
-        values_BC = values_BC.masked_fill(before_BC >= self._column([r.top_p for r in requests], values_BC), -math.inf)
-        choice_B = (values_BC + self._noise(requests, positions, best.tokens)).argmax(1)
-        return best.tokens.gather(1, choice_B.unsqueeze(1)).squeeze(1)
-
-    def _nucleus(self, scaled_BV: torch.Tensor, requests: Sequence[NewSequence]) -> Candidates:
-        """At least as many of the best candidates as any row's top_k and top_p can keep."""
-        count = max(request.top_k for request in requests)
-        open_rows = [row for row, request in enumerate(requests) if not request.top_k]
-        if not open_rows:
-            return self._candidates(scaled_BV, count)
-        total_B1 = self._logsumexp(scaled_BV)
-        count = max(count, FIRST_NUCLEUS)
-        while True:
-            best = self._candidates(scaled_BV, count)
-            mass_B = (best.values - total_B1).exp().sum(1)
-            wanted = all(mass_B[row] >= requests[row].top_p for row in open_rows)
-            if wanted or best.values.shape[1] == self._vocab.size:
-                return best
-            count *= 2
-
-    def _candidates(self, values_BV: torch.Tensor, count: int) -> Candidates:
-        """The best `count` entries over all ranks, or all there are; equal values in order of their tokens."""
-        own = min(count, values_BV.shape[1])
-        values_BC, index_BC = _top(values_BV, own)
-        tokens_BC = index_BC + self._rows.start
-        sizes = [min(count, part) for part in self._vocab.sizes]
-        values_BC = self._gather(values_BC, sizes)
-        tokens_BC = self._gather(tokens_BC, sizes)
-        values_BC, index_BC = _top(values_BC, min(count, self._vocab.size))
-        return Candidates(values_BC, tokens_BC.gather(1, index_BC))
-
-    def _best(self, values_BV: torch.Tensor) -> torch.Tensor:
-        """The token with the largest value over all ranks, [B]; the first of equals."""
-        index_B = values_BV.argmax(1)
-        if self._comm.size == 1:
-            return index_B
-        best_B = values_BV.gather(1, index_B.unsqueeze(1)).squeeze(1).double()
-        # Token ids are exact in float64, so that one transfer carries both.
-        own_2B = torch.stack((best_B, (index_B + self._rows.start).double()))
-        all_R2B = self._comm.all_gather(own_2B).view(self._comm.size, 2, -1)
-        winner_B = all_R2B[:, 0].argmax(0, keepdim=True)
-        return all_R2B[:, 1].gather(0, winner_B).squeeze(0).long()
-
-    def _scaled(self, logits_BV: torch.Tensor, requests: Sequence[NewSequence]) -> torch.Tensor:
-        """Logits over temperature, float64, with what min_p cuts at minus infinity."""
-        scaled_BV = logits_BV.double()
-        scaled_BV = scaled_BV / self._column([request.temperature for request in requests], scaled_BV)
-        if any(request.min_p for request in requests):
-            top_B1 = self._reduced(scaled_BV.max(1, keepdim=True).values, "max")
-            floor = [math.log(request.min_p) if request.min_p else -math.inf for request in requests]
-            scaled_BV = scaled_BV.masked_fill(scaled_BV < top_B1 + self._column(floor, scaled_BV), -math.inf)
-        return scaled_BV
-
-    def _logsumexp(self, values_BV: torch.Tensor) -> torch.Tensor:
-        """Over the whole vocabulary, [B, 1] float64."""
-        own_B1 = values_BV.double().logsumexp(1, keepdim=True)
-        if self._comm.size == 1:
-            return own_B1
-        return self._comm.all_gather(own_B1.unsqueeze(0)).logsumexp(0)
-
-    def _logprobs(
-        self, logits_BV: torch.Tensor, requests: Sequence[NewSequence], tokens: Sequence[int]
-    ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
-        """Log-probability of the drawn token and of the most likely ones, for the rows that ask."""
-        rows = [row for row, request in enumerate(requests) if request.logprobs >= 0]
-        if not rows:
-            return {}
-        values_BV = logits_BV[rows].double()
-        total_B1 = self._logsumexp(values_BV)
-        drawn_B1 = self._column(
-            [tokens[row] for row in rows], torch.empty(0, dtype=torch.int64, device=logits_BV.device)
-        )
-        local_B1 = drawn_B1 - self._rows.start
-        held_B1 = (local_B1 >= 0) & (local_B1 < self._rows.size)
-        chosen_B1 = values_BV.gather(1, local_B1.masked_fill(~held_B1, 0)).masked_fill(~held_B1, -math.inf)
-        chosen = (self._reduced(chosen_B1, "max") - total_B1).squeeze(1).tolist()
-        best = self._candidates(values_BV, max(1, *(requests[row].logprobs for row in rows)))
-        top_values, top_tokens = (best.values - total_B1).tolist(), best.tokens.tolist()
-        found = {}
-        for index, row in enumerate(rows):
-            wanted = requests[row].logprobs
-            top = tuple(zip(top_tokens[index][:wanted], top_values[index][:wanted], strict=True))
-            found[row] = (chosen[index], top)
-        return found
-
-    def _gather(self, part_BC: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Columns of all ranks side by side: [B, sum of sizes]."""
-        if self._comm.size == 1:
-            return part_BC
-        return self._comm.all_gather(part_BC.T.contiguous(), sizes=sizes).T
-
-    def _reduced(self, values: torch.Tensor, op: ReduceOp) -> torch.Tensor:
-        return values if self._comm.size == 1 else self._comm.all_reduce(values.contiguous(), op=op)
-
-    def _noise(self, requests: Sequence[NewSequence], positions: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
-        seeds_B1 = self._column([request.seed for request in requests], tokens)
-        return gumbel_noise(seeds_B1, self._column(list(positions), tokens), tokens)
-
-    @staticmethod
-    def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+        values_BC = values_BC.masked_fill(before_BC >= _column(facts["top_p"], logits_BV), -math.inf)
+        choice_B1 = (values_BC + _noise(facts, best.tokens)).argmax(1, keepdim=True)
+        return best.tokens.gather(1, choice_B1).squeeze(1)
 
 
-def _cut(request: NewSequence) -> bool:
-    return request.top_k > 0 or request.top_p < 1
+def _scaled(
+    values_BV: torch.Tensor, temperature_B1: torch.Tensor, floor_B1: torch.Tensor | None, block: slice = slice(None)
+) -> torch.Tensor:
+    """A block of rows over their temperatures, float64, with what lies below the floor at minus infinity."""
+    scaled_BV = values_BV[block].double() / temperature_B1[block]
+    return scaled_BV if floor_B1 is None else scaled_BV.masked_fill_(scaled_BV < floor_B1[block], -math.inf)
 
 
-def _top(values_BC: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and columns of the best `count` of each row, best first, equal ones in order of their columns.
+def _floor(top_B1: torch.Tensor, facts: Facts) -> torch.Tensor:
+    """The least that min_p keeps, where the scaled logit of the most likely token is `top`."""
+    return top_B1 + _column(facts["min_p"], top_B1).log()
 
-    `topk` leaves the choice among equals open, and bfloat16 logits are often equal: so it only finds the least value
-    that belongs, and the columns at least that large are then taken in order.
-    """
-    least_B1 = values_BC.topk(count, dim=1).values[:, -1:]
-    belongs_BC = values_BC >= least_B1
-    order_C = torch.arange(0, -values_BC.shape[1], -1, device=values_BC.device)
-    first_BC = torch.where(belongs_BC, order_C, -values_BC.shape[1])
-    column_BC = first_BC.topk(int(belongs_BC.sum(1).max()), dim=1).indices
-    values_BC, rank_BC = values_BC.gather(1, column_BC).sort(dim=1, descending=True, stable=True)
-    return values_BC[:, :count], column_BC.gather(1, rank_BC)[:, :count]
+
+def _noise(facts: Facts, tokens: torch.Tensor) -> torch.Tensor:
+    return gumbel_noise(_column(facts["seed"], tokens), _column(facts["position"], tokens), tokens)
+
+
+def _column(values: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
+    return on_device(values, like).unsqueeze(1)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from phalanx.kernels.linear import linear
-from phalanx.kernels.paged_attention import paged_attention, write_kv
+from phalanx.kernels.paged_attention import (
+    AttentionPlan,
+    HeadGroups,
+    group_heads,
+    paged_attention,
+    paged_attention_reference,
+    plan_attention,
+    write_kv,
+)
 from phalanx.kernels.random import gumbel_noise
 from phalanx.kernels.rms_norm import rms_norm
 from phalanx.kernels.rope import rope, rope_frequencies, rope_table
 from phalanx.kernels.silu_mul import silu_mul
 
 __all__ = [
+    "AttentionPlan",
+    "HeadGroups",
+    "group_heads",
     "gumbel_noise",
     "linear",
     "paged_attention",
+    "paged_attention_reference",
+    "plan_attention",
     "rms_norm",
     "rope",
     "rope_frequencies",

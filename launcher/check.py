@@ -44,7 +44,9 @@ class CheckReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. Keys stay: `ok`, `exit_code`, `source`, `model`, `layout` (a list of ranks), `totals`, `choices`,
-        `errors`, `notes`. Intervals are `[first, past the last]`, all sizes bytes.
+        `errors`, `notes`. Intervals are `[first, past the last]`, all sizes bytes. Where the KV cache is measured at
+        start, its figures are estimates: `kv_capacity_tokens` and `kv_room_tokens` are null, and `kv_bytes` 0, where
+        there is nothing to estimate by.
         """
         return {
             "ok": self.ok,
@@ -207,7 +209,7 @@ def _notes(config: Config, plan: RunPlan, found: FoundModel) -> Iterator[str]:
 
 
 def _rank_rows(plan: RunPlan) -> list[dict[str, Any]]:
-    rows = []
+    rows, rooms = [], plan.kv_pool.rooms
     for replica in range(plan.layout.replicas):
         for rank in plan.ranks:
             stage = plan.layout.stages[rank.place.stage]
@@ -230,6 +232,7 @@ def _rank_rows(plan: RunPlan) -> list[dict[str, Any]]:
                     "weight_bytes": rank.weight_bytes,
                     "kv_bytes_per_token": rank.kv_bytes_per_token,
                     "kv_bytes": rank.kv_bytes,
+                    "kv_room_tokens": None if rooms is None else rooms[rank.place.rank] * plan.page_size,
                     "work_bytes": rank.work_bytes,
                     "total_bytes": rank.total_bytes,
                 }
@@ -238,7 +241,7 @@ def _rank_rows(plan: RunPlan) -> list[dict[str, Any]]:
 
 
 def _totals(plan: RunPlan, model_parameters: int, device_memory: int | None) -> dict[str, Any]:
-    replicas = plan.layout.replicas
+    replicas, capacity = plan.layout.replicas, plan.kv_capacity_tokens
     largest = max(plan.ranks, key=lambda rank: rank.total_bytes)
     return {
         "replicas": replicas,
@@ -249,8 +252,11 @@ def _totals(plan: RunPlan, model_parameters: int, device_memory: int | None) -> 
         "weight_bytes": replicas * sum(rank.weight_bytes for rank in plan.ranks),
         "kv_bytes": replicas * sum(rank.kv_bytes for rank in plan.ranks),
         "kv_bytes_per_token": sum(rank.kv_bytes_per_token for rank in plan.ranks),
-        "kv_capacity_tokens": replicas * plan.kv_capacity_tokens,
+        "kv_capacity_tokens": None if capacity is None else replicas * capacity,
+        "kv_measured_at_start": plan.kv_pool.measured,
         "kv_tightest_rank": plan.tightest.rank,
+        "kv_tightest_stage": plan.tightest.stage,
+        "kv_tightest_node": plan.layout.stages[plan.tightest.stage].node,
         "max_length": plan.max_length,
         "largest_rank": largest.place.rank,
         "largest_rank_bytes": largest.total_bytes,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -10,6 +12,8 @@ from rich.text import Text
 
 from phalanx.errors import Problem
 from phalanx.launcher.check import CheckReport
+from phalanx.launcher.kv_pool import KVPool
+from phalanx.launcher.rank_plan import RankPlan
 from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.sizes import format_bytes, format_count
 
@@ -65,29 +69,52 @@ def memory_table(plan: RunPlan, device_memory: int | None) -> RenderableType:
     """What each rank holds in memory, and all of them together."""
     heads = ["rank", "parameters", "weights", "KV a token", "KV cache", "work", "total"]
     table = _table(*heads, *(["of device"] if device_memory else []))
+
+    def figures(ranks: Sequence[RankPlan], copies: int = 1) -> list[str]:
+        names = ("weight_bytes", "kv_bytes_per_token", "kv_bytes", "work_bytes", "total_bytes")
+        sizes = [format_bytes(copies * sum(getattr(rank, name) for rank in ranks)) for name in names]
+        if plan.kv_capacity_tokens is None:
+            sizes[names.index("kv_bytes")] = "at start"
+        return [format_count(copies * sum(rank.parameters for rank in ranks)), *sizes]
+
     for rank in plan.ranks:
-        sizes = (rank.weight_bytes, rank.kv_bytes_per_token, rank.kv_bytes, rank.work_bytes, rank.total_bytes)
         limit = device_memory * (plan.gpus_per_rank or 1) if device_memory else 0
         share = [f"{rank.total_bytes / limit:.0%}"] if limit else []
-        table.add_row(str(rank.place.rank), format_count(rank.parameters), *map(format_bytes, sizes), *share)
+        table.add_row(str(rank.place.rank), *figures([rank]), *share)
     replicas = plan.layout.replicas
-    sums = [
-        replicas * sum(getattr(rank, name) for rank in plan.ranks)
-        for name in ("weight_bytes", "kv_bytes_per_token", "kv_bytes", "work_bytes", "total_bytes")
-    ]
     label = "all" if replicas == 1 else f"all x{replicas}"
-    parameters = replicas * sum(rank.parameters for rank in plan.ranks)
-    table.add_row(label, format_count(parameters), *map(format_bytes, sums), *([""] if device_memory else []))
+    table.add_row(label, *figures(plan.ranks, replicas), *([""] if device_memory else []))
     return table
 
 
 def _capacity(plan: RunPlan) -> Text:
+    pool, capacity = plan.kv_pool, plan.kv_capacity_tokens
     copies = " in each replica" if plan.layout.replicas > 1 else ""
-    tightest = f"as many as fit rank {plan.tightest.rank}, the tightest"
-    return Text(
-        f"The KV cache holds {plan.kv_capacity_tokens} tokens{copies}, {tightest}.\n"
-        "Work is an estimate of what a step and its process need beside that."
-    )
+    node = plan.layout.stages[plan.tightest.stage].node
+    tightest = f"rank {plan.tightest.rank} in stage {plan.tightest.stage}" + (f" on {node}" if node else "")
+    work = "Work is an estimate of what a step and its process need beside that."
+    if capacity is None or pool.rooms is None:
+        cost = format_bytes(plan.ranks[pool.tightest].kv_bytes_per_token)
+        return Text(
+            f"What the KV cache holds is measured at start; totals are without it.\n"
+            f"On equal devices {tightest} is the tightest, at {cost} a token.\n{work}"
+        )
+    holds = "is measured at start; by an estimate it holds" if pool.measured else "holds"
+    why = f"as many as fit {tightest}, the tightest"
+    if capacity < min(pool.rooms) * pool.page_size:
+        why = f"all that can be used; tightest is {tightest}"
+    rooms = f"Tokens there is room for: {_rooms(pool)}.\n" if len(plan.ranks) > 1 else ""
+    return Text(f"The KV cache {holds} {capacity} tokens{copies}, {why}.\n{rooms}{work}")
+
+
+def _rooms(pool: KVPool) -> str:
+    """Tokens that ranks have room for, neighbours alike in one: `26208 on ranks 0-1, 52416 on rank 2`."""
+    words = []
+    for room, group in groupby(enumerate(pool.rooms or ()), key=itemgetter(1)):
+        ranks = [rank for rank, _ in group]
+        which = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
+        words.append(f"{room * pool.page_size} on {which}")
+    return ", ".join(words)
 
 
 def _decision_table(report: CheckReport) -> RenderableType:

@@ -11,6 +11,7 @@ import typer
 
 from phalanx import __version__
 from phalanx.errors import PhalanxError
+from phalanx.launcher.commands.bench import bench
 from phalanx.launcher.commands.check import check
 from phalanx.launcher.commands.deployments import launch, status, stop
 from phalanx.launcher.commands.generate import generate
@@ -27,6 +28,7 @@ app.command()(generate)
 app.command()(launch)
 app.command()(status)
 app.command()(stop)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

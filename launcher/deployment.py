@@ -1,11 +1,13 @@
-"""Named deployments: an `LLM` in a detached Ray actor, that other programs find by its name."""
+"""Named deployments: an `AsyncEngine` in a detached Ray actor, that other programs find by its name."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,93 +20,114 @@ from phalanx.launcher.ray_cluster import RayCluster
 if TYPE_CHECKING:
     from phalanx.engine.request import Delta, RequestOutput
     from phalanx.engine.sampling_params import SamplingParams
-    from phalanx.launcher.llm import LLM, Prompt
+    from phalanx.engine.stats import EngineStats
+    from phalanx.launcher.async_engine import AsyncEngine
+    from phalanx.launcher.served import Prompt
 
 NAMESPACE = "phalanx"
 """The Ray namespace of all deployments: `ray.init(namespace="phalanx")`, then `ray.get_actor(NAME)`."""
 
-MAX_CALLS = 256  # at once; those beyond wait in Ray, `status` among them
+MAX_CALLS = 4096  # at once; those beyond wait in Ray, `status` among them
 STOP_S = 30.0  # for a deployment to end its ranks; then it is killed, and they with it
 
 
 class Deployment:
-    """The actor. Calls run beside each other, in one batch; `status` answers meanwhile."""
+    """The actor: an `AsyncEngine` with the interface of one. Calls run together, in one batch."""
 
     def __init__(self, config: bytes) -> None:
         self._config = msgspec.json.decode(config)
-        self._llm: LLM | None = None
-        self._counting = threading.Lock()
+        self._engine: AsyncEngine | None = None
         self._since = time.time()
-        self._num_requests = 0
-        self._num_tokens = 0
         self._failure: str | None = None
 
-    def start(self) -> dict[str, Any]:
+    async def start(self) -> dict[str, Any]:
         """Starts the ranks; returns the first status. Raises PhalanxError, with the message of what went wrong."""
-        from phalanx.launcher.llm import LLM
+        from phalanx.launcher.async_engine import AsyncEngine
 
         try:
-            self._llm = LLM.from_config(load_config(self._config))
+            self._engine = await asyncio.to_thread(AsyncEngine.from_config, load_config(self._config))
         except Exception as error:
             self._failure = str(error)
             if isinstance(error, PhalanxError):  # those with parts of their own do not cross processes whole
                 raise PhalanxError(str(error)) from None
             raise
-        return self.status()
+        return await self.status()
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    async def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> list[RequestOutput]:
-        """As `LLM.generate`."""
-        from phalanx.engine.request import RequestOutput
+        """As `AsyncEngine.generate`."""
+        with _as_seen_outside():
+            return await self._running().generate(prompts, params, request_id=request_id, priority=priority)
 
-        return [event for event in self.stream(prompts, params) if isinstance(event, RequestOutput)]
-
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[Delta | RequestOutput]:
-        """As `LLM.stream`; call it with `.options(num_returns="streaming")`."""
-        from phalanx.engine.request import RequestOutput
-
-        if self._llm is None:
-            raise PhalanxError("this deployment is not running; see `phalanx status`")
-        try:
-            for event in self._llm.stream(prompts, params):
-                if isinstance(event, RequestOutput):
-                    with self._counting:
-                        self._num_requests += 1
-                        self._num_tokens += len(event.token_ids)
-                yield event
-        except RankFailedError as error:
-            self._failure = str(error)
-            raise PhalanxError(str(error)) from None
-
-    def status(self) -> dict[str, Any]:
-        """Plain data: `state` (starting, running, failed), `model`, `layout`, `ranks`, `uptime_s`, `requests`,
-        `output_tokens`, `startup_s`, `failure`.
+    async def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[Delta | RequestOutput, None]:
+        """As `AsyncEngine.stream`; call it with `.options(num_returns="streaming")`. A caller that stops listening says
+        so with `abort`.
         """
-        state = "failed" if self._failure else "starting" if self._llm is None else "running"
+        with _as_seen_outside():
+            async for event in self._running().stream(prompts, params, request_id=request_id, priority=priority):
+                yield event
+
+    async def abort(self, request_id: str) -> None:
+        """As `AsyncEngine.abort`."""
+        await self._running().abort(request_id)
+
+    async def stats(self) -> EngineStats:
+        """As `AsyncEngine.stats`."""
+        return await self._running().stats()
+
+    async def status(self) -> dict[str, Any]:
+        """Plain data: `state` (starting, running, failed), `node`, `uptime_s`, `failure`; once it runs, `model`,
+        `layout`, `ranks`, `startup_s`, and `replicas`, the figures of each as `EngineStats` has them.
+        """
+        engine = self._engine
+        failure = self._failure or (engine and engine.failure)
         status: dict[str, Any] = {
-            "state": state,
+            "state": "failed" if failure else "starting" if engine is None else "running",
             "node": socket.gethostname(),
             "uptime_s": time.time() - self._since,
-            "requests": self._num_requests,
-            "output_tokens": self._num_tokens,
-            "failure": self._failure,
+            "failure": None if failure is None else str(failure),
         }
-        if self._llm is not None:
-            startup = self._llm.startup
-            status["model"] = self._llm.config.model.path
-            status["layout"] = str(self._llm.plan.layout)
+        if engine is not None:
+            startup = engine.startup
+            status["model"] = engine.config.model.path
+            status["layout"] = str(engine.plan.layout)
             status["ranks"] = [{"rank": r.rank, "node": r.node, "pid": r.pid} for r in startup.ranks]
             status["startup_s"] = dict(startup.startup_s)
+            status["replicas"] = [asdict(stats) for stats in engine.replica_stats()]
         return status
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Ends the ranks. The caller then ends the actor."""
-        if self._llm is not None:
-            self._llm.close()
-            self._llm = None
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+            self._engine = None
+
+    def _running(self) -> AsyncEngine:
+        if self._engine is None:
+            raise PhalanxError("this deployment is not running; see `phalanx status`")
+        return self._engine
+
+
+@contextmanager
+def _as_seen_outside() -> Iterator[None]:
+    """Errors with parts of their own do not cross processes whole: they leave as what they say."""
+    try:
+        yield
+    except RankFailedError as error:
+        raise PhalanxError(str(error)) from None
 
 
 def launch(
@@ -216,7 +239,7 @@ def _for_cluster(config: Config) -> Config:
         raise PhalanxError("a deployment needs Ray: set cluster.ray to auto or host:port")
     if config.cluster.ray != "local":
         return config
-    from phalanx.launcher.llm import checked_plan
+    from phalanx.launcher.served import checked_plan
     from phalanx.models.resolve import resolve_model
 
     plan = checked_plan(config, resolve_model(config.model.path, revision=config.model.revision))

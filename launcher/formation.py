@@ -19,6 +19,7 @@ from phalanx.engine.messages import (
     RankReady,
     RankSpec,
     Shutdown,
+    StageReport,
     StepPlan,
     StepResult,
     ToEngine,
@@ -56,7 +57,7 @@ class Formation:
 
     ready: what each rank reported of itself, by rank. nodes: node of each rank. startup_s: seconds by part: `ray` to
     connect to Ray or start it, `actors` from then until all ranks have been heard, their imports left out.
-    Not thread-safe.
+    Used from one thread at a time, but for `wake`.
     """
 
     def __init__(self, host: RankHost, specs: Sequence[RankSpec], settings: ClusterSettings) -> None:
@@ -147,26 +148,38 @@ class Formation:
 
     def submit(self, plan: StepPlan) -> None:
         """Sends a step to every rank, without waiting for it."""
+        data = self._require_channel().encode(plan)
         for place in self._places:
-            self.send(place.rank, plan)
+            self._send(place.rank, data)
 
     def send(self, rank: int, message: ToRank) -> None:
         """Sends to one rank. Raises RankFailedError where a rank that failed is the reason that it cannot."""
+        self._send(rank, self._require_channel().encode(message))
+
+    def _send(self, rank: int, data: bytes) -> None:
         try:
-            self._require_channel().send(rank, message)
+            self._require_channel().send_bytes(rank, data)
         except PhalanxError:
             # The connection may be gone before the process is seen to be.
             self._collect(GRACE_S)
             self.check()
             raise
 
-    def receive(self, timeout_s: float) -> StepResult | None:
-        """The next result, or None if none came in time. Raises RankFailedError within moments of a rank's failure."""
+    def receive(self, timeout_s: float) -> StepResult | StageReport | None:
+        """The next result or report, or None if none came in time or `wake` was called. Raises RankFailedError within
+        moments of a rank's failure.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             message = self._next(deadline)
-            if message is None or isinstance(message, StepResult):
+            if message is None or isinstance(message, StepResult | StageReport):
                 return message
+
+    def wake(self) -> None:
+        """Ends a `receive` that waits, or the next one. May be called from any thread."""
+        channel = self._channel
+        if channel is not None:
+            channel.wake()
 
     def check(self) -> None:
         """Raises RankFailedError, with the first cause, if a rank has failed or ended."""
@@ -223,10 +236,8 @@ class Formation:
                 self._watch()
                 if self._failures:
                     self.check()
-            if message is not None:
+            if message is not None or left <= 0 or self._require_channel().woken:
                 return message
-            if left <= 0:
-                return None
 
     def _watch(self) -> None:
         self._watched_s = time.monotonic()

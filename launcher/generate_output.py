@@ -12,7 +12,8 @@ import msgspec
 
 from phalanx.engine.request import RequestOutput
 from phalanx.engine.sampling_params import SamplingParams
-from phalanx.launcher.llm import LLM, Prompt
+from phalanx.launcher.llm import LLM
+from phalanx.launcher.served import Prompt
 
 
 def print_as_text(llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
@@ -48,14 +49,11 @@ def print_as_json(llm: LLM, prompts: Sequence[Prompt], params: Sequence[Sampling
     """One object a line for each prompt, in order, once it and those before it are finished; then a summary."""
     started = time.perf_counter()
     done: dict[int, RequestOutput] = {}
-    order: list[int] = []
     shown = 0
     for event in llm.stream(prompts, params):
         if not isinstance(event, RequestOutput):
-            if event.finish_reason is not None:
-                order.append(event.request)
             continue
-        done[order[-1]] = event
+        done[event.request] = event
         while shown in done:
             _line(_as_data(done[shown]))
             shown += 1

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from phalanx.engine.host_memory import host_memory
+
 _CPU_INFO = Path("/proc/cpuinfo")
-_MEMORY_INFO = Path("/proc/meminfo")
-_CGROUP_MEMORY = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86-64 twice, then 64-bit Arm
 
 
@@ -22,12 +22,14 @@ class Gpu(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """num_cores: that this process may use. memory_bytes: of the machine, or of the container it is held in; None where
-    neither says. bfloat16: whether the CPU multiplies bfloat16 by instructions of its own. gpus: those PyTorch can use.
+    """num_cores: that this process may use. memory_bytes: of the machine, or of the container it is held in.
+    free_bytes: of it, to be had now. None where nothing says. bfloat16: whether the CPU multiplies bfloat16 by
+    instructions of its own. gpus: those PyTorch can use.
     """
 
     num_cores: int
     memory_bytes: int | None
+    free_bytes: int | None
     bfloat16: bool
     gpus: tuple[Gpu, ...] = ()
 
@@ -41,29 +43,17 @@ def this_machine() -> Machine:
         properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         gpus = tuple(Gpu(each.name, each.total_memory) for each in properties)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(cores, _memory_bytes(), _has_bfloat16(), gpus)
-
-
-def _memory_bytes() -> int | None:
-    limits = []
-    for line in _lines(_MEMORY_INFO):
-        if line.startswith("MemTotal:"):
-            limits.append(int(line.split()[1]) * 1024)
-    for path in _CGROUP_MEMORY:
-        limits += [int(line) for line in _lines(path) if line.isdecimal()]
-    return min(limits, default=None)
+    memory = host_memory()
+    return Machine(cores, memory.total_bytes, memory.free_bytes, _has_bfloat16(), gpus)
 
 
 def _has_bfloat16() -> bool:
-    for line in _lines(_CPU_INFO):
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # another system
+        return False
+    for line in lines:
         name, _, flags = line.partition(":")
         if name.strip() in ("flags", "Features"):
             return not _BFLOAT16_FLAGS.isdisjoint(flags.split())
     return False
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # another system, or a kernel without this file
-        return []

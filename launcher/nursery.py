@@ -18,8 +18,7 @@ import selectors
 import signal
 import sys
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -114,7 +113,7 @@ class _Child:
     rank: int
     stderr: int
     report: int
-    tail: deque[bytes] = field(default_factory=lambda: deque(maxlen=TAIL_BYTES // 64))
+    tail: bytes = b""
 
 
 class Nursery:
@@ -202,7 +201,7 @@ class Nursery:
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(child.stderr)
                 return
-            child.tail.extend(data.splitlines(keepends=True))
+            child.tail = (child.tail + data)[-TAIL_BYTES:]
             if self._verbose:
                 with contextlib.suppress(OSError):
                     os.write(
@@ -223,7 +222,7 @@ class Nursery:
                 report = msgspec.msgpack.decode(os.read(child.report, 1 << 17), type=RankReport)
             os.close(child.stderr)
             os.close(child.report)
-            stderr = b"".join(child.tail)[-TAIL_BYTES:].decode(errors="replace")
+            stderr = child.tail.decode(errors="replace")
             self.tell(RankEnded(child.rank, os.waitstatus_to_exitcode(status), report, stderr))
 
     def _signal_all(self, number: signal.Signals) -> None:

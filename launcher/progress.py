@@ -10,8 +10,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Table
 
 from phalanx.engine.messages import Progress as RankProgress
-from phalanx.launcher.llm import Startup
 from phalanx.launcher.run_plan import RunPlan
+from phalanx.launcher.served import Startup
 from phalanx.launcher.sizes import format_bytes
 from phalanx.parallel.layout import RankPlace
 

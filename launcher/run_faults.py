@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from phalanx.errors import Problem
+from phalanx.launcher.kv_pool import KVPool
 from phalanx.launcher.machine import Machine
+from phalanx.launcher.rank_plan import RankPlan
 from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.schema import Config
 from phalanx.launcher.sizes import format_bytes
@@ -14,6 +18,9 @@ from phalanx.models.config import DecoderConfig
 
 BAD_CONFIGURATION = 2
 CANNOT_RUN_HERE = 3
+
+_MEMORY_SETTINGS = ("cluster.device_memory", "engine.kv_cache")
+_SMALLER_NEEDS = "set a smaller model.max_length or engine.max_batch_tokens, or a larger engine.kv_cache_share"
 
 
 class Fault(NamedTuple):
@@ -25,31 +32,92 @@ class Fault(NamedTuple):
 
 def find_faults(config: Config, plan: RunPlan, model: DecoderConfig, machine: Machine) -> list[Fault]:
     """Everything that is known to stop `plan`, before anything is started; empty where nothing is."""
-    faults = [*_length_faults(config, plan, model), *_stated_memory_faults(config, plan)]
-    if not config.cluster.elsewhere:
+    here = not config.cluster.elsewhere
+    faults = [*_length_faults(config, model), *_stated_memory_faults(config, plan)]
+    if here:
         faults += [*_core_faults(config, plan, machine), *_gpu_faults(config, plan, machine)]
-        if plan.device == "cpu":
+    if isinstance(config.engine.kv_cache, int):
+        faults += _stated_pool_faults(config, plan)
+        if here and plan.device == "cpu":
             faults += _memory_faults(plan, machine)
+    elif not any(fault.problem.path in _MEMORY_SETTINGS for fault in faults):  # which would say it once more
+        faults += _auto_pool_faults(config, plan, machine)
     return faults
 
 
-def _length_faults(config: Config, plan: RunPlan, model: DecoderConfig) -> Iterator[Fault]:
+def _length_faults(config: Config, model: DecoderConfig) -> Iterator[Fault]:
     asked = config.model.max_length
     if asked is not None and asked > model.max_position:
         yield _bad(
             "model.max_length", "the model cannot address so many positions", asked, f"at most {model.max_position}"
         )
-    cost = plan.ranks[plan.tightest.rank].kv_bytes_per_token
-    needed = asked if asked is not None and asked <= model.max_position else 1
-    if plan.kv_capacity_tokens < needed:
-        pages = -(-needed // plan.page_size)
-        what = f"one sequence of model.max_length ({needed} tokens)" if needed > 1 else "one page"
+
+
+def _stated_pool_faults(config: Config, plan: RunPlan) -> Iterator[Fault]:
+    pool = plan.kv_pool
+    if pool.num_pages < pool.least_pages:
+        cost = plan.ranks[pool.tightest].kv_bytes_per_token
+        needed = pool.least_pages * pool.page_size * cost
         yield _bad(
             "engine.kv_cache",
-            f"too small for {what}: {plan.tightest} takes {format_bytes(cost)} a token",
-            f"{format_bytes(config.engine.kv_cache)}, which is {plan.kv_capacity_tokens} tokens",
-            f"at least {format_bytes(pages * plan.page_size * cost)} ({pages * plan.page_size * cost} bytes)",
+            f"too small for {_least(config, pool)}: {plan.tightest} takes {format_bytes(cost)} a token",
+            f"{_kv_cache(config)}, which is {pool.num_pages * pool.page_size} tokens",
+            f"at least {format_bytes(needed)} ({needed} bytes)",
         )
+
+
+def _auto_pool_faults(config: Config, plan: RunPlan, machine: Machine) -> Iterator[Fault]:
+    pool, expected = plan.kv_pool, plan.kv_pool.expected_pages
+    if pool.share is None or expected is None or expected >= pool.least_pages:
+        return
+    what = _least(config, pool)
+    too_few = f"{pool.share:g} of the rest is {expected * pool.page_size} tokens of KV cache, too few for {what}"
+    least_tokens = pool.least_pages * pool.page_size
+    ranks = [replace(rank, kv_bytes=0) for rank in plan.ranks]
+    if pool.device_bytes is not None:
+        tightest, stated = ranks[pool.tightest], config.cluster.device_memory
+        needed = tightest.base_bytes + math.ceil(least_tokens * tightest.kv_bytes_per_token / pool.share)
+        fault, path, found = _lacking, "engine.kv_cache", "auto"
+        if stated is not None:
+            fault, path, found = _bad, "cluster.device_memory", format_bytes(stated)
+        yield fault(
+            path,
+            f"{tightest.place} holds {_parts(tightest)} of {format_bytes(pool.device_bytes)}; {too_few}",
+            found,
+            f"at least {format_bytes(needed)} a rank",
+            f"use more ranks or stages, or {_SMALLER_NEEDS}",
+        )
+    elif machine.free_bytes is None:
+        yield _lacking(
+            "engine.kv_cache",
+            "this system does not say how much memory is free",
+            "auto",
+            "a size",
+            "say what each rank may take, such as 1GiB",
+        )
+    else:
+        copies = plan.layout.replicas
+        a_token = copies * sum(rank.kv_bytes_per_token for rank in ranks)
+        needed = copies * sum(rank.base_bytes for rank in ranks) + math.ceil(least_tokens * a_token / pool.share)
+        yield _lacking(
+            "engine.kv_cache",
+            f"the {plan.num_ranks} ranks on this machine hold {_parts(*ranks, copies=copies)} of "
+            f"{format_bytes(machine.free_bytes)} free; {too_few}",
+            "auto",
+            f"with at least {format_bytes(needed)} free",
+            f"end what else takes memory, or {_SMALLER_NEEDS}",
+        )
+
+
+def _least(config: Config, pool: KVPool) -> str:
+    """What the fewest pages hold with which a rank can serve."""
+    length = config.model.max_length
+    return f"one sequence of model.max_length ({length} tokens)" if pool.least_pages > 1 else "one page"
+
+
+def _kv_cache(config: Config) -> str:
+    size = config.engine.kv_cache
+    return size if isinstance(size, str) else format_bytes(size)
 
 
 def _stated_memory_faults(config: Config, plan: RunPlan) -> Iterator[Fault]:
@@ -62,10 +130,10 @@ def _stated_memory_faults(config: Config, plan: RunPlan) -> Iterator[Fault]:
         share = f" x cluster.gpus_per_rank {plan.gpus_per_rank:g}" if limit != stated else ""
         yield _bad(
             "cluster.device_memory",
-            f"{worst.place} holds {_parts(worst.weight_bytes, worst.kv_bytes, worst.work_bytes)}",
+            f"{worst.place} holds {_parts(worst)}",
             f"{format_bytes(stated)}{share}",
             f"at least {format_bytes(worst.total_bytes)} a rank",
-            "use more ranks or stages, or a smaller engine.kv_cache",
+            "use more ranks or stages" + _or_smaller_pool(config),
         )
 
 
@@ -109,27 +177,24 @@ def _gpu_faults(config: Config, plan: RunPlan, machine: Machine) -> Iterator[Fau
     if worst.total_bytes > limit:
         yield _lacking(
             "engine.kv_cache",
-            f"{worst.place} holds {_parts(worst.weight_bytes, worst.kv_bytes, worst.work_bytes)}; its share of a GPU "
-            f"has {format_bytes(limit)}",
-            format_bytes(config.engine.kv_cache),
-            _kv_allowed(limit - worst.weight_bytes - worst.work_bytes),
-            "use more ranks on more GPUs, or a smaller engine.kv_cache",
+            f"{worst.place} holds {_parts(worst)}; its share of a GPU has {format_bytes(limit)}",
+            _kv_cache(config),
+            _kv_allowed(limit - worst.base_bytes),
+            "use more ranks on more GPUs" + _or_smaller_pool(config),
         )
 
 
 def _memory_faults(plan: RunPlan, machine: Machine) -> Iterator[Fault]:
     copies = plan.layout.replicas
-    weights = copies * sum(rank.weight_bytes for rank in plan.ranks)
-    kv = copies * sum(rank.kv_bytes for rank in plan.ranks)
-    work = copies * sum(rank.work_bytes for rank in plan.ranks)
-    if machine.memory_bytes is not None and weights + kv + work > machine.memory_bytes:
-        spare = machine.memory_bytes - weights - work
+    total = copies * sum(rank.total_bytes for rank in plan.ranks)
+    if machine.memory_bytes is not None and total > machine.memory_bytes:
+        kv = copies * sum(rank.kv_bytes for rank in plan.ranks)
         yield _lacking(
             "engine.kv_cache",
-            f"the {plan.num_ranks} ranks on this machine hold {_parts(weights, kv, work)}; it has "
+            f"the {plan.num_ranks} ranks on this machine hold {_parts(*plan.ranks, copies=copies)}; it has "
             f"{format_bytes(machine.memory_bytes)}",
             f"{format_bytes(kv)} in all",
-            f"{_kv_allowed(spare)} in all",
+            f"{_kv_allowed(machine.memory_bytes - total + kv)} in all",
             "use a smaller engine.kv_cache, fewer replicas, or more machines",
         )
 
@@ -138,11 +203,16 @@ def _kv_allowed(spare: int) -> str:
     return f"at most {format_bytes(spare)}" if spare > 0 else "nothing: the weights alone do not fit"
 
 
-def _parts(weights: int, kv: int, work: int) -> str:
-    total = format_bytes(weights + kv + work)
-    return (
-        f"{total}: weights {format_bytes(weights)}, KV cache {format_bytes(kv)}, about {format_bytes(work)} to work in"
-    )
+def _parts(*ranks: RankPlan, copies: int = 1) -> str:
+    def size(name: str) -> str:
+        return format_bytes(copies * sum(getattr(rank, name) for rank in ranks))
+
+    kv = f"KV cache {size('kv_bytes')}, " if ranks[0].kv_bytes else ""
+    return f"{size('total_bytes')}: weights {size('weight_bytes')}, {kv}about {size('work_bytes')} to work in"
+
+
+def _or_smaller_pool(config: Config) -> str:
+    return "" if config.engine.kv_cache == "auto" else ", or a smaller engine.kv_cache"
 
 
 def _bad(path: str, message: str, found: object, allowed: str, suggestion: str | None = None) -> Fault:

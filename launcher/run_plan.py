@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from phalanx.launcher.kv_pool import KVPool, plan_kv_pool
 from phalanx.launcher.machine import Machine
+from phalanx.launcher.rank_plan import RankPlan, plan_rank
 from phalanx.launcher.schema import Config
-from phalanx.launcher.sizes import format_bytes
 from phalanx.models.config import DecoderConfig
-from phalanx.models.weights import kv_bytes_per_token, rank_params
 from phalanx.parallel.layout import Layout, RankPlace, build_layout
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NODE_SHARE = 0
 """`num_threads` that stands for the rank's share of its node's cores, known once the rank is placed."""
-
-_CUDA_CONTEXT_BYTES = 2**30  # context, kernels and communicator buffers of one process; about 0.6 to 1 GB on an H100
 
 
 class Decision(NamedTuple):
@@ -29,32 +26,13 @@ class Decision(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class RankPlan:
-    """What one rank holds. kv_bytes: its pages. work_bytes: an estimate, from above, of what a step's activations and
-    logits take, and on a GPU a process by itself. All in bytes but `parameters`.
-    """
-
-    place: RankPlace
-    parameters: int
-    weight_bytes: int
-    kv_bytes_per_token: int
-    kv_bytes: int
-    work_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.work_bytes
-
-
-@dataclass(frozen=True, slots=True)
 class RunPlan:
     """A configuration with nothing left open.
 
     dtype: `float32`, `bfloat16` or `float16`. device: `cpu` or `cuda`. backend: of the communicators, or `auto`.
     cpus_per_rank, gpus_per_rank: what a rank takes. num_threads: compute threads of a rank, or NODE_SHARE.
-    num_pages: pages of the KV cache, the same on every rank of a replica because they share page tables.
-    max_length: most tokens of a sequence. ranks: of replica 0; the others are like it. tightest: the rank with the most
-    KV bytes a token, which therefore sets `num_pages`. decisions: for the start-up table.
+    kv_pool: pages of the KV cache. max_length: most tokens of a sequence; where the pages are measured, less if they
+    hold less. ranks: of replica 0; the others are like it. decisions: for the start-up table.
     """
 
     layout: Layout
@@ -64,17 +42,31 @@ class RunPlan:
     cpus_per_rank: float
     gpus_per_rank: float
     num_threads: int
-    page_size: int
-    num_pages: int
+    kv_pool: KVPool
     max_length: int
     ranks: tuple[RankPlan, ...]
-    tightest: RankPlace
     decisions: tuple[Decision, ...]
 
     @property
-    def kv_capacity_tokens(self) -> int:
-        """Tokens that the KV cache of one replica holds."""
-        return self.num_pages * self.page_size
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.kv_pool.page_size
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of every rank; 0 where they are measured at start."""
+        return self.kv_pool.num_pages
+
+    @property
+    def tightest(self) -> RankPlace:
+        """The rank with room for the fewest pages, which therefore sets how many all have."""
+        return self.ranks[self.kv_pool.tightest].place
+
+    @property
+    def kv_capacity_tokens(self) -> int | None:
+        """Tokens that the KV cache of one replica holds: by estimate where that is measured at start, None for none."""
+        pages = self.kv_pool.expected_pages
+        return None if pages is None else pages * self.page_size
 
     @property
     def num_ranks(self) -> int:
@@ -97,18 +89,11 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
     shares_gpu = device == "cuda" and gpus < 1
     backend = "gloo" if config.comm.backend == "auto" and shares_gpu and layout.num_ranks > 1 else config.comm.backend
 
-    kv_costs = [kv_bytes_per_token(model, layout, place, DTYPE_BYTES[dtype]) for place in layout.places()]
-    most = max(kv_costs)
-    page_size = config.engine.page_size
-    num_pages = config.engine.kv_cache // (most * page_size)
-    ranks = tuple(
-        _rank_plan(config, model, layout, place, dtype, device, num_pages * page_size) for place in layout.places()
-    )
-    tightest = ranks[kv_costs.index(most)].place
-    capacity = num_pages * page_size
-    asked = config.model.max_length
-    max_length = min(model.max_position, capacity) if asked is None else asked
-    limit = "what the model can address" if max_length == model.max_position else "what the KV cache holds"
+    bare = [plan_rank(config.engine, model, layout, place, dtype, device) for place in layout.places()]
+    pool, kv_choice, kv_reason = plan_kv_pool(config, model, machine, device, gpus, bare, layout.replicas)
+    expected_tokens = (pool.expected_pages or 0) * pool.page_size
+    ranks = tuple(replace(rank, kv_bytes=rank.kv_bytes_per_token * expected_tokens) for rank in bare)
+    max_length, length_reason = _max_length(config, model, pool)
     decisions = [
         Decision("ray", config.cluster.ray, _RAY_REASONS.get(config.cluster.ray, "the cluster with that head")),
         Decision("placement", *_placement(config)),
@@ -123,12 +108,8 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
     if device == "cuda":
         decisions.append(Decision("GPUs per rank", f"{gpus:g}", gpus_reason))
     decisions += [
-        Decision(
-            "KV cache",
-            f"{num_pages} pages of {page_size} tokens",
-            f"{format_bytes(config.engine.kv_cache)} a rank, {format_bytes(most)} a token on rank {tightest.rank}",
-        ),
-        Decision("longest sequence", f"{max_length} tokens", limit if asked is None else "as configured"),
+        Decision("KV cache", kv_choice, kv_reason),
+        Decision("longest sequence", f"{max_length} tokens", length_reason),
     ]
     if backend != config.comm.backend:
         decisions.append(Decision("comm", backend, "ranks share a GPU, which NCCL does not do"))
@@ -140,11 +121,9 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
         cpus_per_rank=cpus,
         gpus_per_rank=gpus,
         num_threads=num_threads,
-        page_size=page_size,
-        num_pages=num_pages,
+        kv_pool=pool,
         max_length=max_length,
         ranks=ranks,
-        tightest=tightest,
         decisions=tuple(decisions),
     )
 
@@ -224,6 +203,17 @@ def _gpus(config: Config, device: str, machine: Machine, layout: Layout) -> tupl
     return math.floor(1e4 / together) / 1e4, f"{ranks} ranks share {_gpu_words(machine)}, up to {together} on one"
 
 
+def _max_length(config: Config, model: DecoderConfig, pool: KVPool) -> tuple[int, str]:
+    if config.model.max_length is not None:
+        return config.model.max_length, "as configured"
+    if pool.measured:
+        return model.max_position, "what the model can address, unless the KV cache holds less"
+    capacity = pool.num_pages * pool.page_size
+    if capacity < model.max_position:
+        return capacity, "what the KV cache holds"
+    return model.max_position, "what the model can address"
+
+
 def _layers_reason(config: Config) -> str:
     asked = [request.num_layers for request in config.parallel.stage_requests()]
     if None not in asked:
@@ -232,35 +222,3 @@ def _layers_reason(config: Config) -> str:
         return "one stage holds them all"
     dealt = "dealt by the weights a rank reads in a step"
     return f"as configured, the others {dealt}" if any(asked) else dealt
-
-
-def _rank_plan(
-    config: Config,
-    model: DecoderConfig,
-    layout: Layout,
-    place: RankPlace,
-    dtype: str,
-    device: str,
-    capacity_tokens: int,
-) -> RankPlan:
-    parameters = sum(param.num_elements for param in rank_params(model, layout, place))
-    per_token = kv_bytes_per_token(model, layout, place, DTYPE_BYTES[dtype])
-    stage = layout.stages[place.stage]
-    part, shape = place.tensor_rank, model.shape
-    heads = stage.query_heads[part].size + 2 * stage.kv_heads[part].size
-    # A token's residual stream, its normed copy and a partial sum (float32 at most), then the widest of projections and
-    # gated feed-forward; the logits of a step in float32, with a copy to sample from.
-    widest = max(heads * shape.head_dim * 2, 3 * stage.ffn[part].size)
-    work = config.engine.max_batch_tokens * (3 * 4 * shape.hidden_size + DTYPE_BYTES[dtype] * widest)
-    if stage.last:
-        work += config.engine.max_sequences * stage.vocab[part].size * 4 * 2
-    if device == "cuda":
-        work += _CUDA_CONTEXT_BYTES
-    return RankPlan(
-        place=place,
-        parameters=parameters,
-        weight_bytes=parameters * DTYPE_BYTES[dtype],
-        kv_bytes_per_token=per_token,
-        kv_bytes=per_token * capacity_tokens,
-        work_bytes=work,
-    )

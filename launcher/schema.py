@@ -25,6 +25,13 @@ SizeBytes = Annotated[int, BeforeValidator(_size)]
 _SIZE_FIELD: dict[str, Any] = {"allowed": ALLOWED_SIZE}
 
 
+def _auto_or_size(value: object) -> object:
+    return value if value == "auto" else _size(value)
+
+
+AutoOrSizeBytes = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_size)]
+
+
 class Section(BaseModel):
     """A section of the file. Unknown keys are refused; values keep the type that YAML gave them."""
 
@@ -186,10 +193,29 @@ class EngineSection(Section):
 
     max_sequences: int = Field(default=64, ge=1, description="Most sequences running at once.")
     max_batch_tokens: int = Field(default=1024, ge=1, description="Most tokens computed in one step.")
-    kv_cache: SizeBytes = Field(
-        default=2**30, description="Memory for the KV cache, for each rank.", json_schema_extra=_SIZE_FIELD
+    max_waiting: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most requests waiting to run, for each replica; those beyond are refused. null: without limit.",
+    )
+    kv_cache: AutoOrSizeBytes = Field(
+        default="auto",
+        description="Memory for the KV cache, for each rank. auto: the same number of pages on every rank, as many as "
+        "`kv_cache_share` of the free memory holds, and no more than `max_sequences` of the longest can use; on this "
+        "machine's CPUs by what is free before the start, elsewhere and on GPUs measured once a rank is loaded.",
+        json_schema_extra={"allowed": f"auto, or {ALLOWED_SIZE}"},
+    )
+    kv_cache_share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share that `kv_cache: auto` takes of the memory that weights and work leave free. null: 0.9 on "
+        "GPUs; 0.3 on CPUs, whose memory other programs and the cache of files need too.",
     )
     page_size: int = Field(default=16, ge=4, le=1024, description="Tokens in a page of the KV cache.")
+    prefix_cache: bool = Field(
+        default=True, description="Whether requests that begin alike share the pages of what they have in common."
+    )
     seed: int = Field(
         default=0,
         ge=0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phalanx.engine.messages import CommSettings, RankSpec
+from phalanx.engine.messages import CommSettings, KVMeasure, RankSpec
 from phalanx.launcher.hosts import ClusterSettings
 from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.schema import Config
@@ -31,6 +31,17 @@ def rank_specs(
 
     A rank is told only where the tensors lie that it holds.
     """
+    pool = plan.kv_pool
+    measure = None
+    if pool.measured:
+        assert pool.share is not None
+        measure = KVMeasure(
+            share=pool.share,
+            device_part=plan.gpus_per_rank,
+            limit_pages=pool.limit_pages,
+            least_pages=pool.least_pages,
+            copies=plan.layout.replicas,
+        )
     specs = []
     for place in plan.layout.places(replica):
         held = {piece.tensor for param in rank_params(model, plan.layout, place) for piece in param.slices}
@@ -46,6 +57,9 @@ def rank_specs(
                 num_threads=plan.num_threads,
                 num_pages=plan.num_pages,
                 page_size=plan.page_size,
+                max_sequences=config.engine.max_sequences,
+                max_batch_tokens=config.engine.max_batch_tokens,
+                max_length=plan.max_length,
                 comm=CommSettings(
                     store="",
                     backend=plan.backend,
@@ -54,6 +68,7 @@ def rank_specs(
                 ),
                 engine="",
                 secret="",
+                measure=measure,
             )
         )
     return specs

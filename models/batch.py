@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from phalanx.kernels import AttentionPlan
 
 
 class Batch(NamedTuple):
     """The sequences of a step, laid one after another.
 
     positions: [T] int64, of each token in its sequence. slots: [T] int64, where its key and value go in the cache.
-    query_starts: row of each sequence's first token, then T. context_lengths: tokens of each sequence, new ones
-    included. page_tables: pages of each sequence, int64. last_rows: [B] int64, rows whose next token is to be drawn.
+    attention: which keys and values each token sees. last_rows: [B] int64, rows whose next token is to be drawn.
     """
 
     positions: torch.Tensor
     slots: torch.Tensor
-    query_starts: Sequence[int]
-    context_lengths: Sequence[int]
-    page_tables: Sequence[torch.Tensor]
+    attention: AttentionPlan
     last_rows: torch.Tensor
 
 
@@ -40,6 +38,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
+        self.num_pages = num_pages
         self.page_size = page_size
         # Left unwritten: attention reads only what a step has stored, and a CPU then gives memory only as it is used.
         self.keys = torch.empty(shape, dtype=dtype, device=device)

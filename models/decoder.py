@@ -11,7 +11,16 @@ from collections.abc import Mapping
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import paged_attention, rms_norm, rope, rope_frequencies, rope_table, silu_mul, write_kv
+from phalanx.kernels import (
+    group_heads,
+    paged_attention,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    rope_table,
+    silu_mul,
+    write_kv,
+)
 from phalanx.models.batch import Batch, KVCache
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -32,15 +41,15 @@ class Attention:
         self.head_dim = shape.head_dim
         self.sizes = [queries.size, keys.size, keys.size]
         self.scale = shape.head_dim**-0.5
-        self.window = config.sliding_window
         self.norm_eps = config.norm_eps
         self.qkv = ColumnParallelLinear(weights[f"{name}.qkv"], weights.get(f"{name}.qkv_bias"))
         self.q_norm = weights.get(f"{name}.q_norm")
         self.k_norm = weights.get(f"{name}.k_norm")
         self.o = RowParallelLinear(weights[f"{name}.o"], comm, weights.get(f"{name}.o_bias"))
-        self.kv_of_query = torch.tensor(
+        self.heads = group_heads(
             [head // shape.queries_per_kv_head - keys.start for head in range(queries.start, queries.stop)],
-            device=self.qkv.weight.device,
+            keys.size,
+            self.qkv.weight.device,
         )
 
     def __call__(
@@ -53,17 +62,7 @@ class Attention:
             k_TKD = rms_norm(k_TKD, self.k_norm, self.norm_eps)
         q_TND, k_TKD = rope(q_TND, *table), rope(k_TKD, *table)
         write_kv(k_TKD, v_TKD, keys, values, batch.slots)
-        out_TND = paged_attention(
-            q_TND,
-            keys,
-            values,
-            batch.page_tables,
-            batch.query_starts,
-            batch.context_lengths,
-            self.kv_of_query,
-            scale=self.scale,
-            window=self.window,
-        )
+        out_TND = paged_attention(q_TND, keys, values, batch.attention, self.heads, scale=self.scale)
         return self.o(out_TND.flatten(1))
 
 

@@ -36,33 +36,45 @@ def status(
     name: Annotated[str | None, typer.Argument(help="Name of a deployment; else all of them.")] = None,
     address: Annotated[str, ADDRESS] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    watch: Annotated[
+        float | None, typer.Option("--watch", min=0.1, metavar="SECONDS", help="Go on showing it, this often.")
+    ] = None,
 ) -> None:
-    """Show the deployments on a Ray cluster: layout, ranks and their nodes, requests served."""
+    """Show the deployments on a Ray cluster: layout and ranks; and now: how busy each stage is, requests running and
+    waiting, pages used, prefix hits, tokens a second.
+    """
     import json
+    import time
 
     from rich.console import Console
-    from rich.table import Table
+    from rich.live import Live
 
     from phalanx.launcher import deployment
     from phalanx.launcher.ray_cluster import RayCluster
+    from phalanx.launcher.status_view import deployments_view
+
+    def look() -> dict[str, dict[str, Any]]:
+        names = deployment.deployments() if name is None else [name]
+        return {each: deployment.status(each) for each in names}
 
     cluster = RayCluster(address, num_ranks=0)
     try:
-        names = deployment.deployments() if name is None else [name]
-        found = {each: deployment.status(each) for each in names}
+        found = look()
+        if as_json:
+            print(json.dumps(found, indent=2))
+            return
+        console = Console(highlight=False)
+        if watch is None:
+            console.print(deployments_view(found))
+            return
+        with Live(deployments_view(found), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(watch)
+                live.update(deployments_view(look()), refresh=True)
+    except KeyboardInterrupt:
+        pass  # the way out of --watch
     finally:
         cluster.close()
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    table = Table("deployment", "state", "model", "layout", "ranks on", "up", "requests", "output tokens", box=None)
-    for each, answer in found.items():
-        table.add_row(each, *_cells(answer))
-    console = Console(highlight=False)
-    console.print(table if found else "no deployments")
-    for each, answer in found.items():
-        if answer.get("failure"):
-            console.print(f"{each}: {answer['failure']}", markup=False)
 
 
 def stop(
@@ -79,18 +91,3 @@ def stop(
     finally:
         cluster.close()
     typer.echo(f"stopped {name}", err=True)
-
-
-def _cells(answer: dict[str, Any]) -> list[str]:
-    nodes: dict[str, int] = {}
-    for rank in answer.get("ranks", ()):
-        nodes[rank["node"]] = nodes.get(rank["node"], 0) + 1
-    return [
-        answer["state"],
-        answer.get("model", ""),
-        answer.get("layout", ""),
-        ", ".join(f"{node} ({count})" for node, count in nodes.items()),
-        f"{answer.get('uptime_s', 0.0):.0f} s",
-        str(answer.get("requests", "")),
-        str(answer.get("output_tokens", "")),
-    ]

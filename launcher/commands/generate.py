@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from phalanx.launcher.llm import LLM, Prompt
+    from phalanx.launcher.llm import LLM
+    from phalanx.launcher.served import Prompt
 
 
 def generate(

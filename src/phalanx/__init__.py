@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from phalanx.engine.request import Delta, RequestOutput
     from phalanx.engine.sampling_params import SamplingParams
     from phalanx.errors import PhalanxError
+    from phalanx.launcher.async_engine import AsyncEngine
     from phalanx.launcher.deployment import launch
     from phalanx.launcher.llm import LLM
 
-__all__ = ["LLM", "Delta", "PhalanxError", "RequestOutput", "SamplingParams", "launch"]
+__all__ = ["LLM", "AsyncEngine", "Delta", "PhalanxError", "RequestOutput", "SamplingParams", "launch"]
 
 # Imported on first use, so that `import phalanx` and the command line's help cost neither torch nor Ray.
 _HOMES = {
+    "AsyncEngine": "phalanx.launcher.async_engine",
     "LLM": "phalanx.launcher.llm",
     "Delta": "phalanx.engine.request",
     "PhalanxError": "phalanx.errors",

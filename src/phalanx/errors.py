@@ -70,6 +70,10 @@ class RequestError(PhalanxError, ValueError):
     exit_code = 2
 
 
+class QueueFullError(PhalanxError):
+    """A request refused because too many are waiting. It may be sent again later."""
+
+
 class CommError(PhalanxError):
     """A transfer that failed or waited too long. Names the operation, its sequence number and the ranks involved."""
 

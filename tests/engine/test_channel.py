@@ -19,7 +19,7 @@ def test_messages_cross_both_ways() -> None:
 
 def test_a_rank_of_another_formation_is_not_heard() -> None:
     with EngineChannel("127.0.0.1", "secret") as engine, RankChannel(engine.address, 0, "other") as stranger:
-        stranger.send(StepResult(0, (), 0.0))
+        stranger.send(StepResult(0, ()))
         assert engine.receive(0.5) is None
 
 

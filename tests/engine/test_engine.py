@@ -1,200 +1,203 @@
-"""Requests through the engine: text, stops, limits. The ranks are a script; the tokens are bytes."""
+"""Requests through the engine: text, stops, limits, guides, failures. The ranks are a script; the tokens are bytes."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tests.engine.scripted import EOS, VOCAB, Served, saying
 
-from phalanx.engine.engine import Engine
-from phalanx.engine.messages import SampledToken, StepPlan, StepResult
-from phalanx.engine.request import Delta, RequestOutput
-from phalanx.engine.sampling_params import SamplingParams
-from phalanx.engine.scheduler import Limits
-from phalanx.errors import RequestError
-from phalanx.models.tokenizer import Tokenizer, byte_alphabet
+from phalanx.engine.guide import ChoiceGuide
+from phalanx.engine.messages import StageReport, StageStep
+from phalanx.engine.sampling_params import SamplingParams, completion_seed
+from phalanx.errors import PhalanxError, QueueFullError, RequestError
 
-EOS = 256
+Say = Callable[..., Served]
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, then an end-of-text token."""
-    vocabulary = {character: byte for byte, character in byte_alphabet().items()}
-    backend = Backend(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<end>"])
-    return Tokenizer(backend, source="test", eos_token_ids=(EOS,), eos_token="<end>")
+@pytest.fixture
+def say() -> Iterator[Say]:
+    """Engines that say a text, closed in the end."""
+    made: list[Served] = []
+
+    def make(text: bytes, **options: Any) -> Served:
+        made.append(saying(text, **options))
+        return made[-1]
+
+    yield make
+    for served in made:
+        served.close()
 
 
-class Script:
-    """Ranks that draw what `draw(sequence, position)` says."""
-
-    def __init__(self, draw: Callable[[int, int], int]) -> None:
-        self._draw = draw
-        self._results: deque[StepResult] = deque()
-        self.plans: list[StepPlan] = []
-
-    def submit(self, plan: StepPlan) -> None:
-        self.plans.append(plan)
-        tokens = [
-            SampledToken(work.sequence, self._draw(work.sequence, work.start + len(work.tokens)), None, ())
-            for work in plan.work
-            if work.sample
-        ]
-        self._results.append(StepResult(plan.step, tuple(tokens), 1.0))
-
-    def receive(self, timeout_s: float) -> StepResult | None:
-        return self._results.popleft()
-
-    def close(self) -> None:
-        pass
-
-
-def engine_saying(
-    text: bytes, prompt_length: int = 1, num_stages: int = 1, seed: int | None = 0
-) -> tuple[Engine, Script]:
-    said = [*text, EOS]
-    script = Script(lambda _, position: said[min(position - prompt_length, len(text))])
-    limits = Limits(8, 64, 64, 4, 100, num_stages)
-    engine = Engine(script, limits, vocab_size=257, eos_token_ids=(EOS,), tokenizer=byte_tokenizer(), seed=seed)
-    return engine, script
-
-
-def complete(engine: Engine, params: SamplingParams, prompt: str = "?") -> tuple[RequestOutput, list[Delta]]:
-    name = engine.add(prompt, params)
-    deltas = list(engine.run([name]))
-    return engine.take(name), deltas
-
-
-def test_text_ends_at_the_end_of_text_token() -> None:
-    output, _ = complete(engine_saying(b"hello")[0], SamplingParams(max_tokens=50))
+def test_text_ends_at_the_end_of_text_token(say: Say) -> None:
+    output, _ = say(b"hello").complete(SamplingParams(max_tokens=50))
     assert (output.text, output.finish_reason) == ("hello", "stop")
     assert output.token_ids == (*b"hello", EOS)
     assert output.prompt_token_ids == (ord("?"),)
 
 
-def test_max_tokens_ends_it_earlier() -> None:
-    output, _ = complete(engine_saying(b"hello")[0], SamplingParams(max_tokens=3))
+def test_max_tokens_ends_it_earlier(say: Say) -> None:
+    output, _ = say(b"hello").complete(SamplingParams(max_tokens=3))
     assert (output.text, output.finish_reason, len(output.token_ids)) == ("hel", "length", 3)
 
 
-def test_ignore_eos_goes_on() -> None:
-    output, _ = complete(engine_saying(b"hi")[0], SamplingParams(max_tokens=5, ignore_eos=True))
+def test_ignore_eos_goes_on(say: Say) -> None:
+    output, _ = say(b"hi").complete(SamplingParams(max_tokens=5, ignore_eos=True))
     assert output.token_ids == (*b"hi", EOS, EOS, EOS)
     assert output.finish_reason == "length"
 
 
-def test_a_stop_token_ends_it_and_is_no_text() -> None:
-    output, _ = complete(engine_saying(b"hello")[0], SamplingParams(max_tokens=50, stop_token_ids=(ord("l"),)))
+def test_a_stop_token_ends_it_and_is_no_text(say: Say) -> None:
+    output, _ = say(b"hello").complete(SamplingParams(max_tokens=50, stop_token_ids=(ord("l"),)))
     assert (output.text, output.finish_reason) == ("he", "stop")
 
 
 @pytest.mark.parametrize(
     ("stop", "text"), [(("lo w",), "hel"), (("zzz", "o"), "hell"), (("world", "wo"), "hello "), (("h",), "")]
 )
-def test_a_stop_string_over_several_tokens_is_cut_off(stop: tuple[str, ...], text: str) -> None:
-    output, deltas = complete(engine_saying(b"hello world")[0], SamplingParams(max_tokens=50, stop=stop))
+def test_a_stop_string_over_several_tokens_is_cut_off(say: Say, stop: tuple[str, ...], text: str) -> None:
+    output, deltas = say(b"hello world").complete(SamplingParams(max_tokens=50, stop=stop))
     assert (output.text, output.finish_reason) == (text, "stop")
     assert "".join(delta.text for delta in deltas) == text
 
 
-def test_text_that_only_begins_like_a_stop_string_comes_out() -> None:
-    output, deltas = complete(engine_saying(b"hello world")[0], SamplingParams(max_tokens=50, stop=("low", "world!")))
+def test_a_stop_string_in_the_last_token_counts_as_stop(say: Say) -> None:
+    output, _ = say(b"hello").complete(SamplingParams(max_tokens=3, stop=("l",)))
+    assert (output.text, output.finish_reason) == ("he", "stop")
+
+
+def test_stop_strings_wait_for_the_least_number_of_tokens(say: Say) -> None:
+    output, _ = say(b"hello hello").complete(SamplingParams(max_tokens=50, min_tokens=6, stop=("l",)))
+    assert output.text == "hello he"
+
+
+def test_text_that_only_begins_like_a_stop_string_comes_out(say: Say) -> None:
+    output, deltas = say(b"hello world").complete(SamplingParams(max_tokens=50, stop=("low", "world!")))
     assert output.text == "hello world" == "".join(delta.text for delta in deltas)
 
 
-def test_characters_of_several_tokens_come_out_whole() -> None:
+def test_characters_of_several_tokens_come_out_whole(say: Say) -> None:
     text = "naïve 日本 🙂"
-    output, deltas = complete(engine_saying(text.encode())[0], SamplingParams(max_tokens=50))
+    output, deltas = say(text.encode()).complete(SamplingParams(max_tokens=50))
     assert output.text == text
     assert all("\ufffd" not in delta.text for delta in deltas)
 
 
-def test_a_character_cut_short_shows_as_replaced() -> None:
-    output, _ = complete(engine_saying("é".encode())[0], SamplingParams(max_tokens=1))
+def test_a_character_cut_short_shows_as_replaced(say: Say) -> None:
+    output, _ = say("é".encode()).complete(SamplingParams(max_tokens=1))
     assert output.text == "\ufffd"
 
 
-def test_requests_of_different_lengths_run_together() -> None:
-    engine, script = engine_saying(b"abcdefgh", num_stages=2)
-    names = [engine.add("?", SamplingParams(max_tokens=length)) for length in (2, 5, 3)]
-    for _ in engine.run(names):
-        pass
-    assert [engine.take(name).text for name in names] == ["ab", "abcde", "abc"]
-    assert max(len(plan.work) for plan in script.plans) == 2
-    assert engine.num_unfinished == 0
+def test_requests_of_different_lengths_run_together(say: Say) -> None:
+    served = say(b"abcdefgh" * 4, num_stages=2)
+    with ThreadPoolExecutor(3) as pool:
+        outputs = pool.map(lambda length: served.complete(SamplingParams(max_tokens=length))[0], (20, 30, 25))
+    assert [len(output.text) for output in outputs] == [20, 30, 25]
+    assert served.driver.load == 0
 
 
-def test_closing_the_stream_aborts_and_leaves_room_for_others() -> None:
-    engine, _ = engine_saying(b"abcdefgh" * 10)
-    name = engine.add("?", SamplingParams(max_tokens=80))
-    stream = engine.run([name])
-    next(stream)
-    stream.close()
-    assert engine.num_unfinished == 0
-    output, _ = complete(engine, SamplingParams(max_tokens=4))
-    assert output.text == "abcd"
+def test_several_completions_of_a_prompt_have_seeds_of_their_own_and_end_together(say: Say) -> None:
+    served = say(b"ab")
+    output, deltas = served.complete(SamplingParams(n=3, max_tokens=2, temperature=1.0, seed=5))
+    assert [each.text for each in output.completions] == ["ab"] * 3
+    assert {delta.completion for delta in deltas} == {0, 1, 2}
+    seeds = [new.sampling.seed for plan in served.script.plans for new in plan.new]
+    assert seeds == [5, completion_seed(5, 1), completion_seed(5, 2)]
+    assert len(set(seeds)) == 3
 
 
-def test_two_callers_in_turns_each_get_all_of_their_own() -> None:
-    engine, _ = engine_saying(b"abcdefgh")
-    first, second = (engine.add("?", SamplingParams(max_tokens=length)) for length in (4, 6))
-    following = engine.run([first])
-    heard = next(following).text
-    assert "".join(delta.text for delta in engine.run([second])) == "abcdef"
-    heard += "".join(delta.text for delta in following)
-    assert heard == "abcd"
-    assert [engine.take(name).text for name in (first, second)] == ["abcd", "abcdef"]
+def test_an_aborted_request_ends_with_what_there_is_and_frees_its_pages_at_once(say: Say) -> None:
+    served = say(b"abcdefgh" * 10, max_sequences=1)
+    served.script.submit = lambda plan: None  # type: ignore[method-assign]  # ranks that take for ever
+    request, inbox = served.submit(params=SamplingParams(max_tokens=80))
+    served.driver.abort(request)
+    [*_, output] = inbox.until_end()
+    assert output.finish_reason == "abort"
+    stats = served.driver.stats()
+    assert (stats.running, stats.waiting, stats.pages_used, stats.aborted) == (0, 0, 0, 1)
 
 
-def test_callers_in_threads_each_get_all_of_their_own() -> None:
-    engine, _ = engine_saying(b"abcdefgh" * 5)
-
-    def follow(length: int) -> str:
-        return complete(engine, SamplingParams(max_tokens=length))[0].text
-
-    with ThreadPoolExecutor(6) as pool:
-        texts = list(pool.map(follow, range(5, 35)))
-    assert [len(text) for text in texts] == list(range(5, 35))
+def test_aborting_twice_or_late_does_nothing(say: Say) -> None:
+    served = say(b"ab")
+    request, inbox = served.submit()
+    inbox.until_end()
+    served.driver.abort(request)
+    assert served.complete(SamplingParams())[0].text == "ab"
+    assert served.driver.stats().aborted == 0
 
 
-def test_whoever_follows_an_aborted_request_hears_so() -> None:
-    engine, _ = engine_saying(b"abcdefgh")
-    name = engine.add("?", SamplingParams(max_tokens=8))
-    following = engine.run([name])
-    next(following)
-    engine.abort(name)
-    assert [delta.finish_reason for delta in following] == ["abort"]
-    assert engine.take(name).finish_reason == "abort"
+def test_a_guide_decides_every_token(say: Say) -> None:
+    choices = [b"yes", b"no"]
+    params = SamplingParams(max_tokens=10, guide=lambda: ChoiceGuide(choices, end_tokens=[EOS], vocab_size=VOCAB))
+    output, _ = say(b"something else").complete(params)
+    assert (output.text, output.finish_reason) == ("no", "stop")  # the script takes the lowest token of a mask
+
+
+class BadGuide:
+    def allowed(self) -> bytes:
+        return bytes([255] * 33)
+
+    def accept(self, token: int) -> None:
+        raise ValueError(f"cannot go on from {token}")
+
+
+def test_a_guide_that_fails_ends_its_own_request_only(say: Say) -> None:
+    served = say(b"hello")
+    with pytest.raises(ValueError, match="cannot go on from 0"):
+        served.complete(SamplingParams(guide=BadGuide))
+    assert served.complete(SamplingParams())[0].text == "hello"
+
+
+def test_a_failure_of_the_ranks_ends_every_open_request_and_refuses_later_ones(say: Say) -> None:
+    served = say(b"hello" * 10, failing_from=3)
+    inboxes = [served.submit(params=SamplingParams(max_tokens=40))[1] for _ in range(3)]
+    for inbox in inboxes:
+        with pytest.raises(RuntimeError, match="the script's ranks have failed"):
+            inbox.until_end()
+    with pytest.raises(RuntimeError, match="the script's ranks have failed"):
+        served.submit()
+    assert served.driver.load == 0
+
+
+def test_closing_ends_open_requests_with_an_error() -> None:
+    served = saying(b"hello")
+    served.script.submit = lambda plan: None  # type: ignore[method-assign]
+    _, inbox = served.submit()
+    served.close()
+    with pytest.raises(PhalanxError, match="the engine was closed"):
+        inbox.until_end()
+
+
+def test_plans_are_sent_ahead_of_the_results(say: Say) -> None:
+    served = say(b"abcdefgh" * 5)
+    held: list[Any] = []
+    submit = served.script.submit
+    served.script.submit = held.append  # type: ignore[method-assign, assignment]
+    _, inbox = served.submit(params=SamplingParams(max_tokens=9))
+    deadline = time.monotonic() + 10
+    while len(held) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [(len(plan.chunks), len(plan.decodes)) for plan in held] == [(1, 0), (0, 1)]
+    served.script.submit = submit  # type: ignore[method-assign]
+    for plan in held:
+        submit(plan)
+    [*_, output] = inbox.until_end()
+    assert output.text == "abcdefgha"
 
 
 @pytest.mark.parametrize("prompt", [5, None, ["a"], [[1]]])
-def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
+def test_what_is_no_prompt_is_refused(say: Say, prompt: Any) -> None:
     with pytest.raises(RequestError, match="a prompt is text or a list of token ids"):
-        engine_saying(b"ok")[0].add(prompt, SamplingParams())
+        say(b"ok").submit(prompt)
 
 
-def test_the_seed_of_a_request_reaches_the_ranks() -> None:
-    engine, script = engine_saying(b"ab")
-    complete(engine, SamplingParams(seed=1234, temperature=1.0))
-    assert script.plans[0].new[0].seed == 1234
-
-
-def test_requests_without_seed_get_different_ones_and_the_same_on_the_next_run() -> None:
-    seeds = []
-    for _ in range(2):
-        engine, script = engine_saying(b"ab")
-        complete(engine, SamplingParams(temperature=1.0))
-        complete(engine, SamplingParams(temperature=1.0))
-        seeds.append([new.seed for plan in script.plans for new in plan.new])
-    assert seeds[0] == seeds[1]
-    assert len(set(seeds[0])) == 2
+def test_the_seed_of_a_request_reaches_the_ranks(say: Say) -> None:
+    served = say(b"ab")
+    served.complete(SamplingParams(seed=1234, temperature=1.0))
+    assert served.script.plans[0].new[0].sampling.seed == 1234
 
 
 @pytest.mark.parametrize(
@@ -204,38 +207,47 @@ def test_requests_without_seed_get_different_ones_and_the_same_on_the_next_run()
         ([1] * 99, SamplingParams(max_tokens=10), "99 tokens and asks for 10 more, 109 in all, but at most 100 fit"),
         ([5, 257], SamplingParams(), "prompt token 257 is not in the vocabulary"),
         ([-1], SamplingParams(), "prompt token -1"),
+        ([1], SamplingParams(logit_bias={300: 1.0}), "logit_bias.*300"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_and_the_engine_goes_on(
-    prompt: list[int], params: SamplingParams, message: str
+    say: Say, prompt: list[int], params: SamplingParams, message: str
 ) -> None:
-    engine, _ = engine_saying(b"ok")
+    served = say(b"ok")
     with pytest.raises(RequestError, match=message):
-        engine.add(prompt, params)
-    assert complete(engine, SamplingParams())[0].text == "ok"
+        served.submit(prompt, params)
+    assert served.complete(SamplingParams())[0].text == "ok"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_tokens", 0),
-        ("max_tokens", "many"),
-        ("temperature", None),
-        ("top_k", 2.5),
-        ("temperature", -0.1),
-        ("top_k", -1),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("min_p", 2.0),
-        ("logprobs", 21),
-        ("stop", ("",)),
-        ("stop", (1,)),
-        ("stop", None),
-        ("stop_token_ids", 5),
-        ("ignore_eos", "no"),
-        ("seed", 2**63),
-    ],
-)
-def test_parameters_out_of_range_are_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(RequestError, match=f"{name} is .*; allowed"):
-        SamplingParams(**{name: value})  # type: ignore[arg-type]
+def test_too_many_waiting_requests_are_refused(say: Say) -> None:
+    served = say(b"ok", max_waiting=2)
+    with pytest.raises(QueueFullError, match="0 sequences are waiting, and with 3 more they would exceed"):
+        served.submit(params=SamplingParams(n=3))
+
+
+def test_stats_count_what_went_by(say: Say) -> None:
+    served = say(b"hello")
+    for _ in range(2):
+        served.complete(SamplingParams(max_tokens=4), prompt=list(range(1, 2)))
+    stats = served.driver.stats()
+    assert (stats.requests, stats.finished, stats.prompt_tokens, stats.output_tokens) == (2, 2, 2, 8)
+    assert stats.tokens_per_s > 0
+
+
+def test_what_stages_report_shows_how_busy_they_are(say: Say) -> None:
+    served = say(b"hello")
+    now_s = time.perf_counter()
+    served.script.messages.put(StageReport(0, (StageStep(0, now_s - 2.0, now_s),), now_s))
+    deadline = time.monotonic() + 10
+    while served.driver.stats().stage_busy == (0.0,) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 0.1 < served.driver.stats().stage_busy[0] <= 0.4
+
+
+def test_the_clock_of_another_machine_is_told_by_the_quickest_report(say: Say) -> None:
+    timeline = say(b"").engine.timeline
+    ahead_s = 5000.0
+    now_s = time.perf_counter()
+    timeline.add(StageReport(0, (StageStep(0, now_s + ahead_s - 2.0, now_s + ahead_s - 1.0),), now_s + ahead_s))
+    [[step]] = timeline.steps()
+    assert step.started_s == pytest.approx(now_s - 2.0, abs=0.5)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 from tests.tiny_models import TINY_MODELS, make
 
-from phalanx.engine.messages import CommSettings, RankSpec
+from phalanx.engine.messages import CommSettings, KVMeasure, RankSpec
 from phalanx.engine.rank import WARMUP, Rank
+from phalanx.errors import PhalanxError
 from phalanx.models.resolve import resolve_model
 from phalanx.parallel.layout import StageRequest, build_layout
 
 
 @pytest.fixture
-def rank(tmp_path: Path) -> Rank:
+def spec(tmp_path: Path) -> RankSpec:
     source = resolve_model(str(make(TINY_MODELS["smollm2"], tmp_path)))
-    spec = RankSpec(
+    return RankSpec(
         replica=0,
         rank=0,
         layout=build_layout(source.config.shape, [StageRequest()]),
@@ -28,17 +30,37 @@ def rank(tmp_path: Path) -> Rank:
         num_threads=1,
         num_pages=4,
         page_size=16,
+        max_sequences=4,
+        max_batch_tokens=40,
+        max_length=64,
         comm=CommSettings(store=""),
         engine="",
         secret="",
     )
-    return Rank(spec, lambda _: None)
 
 
-def test_the_transfers_of_a_step_stand_in_the_ledger_under_it(rank: Rank) -> None:
+def test_the_transfers_of_a_step_stand_in_the_ledger_under_it(spec: RankSpec) -> None:
+    rank = Rank(spec, lambda _: None)
     num_layers = TINY_MODELS["smollm2"].config["num_hidden_layers"]
     rank.run(msgspec.structs.replace(WARMUP[0], step=7))
     rank.run(msgspec.structs.replace(WARMUP[1], step=8))
     for step in (7, 8):
         assert rank.ledger.summary(step)["all_reduce"].num_ops == 2 * num_layers
     rank.close()
+
+
+def test_a_rank_that_measures_takes_the_stated_share_of_what_is_free_once_warm(spec: RankSpec) -> None:
+    """Here as many pages as are allowed, since a tiny model's fit a thousand times."""
+    measure = KVMeasure(share=0.01, device_part=1.0, limit_pages=21, least_pages=4, copies=1)
+    rank = Rank(replace(spec, num_pages=0, measure=measure), lambda _: None)
+    assert rank.ready().num_pages == 21
+    ran = rank.run(msgspec.structs.replace(WARMUP[0], step=0))
+    assert ran.result is not None
+    assert len(ran.result.tokens) == 1
+    rank.close()
+
+
+def test_a_rank_without_room_for_the_longest_sequence_says_so(spec: RankSpec) -> None:
+    measure = KVMeasure(share=1e-9, device_part=1.0, limit_pages=21, least_pages=4, copies=1)
+    with pytest.raises(PhalanxError, match=r"no room for the KV cache: .* at least 4 are needed"):
+        Rank(replace(spec, num_pages=0, measure=measure), lambda _: None)

@@ -6,19 +6,17 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.kernels import (
     gumbel_noise,
     linear,
-    paged_attention,
     rms_norm,
     rope,
     rope_frequencies,
     rope_table,
     silu_mul,
-    write_kv,
 )
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -83,54 +81,6 @@ def test_llama3_scaling_divides_long_waves_and_keeps_short_ones() -> None:
     between = (wavelength > 8192 / 4) & (wavelength < 8192)
     assert between.any()
     assert ((scaled < plain) & (scaled > plain / 8))[between].all()
-
-
-@settings(deadline=None)
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=4),
-    page_size=st.sampled_from([1, 4, 16]),
-    window=st.sampled_from([None, 1, 7]),
-    kv_of_query=st.sampled_from([(0,), (0, 0, 0), (0, 0, 1, 1), (0, 0, 0, 1, 1), (0, 1, 1, 1, 2)]),
-)
-def test_paged_attention_of_ragged_sequences(
-    lengths: list[tuple[int, int]], page_size: int, window: int | None, kv_of_query: tuple[int, ...]
-) -> None:
-    """Sequences with tokens in the cache and new ones, pages scattered, KV groups of unequal sizes."""
-    head_dim, num_kv = 8, max(kv_of_query) + 1
-    num_pages = sum(-(-(past + new) // page_size) for past, new in lengths)
-    free = torch.randperm(num_pages).tolist()
-    key_cache = torch.full((num_pages, page_size, num_kv, head_dim), float("nan"))
-    value_cache = key_cache.clone()
-    queries, tables, starts, contexts, expected = [], [], [0], [], []
-    for past, new in lengths:
-        length = past + new
-        pages = [free.pop() for _ in range(-(-length // page_size))]
-        keys, values = torch.randn(length, num_kv, head_dim), torch.randn(length, num_kv, head_dim)
-        slots = torch.tensor([pages[i // page_size] * page_size + i % page_size for i in range(length)])
-        write_kv(keys, values, key_cache, value_cache, slots)
-        query = torch.randn(new, len(kv_of_query), head_dim)
-        for row in range(new):
-            position = past + row
-            first = 0 if window is None else max(0, position - window + 1)
-            for head, kv in enumerate(kv_of_query):
-                scores = keys[first : position + 1, kv].double() @ query[row, head].double() * 0.3
-                expected.append(scores.softmax(0) @ values[first : position + 1, kv].double())
-        queries.append(query)
-        tables.append(torch.tensor(pages))
-        starts.append(starts[-1] + new)
-        contexts.append(length)
-    output = paged_attention(
-        torch.cat(queries),
-        key_cache,
-        value_cache,
-        tables,
-        starts,
-        contexts,
-        torch.tensor(kv_of_query),
-        scale=0.3,
-        window=window,
-    )
-    assert close(output.flatten(0, 1), torch.stack(expected))
 
 
 def test_gumbel_noise_has_the_distribution_it_names() -> None:

@@ -32,7 +32,7 @@ from phalanx.parallel.shape import ModelShape
 SHAPE = ModelShape(
     hidden_size=64, num_layers=4, num_query_heads=8, num_kv_heads=4, head_dim=8, ffn_size=128, vocab_size=256
 )
-ECHO = StepPlan(step=7, new=(), work=(), dropped=())
+ECHO = StepPlan(step=7)
 
 
 def make_specs(*stages: StageRequest | int, behaviour: str = "serve") -> list[RankSpec]:
@@ -52,6 +52,9 @@ def make_specs(*stages: StageRequest | int, behaviour: str = "serve") -> list[Ra
             num_threads=0,
             num_pages=1,
             page_size=16,
+            max_sequences=4,
+            max_batch_tokens=64,
+            max_length=64,
             comm=CommSettings(store=""),
             engine="",
             secret="",
@@ -92,7 +95,7 @@ def _serve(spec: RankSpec, behaviour: str, channel: RankChannel) -> None:
         time.sleep(600)
     if behaviour == "exit-at-once":
         return
-    channel.send(RankReady(spec.rank, socket.gethostname(), os.getpid(), {"imports": 0.0}, 0, 0, 0, _facts(spec)))
+    channel.send(RankReady(spec.rank, socket.gethostname(), os.getpid(), {"imports": 0.0}, 0, 0, 0, 1, _facts(spec)))
     while True:
         message = channel.receive()
         if isinstance(message, Shutdown):
@@ -117,7 +120,7 @@ def _step(spec: RankSpec, behaviour: str, plan: StepPlan, channel: RankChannel) 
         time.sleep(0.05)
         raise CommError("all_reduce 12 waited for rank 1")
     if spec.rank == spec.layout.num_ranks - 1:
-        channel.send(StepResult(plan.step, (), 1.0))
+        channel.send(StepResult(plan.step, ()))
 
 
 def _read_broken_file() -> None:

@@ -25,10 +25,10 @@ SMALL = DecoderConfig(
 )
 LARGE = DecoderConfig("llama", ModelShape(8192, 80, 64, 8, 128, 28672, 128256), 131072, 1e-5, RopeConfig())
 
-LAPTOP = Machine(num_cores=2, memory_bytes=8 * GIB, bfloat16=True)
+LAPTOP = Machine(num_cores=2, memory_bytes=8 * GIB, free_bytes=6 * GIB, bfloat16=True)
 OLD_LAPTOP = replace(LAPTOP, bfloat16=False)
 ONE_GPU = replace(LAPTOP, gpus=(Gpu("H100", 80 * GIB),))
-FOUR_GPUS = Machine(64, 512 * GIB, bfloat16=True, gpus=(Gpu("H100", 80 * GIB),) * 4)
+FOUR_GPUS = Machine(64, 512 * GIB, 400 * GIB, bfloat16=True, gpus=(Gpu("H100", 80 * GIB),) * 4)
 
 
 @dataclass(frozen=True)
@@ -299,6 +299,24 @@ def test_the_command_prints_layout_memory_and_decisions() -> None:
     assert max(map(len, result.output.splitlines())) <= 80
 
 
+def test_the_command_names_the_tightest_rank_and_the_room_of_all() -> None:
+    result = run(str(CONFIGS / "ragged.yaml"), "--set", "engine.kv_cache=256MiB")
+    text = " ".join(result.output.split())
+    # 10 KiB a token on the first two ranks, 5 on the third, 7.5 on the fourth, in pages of 16 tokens
+    assert "holds 26208 tokens, as many as fit rank 0 in stage 0, the tightest." in text
+    assert "26208 on ranks 0-1, 52416 on rank 2, 34944 on rank 3." in text
+
+
+def test_the_command_says_what_is_measured_at_start_and_what_is_an_estimate() -> None:
+    auto = (str(CONFIGS / "two-nodes.yaml"), "--set", "engine.kv_cache=auto")
+    result = run(*auto)
+    assert result.exit_code == 0, result.output
+    assert "What the KV cache holds is measured at start" in result.output
+    assert "rank 0 in stage 0 on place=first is the tightest" in " ".join(result.output.split())
+    estimated = run(*auto, "--set", "cluster.device_memory=2GiB")
+    assert "is measured at start; by an estimate it holds" in " ".join(estimated.output.split())
+
+
 def test_the_command_prints_json_with_stable_keys() -> None:
     result = run(str(CONFIGS / "h100-8x.yaml"), "--json")
     report = json.loads(result.stdout)
@@ -351,7 +369,9 @@ def test_the_command_returns_exit_code_3_for_a_model_that_is_not_there(tmp_path:
 def test_this_machine_says_what_it_has() -> None:
     machine = this_machine()
     assert machine.num_cores >= 1
-    assert machine.memory_bytes is None or machine.memory_bytes > 2**20
+    if machine.memory_bytes is None or machine.free_bytes is None:
+        pytest.skip("needs Linux, to know of memory")
+    assert 2**20 < machine.free_bytes < machine.memory_bytes
 
 
 def test_help_and_version_load_neither_torch_nor_ray() -> None:

@@ -54,7 +54,8 @@ def test_a_model_is_all_that_must_be_given() -> None:
     assert config.model.path == "smollm2-135m"
     assert (config.model.dtype, config.cluster.ray, config.cluster.device) == ("auto", "local", "auto")
     assert config.parallel.stage_requests() == [StageRequest()]
-    assert (config.engine.page_size, config.engine.kv_cache) == (16, 2**30)
+    assert (config.engine.page_size, config.engine.kv_cache, config.engine.kv_cache_share) == (16, "auto", None)
+    assert (config.engine.max_waiting, config.engine.prefix_cache) == (None, True)
 
 
 def test_a_model_may_be_given_as_a_section() -> None:
@@ -296,8 +297,15 @@ def test_a_slip_is_answered_with_what_was_probably_meant(
         ({"cluster": {"spread_stage": "yes"}}, "cluster.spread_stage", "true or false"),
         ({"cluster": {"gpus_per_rank": 2}}, "cluster.gpus_per_rank", "a number from 0 to 1"),
         ({"comm": {"timeout_s": float("inf")}}, "comm.timeout_s", "a number, above 0"),
-        ({"engine": {"kv_cache": "lots"}}, "engine.kv_cache", "KiB"),
-        ({"engine": {"zebra": 2}}, "engine.zebra", "max_sequences, max_batch_tokens, kv_cache, page_size, seed"),
+        ({"engine": {"kv_cache": "lots"}}, "engine.kv_cache", "auto, or bytes as a whole number"),
+        ({"engine": {"kv_cache": True}}, "engine.kv_cache", "KiB"),
+        ({"engine": {"kv_cache_share": 0}}, "engine.kv_cache_share", "a number, above 0 and at most 1 (or null)"),
+        ({"engine": {"max_waiting": 0}}, "engine.max_waiting", "a whole number, at least 1 (or null)"),
+        (
+            {"engine": {"zebra": 2}},
+            "engine.zebra",
+            "max_sequences, max_batch_tokens, max_waiting, kv_cache, kv_cache_share, page_size, prefix_cache, seed",
+        ),
         ({"serve": {"port": 80}}, "serve.port", "nothing yet"),
         ({"model": {"path": ""}}, "model.path", "text"),
         ({"model": 3}, "model", "path, dtype, revision, max_length"),

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from tests.launcher.fake_ranks import ECHO, make_specs
 
-from phalanx.engine.messages import Progress
+from phalanx.engine.messages import Progress, StepResult
 from phalanx.errors import PlacementError, RankFailedError
 from phalanx.launcher.formation import Formation
 from phalanx.launcher.hosts import ClusterSettings
@@ -75,7 +75,7 @@ def test_ranks_start_answer_and_end() -> None:
         assert {place.rank for place, _ in heard} == {0, 1, 2}
         formation.submit(ECHO)
         result = formation.receive(10.0)
-        assert result is not None
+        assert isinstance(result, StepResult)
         assert result.step == ECHO.step
         assert formation.receive(0.2) is None
         assert set(formation.startup_s) == {"ray", "actors"}

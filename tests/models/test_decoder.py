@@ -13,6 +13,7 @@ from tests.rank_threads import Join, run_ranks
 from tests.tiny_models import TINY_MODELS, VOCAB, Reference, make
 
 from phalanx.comm import Communicator
+from phalanx.kernels import plan_attention
 from phalanx.models.batch import Batch, KVCache
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.config import DecoderConfig, RopeConfig
@@ -74,7 +75,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return model
 
 
-def batches(schedule: Sequence[Sequence[int]]) -> Iterator[tuple[list[tuple[int, range]], Batch]]:
+def batches(schedule: Sequence[Sequence[int]], window: int | None) -> Iterator[tuple[list[tuple[int, range]], Batch]]:
     """The steps of a schedule: which positions of which sequences, and the batch that says so to the decoder.
 
     Pages of the sequences lie interleaved in the cache, so that none has neighbouring ones.
@@ -83,19 +84,25 @@ def batches(schedule: Sequence[Sequence[int]]) -> Iterator[tuple[list[tuple[int,
     done = [0] * num_sequences
     for counts in schedule:
         work = [(i, range(done[i], done[i] + count)) for i, count in enumerate(counts) if count]
-        starts, tables = [0], []
+        table = torch.zeros((len(work), -(-max(map(len, SEQUENCES)) // PAGE_SIZE)), dtype=torch.int64)
         positions: list[int] = []
         slots: list[int] = []
-        for i, span in work:
+        for row, (i, span) in enumerate(work):
             done[i] = span.stop
             pages = [i + page * num_sequences for page in range(-(-span.stop // PAGE_SIZE))]
             positions += span
             slots += [pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in span]
-            tables.append(torch.tensor(pages))
-            starts.append(len(positions))
-        lengths = [span.stop for _, span in work]
+            table[row, : len(pages)] = torch.tensor(pages)
+        attention = plan_attention(
+            table,
+            [len(span) for _, span in work],
+            [span.stop for _, span in work],
+            page_size=PAGE_SIZE,
+            window=window,
+            device=CPU,
+        )
         rows = torch.arange(len(positions))
-        yield work, Batch(torch.tensor(positions), torch.tensor(slots), starts, lengths, tables, rows)
+        yield work, Batch(torch.tensor(positions), torch.tensor(slots), attention, rows)
 
 
 def phalanx_logits(
@@ -127,7 +134,7 @@ def phalanx_logits(
         cache.keys.fill_(torch.nan)  # what no step has written must not be read
         cache.values.fill_(torch.nan)
         logits = []
-        for work, batch in batches(schedule):
+        for work, batch in batches(schedule, config.sliding_window):
             if before is None:
                 x = torch.tensor([SEQUENCES[i][at] for i, span in work for at in span])
             else:
@@ -144,11 +151,12 @@ def phalanx_logits(
     results = run_ranks(layout.num_ranks, rank)
     shards = [results[number] for number in layout.stage_ranks(len(layout.stages) - 1)]
     found: list[list[torch.Tensor]] = [[] for _ in SEQUENCES]
-    for step, (work, batch) in enumerate(batches(schedule)):
+    for step, (work, _) in enumerate(batches(schedule, config.sliding_window)):
         whole = torch.cat([shard[step] for shard in shards], dim=1)
-        for (i, _), start, stop in zip(work, batch.query_starts, batch.query_starts[1:], strict=False):
-            found[i].append(whole[start:stop])
-    return [torch.cat(parts) for parts in found]
+        parts = torch.split(whole, [len(span) for _, span in work])
+        for (i, _), part in zip(work, parts, strict=True):
+            found[i].append(part)
+    return [torch.cat(steps) for steps in found]
 
 
 def borders(layout: Layout, number: int, join: Join, comm: Communicator) -> tuple[HandOver | None, HandOver | None]:

@@ -1,0 +1,126 @@
+"""The thread that drives an engine."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import NamedTuple
+
+from phalanx.engine.engine import Engine, Executor
+from phalanx.engine.request import Delta, Event, Request
+from phalanx.engine.stats import EngineStats
+from phalanx.errors import PhalanxError
+
+STEP_S = 5.0  # how long one wait for the ranks lasts; what they say, their failures and new requests end it at once
+IDLE_S = 1.0  # between two looks at ranks that have nothing to do
+
+
+class _Order(NamedTuple):
+    """What a caller wants of the engine's thread. abort: to end the request; else to take it in."""
+
+    request: Request
+    abort: bool
+
+
+class EngineDriver:
+    """Runs the engine of one replica in a thread of its own, which sleeps while nothing is to be done.
+
+    Where the ranks fail, every open request ends with that error, and so does every later one. All methods may be
+    called from any thread.
+    """
+
+    def __init__(self, engine: Engine, executor: Executor) -> None:
+        self._engine = engine
+        self._executor = executor
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open: dict[int, Request] = {}  # by identity
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="phalanx-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        """For what may be asked of it from any thread."""
+        return self._engine
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the engine."""
+        return self._failure
+
+    @property
+    def load(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def submit(self, request: Request) -> None:
+        """Hands in a request; what becomes of it comes to its mailbox.
+
+        Raises RequestError and QueueFullError as `Engine.check` does, and the error that the engine has ended with.
+        """
+        self._engine.check(request)
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            self._open[id(request)] = request
+            self._orders.put(_Order(request, abort=False))
+        self._executor.wake()
+
+    def abort(self, request: Request) -> None:
+        """Ends a request within a step, if it has not ended."""
+        self._orders.put(_Order(request, abort=True))
+        self._executor.wake()
+
+    def close(self) -> None:
+        """Ends the thread, and the open requests with an error."""
+        self._orders.put(None)
+        self._executor.wake()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._follow_orders():
+                self._hand_out(self._engine.step(STEP_S if self._engine.has_work else 0.0))
+            self._fail(PhalanxError("the engine was closed; make a new one"))
+        except Exception as error:
+            self._fail(error)
+
+    def _follow_orders(self) -> bool:
+        """Does what callers want; waits for it while there is nothing else to do. False at the end."""
+        sleeping = not self._engine.has_work
+        while True:
+            try:
+                order = self._orders.get(sleeping, IDLE_S)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            sleeping = False
+            request = order.request
+            if order.abort:
+                self._hand_out(self._engine.abort(request))
+                continue
+            try:
+                self._engine.add(request)
+            except Exception as error:  # of a guide, which is the caller's code
+                self._hand_out([Event(request, error)])
+
+    def _hand_out(self, events: list[Event]) -> None:
+        by_mailbox: dict[int, list[Event]] = {}
+        for event in events:
+            by_mailbox.setdefault(id(event.request.mailbox), []).append(event)
+            if not isinstance(event.what, Delta):
+                with self._lock:
+                    self._open.pop(id(event.request), None)
+        for mine in by_mailbox.values():
+            mine[0].request.mailbox.put(mine)
+
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            self._failure = error
+            requests = list(self._open.values())
+        self._hand_out([Event(request, error) for request in requests])

@@ -1,0 +1,122 @@
+"""What the ranks of a stage tell each other about rows of logits whose vocabulary is cut over them.
+
+Every rank learns the same, in one transfer a question, and of each row only a rank's best entries leave it.
+
+Shapes: B rows, V vocabulary rows of this rank, R ranks, C candidates, K candidates of this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from phalanx.comm.communicator import Communicator
+from phalanx.parallel.split import Split
+
+# Entries that a float64 pass over whole rows takes at a time: on a CPU its temporaries stay in the cache, on a GPU it
+# bounds their memory to some 100 MiB each.
+HOST_BLOCK = 2**19
+DEVICE_BLOCK = 2**24
+
+
+class Candidates(NamedTuple):
+    """Entries of the distribution, over all ranks, best first. values: [B, C] float64. tokens: [B, C] int64."""
+
+    values: torch.Tensor
+    tokens: torch.Tensor
+
+
+class VocabShard:
+    """The vocabulary rows that this rank of `comm` holds under the split `vocab`. All ranks make the same calls."""
+
+    def __init__(self, vocab: Split, comm: Communicator) -> None:
+        self.vocab_size = vocab.size
+        self.rows = vocab[comm.rank]
+        self._sizes = vocab.sizes
+        self._comm = comm
+
+    def argmax(self, values_BV: torch.Tensor) -> torch.Tensor:
+        """The token with the largest value over all ranks, [B] int64; the first of equals."""
+        column_B = values_BV.argmax(1)
+        if self._comm.size == 1:
+            return column_B
+        return self.winner(values_BV.gather(1, column_B.unsqueeze(1)).squeeze(1).double(), column_B)
+
+    def winner(self, value_B: torch.Tensor, column_B: torch.Tensor) -> torch.Tensor:
+        """The token, [B] int64, of the largest of the ranks' values, float64, which they hold in these columns."""
+        if self._comm.size == 1:
+            return column_B
+        # Token ids are exact in float64, so that one transfer carries both.
+        all_R2B = self._from_all(torch.stack((value_B, (column_B + self.rows.start).double())))
+        best_B = all_R2B[:, 0].argmax(0, keepdim=True)
+        return all_R2B[:, 1].gather(0, best_B).squeeze(0).long()
+
+    def candidates(self, values_BV: torch.Tensor, count: int) -> Candidates:
+        """The best `count` entries over all ranks, or all there are; equal values in order of their tokens.
+
+        Where a row has fewer entries above minus infinity, the rest of its candidates are any that are not.
+        """
+        values_BK, column_BK = _top(values_BV, min(count, self.rows.size))
+        values_BC, tokens_BC = values_BK.double(), column_BK + self.rows.start
+        if self._comm.size > 1:
+            own_K2B = torch.stack((values_BC.T, tokens_BC.T.double()), 1)
+            all_C2B = self._comm.all_gather(own_K2B, sizes=[min(count, size) for size in self._sizes])
+            values_BC, order_BC = _top(all_C2B[:, 0].T, min(count, self.vocab_size))
+            tokens_BC = all_C2B[:, 1].T.gather(1, order_BC).long()
+        return Candidates(values_BC, tokens_BC)
+
+    def logsumexp(self, own_B: torch.Tensor) -> torch.Tensor:
+        """Of values that are each rank's own logsumexp, [B] float64."""
+        return own_B if self._comm.size == 1 else self._from_all(own_B.unsqueeze(0)).logsumexp(0).squeeze(0)
+
+    def max(self, own_B: torch.Tensor) -> torch.Tensor:
+        """Of each rank's own values, [B] float64."""
+        return own_B if self._comm.size == 1 else self._from_all(own_B.unsqueeze(0)).amax(0).squeeze(0)
+
+    def _from_all(self, own: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors of one shape, [R, ...]."""
+        return self._comm.all_gather(own.contiguous()).view(self._comm.size, *own.shape)
+
+
+def blocks(num_rows: int, like_BV: torch.Tensor) -> Iterator[slice]:
+    """Rows to take at a time, of so many as wide as these, in a pass whose temporaries are wider still."""
+    entries = HOST_BLOCK if like_BV.is_cpu else DEVICE_BLOCK
+    step = max(1, entries // like_BV.shape[1])
+    for start in range(0, num_rows, step):
+        yield slice(start, start + step)
+
+
+def on_device(values: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
+    """What the host knows of rows, where the rows are."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)
+
+
+def _top(values_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and columns of the best `count` of each row, best first, equal ones in order of their columns.
+
+    `topk` leaves the choice among equals open, and bfloat16 logits are often equal. Rows where that choice matters are
+    taken again: all columns at least as large as the least that belongs, in order.
+    """
+    values_BK, column_BK = values_BV.topk(count, dim=1)
+    least_B1 = values_BK[:, -1:]
+    open_B = (values_BV == least_B1).sum(1) > (values_BK == least_B1).sum(1)
+    again_R = (open_B & (least_B1.squeeze(1) > -math.inf)).nonzero().squeeze(1)
+    column_BK = column_BK.sort(1).values
+    if again_R.numel():
+        column_BK[again_R] = _first_top(values_BV[again_R], least_B1[again_R], count)
+    values_BK, order_BK = values_BV.gather(1, column_BK).sort(dim=1, descending=True, stable=True)
+    return values_BK, column_BK.gather(1, order_BK)
+
+
+def _first_top(values_BV: torch.Tensor, least_B1: torch.Tensor, count: int) -> torch.Tensor:
+    """Columns, in order, of the entries above `least` and of the first of those equal to it: `count` in all."""
+    above_BV = values_BV > least_B1
+    equal_BV = values_BV == least_B1
+    room_B1 = count - above_BV.sum(1, keepdim=True)
+    belongs_BV = above_BV | (equal_BV & (equal_BV.cumsum(1) <= room_B1))
+    return belongs_BV.nonzero()[:, 1].view(-1, count)

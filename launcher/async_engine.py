@@ -1,0 +1,111 @@
+"""`AsyncEngine`: a model served to the coroutines of this program."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+from typing import Self
+
+from phalanx.engine.request import Delta, Event, RequestOutput
+from phalanx.engine.sampling_params import SamplingParams
+from phalanx.engine.stats import EngineStats
+from phalanx.launcher.served import Prompt, Served
+
+
+class _LoopMailbox:
+    """The mailbox of all calls from one event loop: a step of the engine wakes it once, whoever it concerns."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._queues: dict[str, asyncio.Queue[Event]] = {}
+
+    def open(self, name: str) -> asyncio.Queue[Event]:
+        """The events of the call of this name."""
+        return self._queues.setdefault(name, asyncio.Queue())
+
+    def close(self, name: str) -> None:
+        self._queues.pop(name, None)
+
+    def put(self, events: list[Event]) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._sort, events)
+
+    def _sort(self, events: list[Event]) -> None:
+        for event in events:
+            if event.request.name in self._queues:
+                self._queues[event.request.name].put_nowait(event)
+
+
+class AsyncEngine(Served):
+    """The same as `LLM`, with the same arguments and results, for programs that run an event loop.
+
+    Making one takes seconds and blocks; where the loop must go on: `await asyncio.to_thread(AsyncEngine.from_yaml, f)`.
+
+    >>> async with AsyncEngine.from_yaml("configs/demo.yaml") as engine:
+    ...     async for event in engine.stream("Once upon a time", SamplingParams(max_tokens=32)):
+    ...         ...
+    """
+
+    _mailbox: _LoopMailbox | None = None
+
+    async def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> list[RequestOutput]:
+        """As `LLM.generate`."""
+        outputs = [
+            event
+            async for event in self.stream(prompts, params, request_id=request_id, priority=priority)
+            if isinstance(event, RequestOutput)
+        ]
+        return sorted(outputs, key=lambda output: output.request)
+
+    async def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[Delta | RequestOutput, None]:
+        """As `LLM.stream`. Closing the iterator, or cancelling the task that follows it, aborts the rest."""
+        mailbox = self._mailbox_of(asyncio.get_running_loop())
+        call = self._call(prompts, params, mailbox, request_id=request_id, priority=priority)
+        events = mailbox.open(call.name)
+        try:
+            num_open = len(call.requests)
+            while num_open:
+                _, what = await events.get()
+                if isinstance(what, Exception):
+                    raise what
+                num_open -= isinstance(what, RequestOutput)
+                yield what
+        finally:
+            mailbox.close(call.name)
+            self._close_call(call)
+
+    async def abort(self, request_id: str) -> None:
+        """As `LLM.abort`."""
+        self._end_calls(request_id)
+
+    async def stats(self) -> EngineStats:
+        """As `LLM.stats`."""
+        return EngineStats.together(self.replica_stats())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _mailbox_of(self, loop: asyncio.AbstractEventLoop) -> _LoopMailbox:
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = _LoopMailbox(loop)
+        return self._mailbox

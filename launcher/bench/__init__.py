@@ -1,0 +1,1 @@
+"""Measuring: the workloads that `phalanx bench` and the comparison with peers share."""

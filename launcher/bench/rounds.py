@@ -1,0 +1,106 @@
+"""Runs a workload on an engine, round after round, and reads what its callers see."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+from phalanx.engine.messages import StageStep
+from phalanx.engine.request import Delta
+from phalanx.engine.sampling_params import SamplingParams
+from phalanx.engine.stats import EngineStats
+from phalanx.launcher.async_engine import AsyncEngine
+from phalanx.launcher.bench.readings import RequestReading, Round
+from phalanx.launcher.bench.workloads import RequestShape
+
+REPORTS_S = 120.0  # an idle engine takes one report of a stage a second, and many stages have many to give
+POLL_S = 0.02
+
+
+async def measure(
+    engine: AsyncEngine, requests: Sequence[RequestShape], num_rounds: int, on_round: Callable[[int], None]
+) -> list[Round]:
+    """Runs the requests so many times, after a round to warm up, number 0, in which they come all at once.
+
+    Rounds do the same work on other prompts: those of round N are turned by N tokens. So no round finds a prefix of an
+    earlier one in the cache, and the cache can stay as it is configured. on_round: hears a round's number before it
+    begins.
+    """
+    on_round(0)
+    await play(engine, [shape._replace(arrival_s=0.0) for shape in requests])
+    played, stats = [], [engine.replica_stats()]
+    for number in range(1, num_rounds + 1):
+        on_round(number)
+        played.append(await play(engine, [turned(shape, number) for shape in requests]))
+        stats.append(engine.replica_stats())
+    async with asyncio.timeout(REPORTS_S):
+        steps = await _all_steps(engine)
+    return [
+        _round(readings, before, after, steps)
+        for readings, before, after in zip(played, stats, stats[1:], strict=False)
+    ]
+
+
+def turned(shape: RequestShape, number: int) -> RequestShape:
+    """The same request with its prompt turned by so many tokens."""
+    start = number % len(shape.prompt)
+    return shape._replace(prompt=shape.prompt[start:] + shape.prompt[:start])
+
+
+async def play(engine: AsyncEngine, requests: Sequence[RequestShape]) -> list[RequestReading]:
+    """Sends each request when it is due, those that are due together in one call, and follows all to their end.
+
+    Every request gets all tokens it asks for. Nobody waits for anybody: a request that is due is sent, whatever has
+    become of those before it. Returns readings in the order of the requests.
+    """
+    began_s = time.perf_counter()
+
+    async def follow(together: list[RequestShape]) -> list[RequestReading]:
+        arrival_s = together[0].arrival_s
+        await asyncio.sleep(began_s + arrival_s - time.perf_counter())
+        token_s: list[list[float]] = [[] for _ in together]
+        params = [SamplingParams(max_tokens=shape.max_tokens, ignore_eos=True) for shape in together]
+        async for event in engine.stream([shape.prompt for shape in together], params):
+            if isinstance(event, Delta):
+                token_s[event.request] += [time.perf_counter() - began_s] * len(event.token_ids)
+        return [
+            RequestReading(len(shape.prompt), arrival_s, tuple(times))
+            for shape, times in zip(together, token_s, strict=True)
+        ]
+
+    calls = [list(together) for _, together in groupby(requests, lambda shape: shape.arrival_s)]
+    return [reading for readings in await asyncio.gather(*map(follow, calls)) for reading in readings]
+
+
+async def _all_steps(engine: AsyncEngine) -> list[list[list[StageStep]]]:
+    """By replica and stage, every step planned so far; waits until the stages have reported the last one."""
+    while True:
+        stages = engine.stage_steps()
+        last = [stats.steps - 1 for stats in engine.replica_stats()]
+        seen = [min(steps[-1].step if steps else -1 for steps in replica) for replica in stages]
+        if all(number >= awaited for number, awaited in zip(seen, last, strict=True)):
+            return stages
+        await asyncio.sleep(POLL_S)
+
+
+def _round(
+    readings: Sequence[RequestReading],
+    before: Sequence[EngineStats],
+    after: Sequence[EngineStats],
+    stages: Sequence[Sequence[Sequence[StageStep]]],
+) -> Round:
+    """before, after: of each replica. stages: all steps of all rounds."""
+    numbers = [range(start.steps, end.steps) for start, end in zip(before, after, strict=True)]
+    start, end = EngineStats.together(before), EngineStats.together(after)
+    return Round(
+        requests=tuple(readings),
+        stages=tuple(
+            tuple(tuple(step for step in steps if step.step in mine) for steps in replica)
+            for mine, replica in zip(numbers, stages, strict=True)
+        ),
+        cached_tokens=end.prompt_tokens_cached - start.prompt_tokens_cached,
+        preemptions=end.preemptions - start.preemptions,
+        steps=end.steps - start.steps,
+    )

@@ -1,0 +1,306 @@
+"""A model that is served: the replicas of a configuration, and one door to all of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from phalanx.engine.driver import EngineDriver
+from phalanx.engine.engine import Engine
+from phalanx.engine.messages import Progress, RankReady, StageStep
+from phalanx.engine.request import Mailbox, Request, new_request
+from phalanx.engine.router import Router
+from phalanx.engine.sampling_params import SamplingParams
+from phalanx.engine.scheduler import Limits
+from phalanx.engine.stats import EngineStats
+from phalanx.errors import ConfigError, QueueFullError, RequestError
+from phalanx.launcher.check import review
+from phalanx.launcher.config import load_config
+from phalanx.launcher.formation import Formation, open_host
+from phalanx.launcher.hosts import RankHost
+from phalanx.launcher.machine import this_machine
+from phalanx.launcher.run_plan import Decision, RunPlan, plan_run
+from phalanx.launcher.schema import Config
+from phalanx.launcher.specs import cluster_settings, rank_specs
+from phalanx.models.chat import render_chat
+from phalanx.models.resolve import ModelSource, resolve_model
+from phalanx.models.tokenizer import Tokenizer
+from phalanx.parallel.layout import RankPlace
+
+Prompt = str | Sequence[int]
+OnProgress = Callable[[RankPlace, Progress], None]
+
+STARTUP_PARTS = ("ray", "actors", "imports", "rendezvous", "weights", "warmup")
+"""What the start of a formation consists of, in order; the parts of ranks are those of the slowest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Startup:
+    """What starting took and chose.
+
+    startup_s: seconds by part; `model` is finding it and reading its index and tokenizer, `total` everything.
+    ranks: what each rank of each replica reported. decisions: what was chosen and why.
+    """
+
+    startup_s: Mapping[str, float]
+    ranks: tuple[RankReady, ...]
+    decisions: tuple[Decision, ...]
+
+
+class Call(NamedTuple):
+    """Prompts that came together. requests: one a prompt, in order, each with the engine that serves it."""
+
+    name: str
+    requests: tuple[tuple[EngineDriver, Request], ...]
+
+    def abort(self) -> None:
+        """Ends what has not ended."""
+        for driver, request in self.requests:
+            driver.abort(request)
+
+
+class Served:
+    """What `LLM` and `AsyncEngine` have in common: everything but the way in which a caller waits."""
+
+    def __init__(
+        self, model: str | Mapping[str, Any], *, on_progress: OnProgress | None = None, **sections: Any
+    ) -> None:
+        """model, and `cluster`, `parallel`, `comm`, `engine` as keywords: the sections of the YAML file.
+
+        on_progress: hears how far each rank is while it starts. Raises ConfigError with every problem at once,
+        ModelError for a model that cannot be read, PlacementError for ranks that cannot be placed, RankFailedError
+        for one that fails.
+        """
+        self._open(load_config({"model": model, **sections}), on_progress)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *, on_progress: OnProgress | None = None, **overrides: Any) -> Self:
+        """From a file. overrides: sections whose keys replace the file's, such as `parallel={"tensor": 2}`."""
+        changes = []
+        for section, values in overrides.items():
+            if isinstance(values, Mapping):
+                changes += [f"{section}.{key}={json.dumps(value, default=str)}" for key, value in values.items()]
+            else:
+                changes.append(f"{section}={json.dumps(values, default=str)}")
+        return cls.from_config(load_config(path, changes), on_progress=on_progress)
+
+    @classmethod
+    def from_config(cls, config: Config, *, on_progress: OnProgress | None = None) -> Self:
+        served = cls.__new__(cls)
+        served._open(config, on_progress)
+        return served
+
+    def _open(self, config: Config, on_progress: OnProgress | None) -> None:
+        started = time.perf_counter()
+        self.config = config
+        self._formations: list[Formation] = []
+        self._drivers: list[EngineDriver] = []
+        self._calls: dict[str, Call] = {}
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._seeds = random.Random(config.engine.seed)
+        self._router = Router(config.parallel.replicas)
+        self._source = resolve_model(config.model.path, revision=config.model.revision)
+        self.plan = checked_plan(config, self._source)
+        # The tokenizer is read while the ranks start.
+        with ThreadPoolExecutor(1) as pool:
+            entries = self._source.entries()
+            tokenizer = pool.submit(self._source.tokenizer)
+            model_s = time.perf_counter() - started
+            settings, layout = cluster_settings(config, self.plan), self.plan.layout
+            hosts: list[RankHost] = []
+            try:
+                # All replicas' hosts get ready at once; then one replica after another is started.
+                for _ in range(layout.replicas):
+                    hosts.append(open_host(settings, layout.num_ranks))
+                for replica in range(layout.replicas):
+                    specs = rank_specs(config, self.plan, self._source.config, entries, replica)
+                    host = hosts.pop(0)
+                    self._formations.append(Formation.start(specs, settings, on_progress=on_progress, host=host))
+                self._tokenizer = tokenizer.result()
+            except BaseException:
+                for host in hosts:
+                    host.stop(0.0)
+                self.close()
+                raise
+        self._drivers = [self._driver(formation) for formation in self._formations]
+        self.startup = self._startup(model_s, time.perf_counter() - started)
+
+    def _driver(self, formation: Formation) -> EngineDriver:
+        plan, settings = self.plan, self.config.engine
+        num_pages = formation.ready[0].num_pages  # where the ranks measured, what they found
+        limits = Limits(
+            max_sequences=settings.max_sequences,
+            max_batch_tokens=settings.max_batch_tokens,
+            num_pages=num_pages,
+            page_size=plan.page_size,
+            max_length=min(plan.max_length, num_pages * plan.page_size),
+            num_stages=len(plan.layout.stages),
+            max_waiting=settings.max_waiting,
+            keep_prefixes=settings.prefix_cache,
+        )
+        return EngineDriver(Engine(formation, limits, self._source.config.shape.vocab_size), formation)
+
+    def _startup(self, model_s: float, total_s: float) -> Startup:
+        ranks = tuple(ready for formation in self._formations for ready in formation.ready)
+        seconds = {"model": model_s}
+        for part in STARTUP_PARTS:
+            host = [formation.startup_s.get(part, 0.0) for formation in self._formations]
+            seconds[part] = max([*host, *(ready.startup_s.get(part, 0.0) for ready in ranks)])
+        seconds["total"] = total_s
+        chosen = sorted({choice for ready in ranks for choice in ready.choices.items()})
+        decisions = [Decision(name, *choice.split(": ", 1)) for name, choice in chosen]
+        return Startup(seconds, ranks, (*self.plan.decisions, *decisions))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation in the model's own template, ready for its reply."""
+        tokenizer = self._tokenizer
+        text = render_chat(
+            tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended a replica, or None while all run."""
+        return next((driver.failure for driver in self._drivers if driver.failure is not None), None)
+
+    def replica_stats(self) -> list[EngineStats]:
+        """What each replica does."""
+        return [driver.stats() for driver in self._drivers]
+
+    def stage_steps(self, since_s: float = float("-inf")) -> list[list[list[StageStep]]]:
+        """By replica and stage: when each worked on which step, on the clock of `time.perf_counter`; the last 8192."""
+        return [driver.engine.timeline.steps(since_s) for driver in self._drivers]
+
+    def _end_calls(self, name: str) -> None:
+        """Ends every prompt of the call of this name. Nothing where it has ended."""
+        call = self._calls.get(name)
+        if call is not None:
+            call.abort()
+
+    def _call(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        mailbox: Mailbox,
+        *,
+        request_id: str | None,
+        priority: int,
+    ) -> Call:
+        """Hands prompts in; what becomes of them comes to the mailbox. To be followed by `_close_call`.
+
+        Raises RequestError, before any of them runs, where one cannot be served.
+        """
+        if not self._drivers:
+            raise RequestError(f"this {type(self).__name__} is closed; make a new one")
+        listed = _listed(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(listed)
+        if len(params) != len(listed):
+            raise RequestError(
+                f"{len(listed)} prompts but {len(params)} sampling parameters; give one for all or one each"
+            )
+        with self._lock:
+            name = request_id if request_id is not None else f"request-{next(self._numbers)}"
+            if name in self._calls:
+                raise RequestError(f"a request {name!r} runs already; give each an id of its own")
+            seeds = [self._seeds.getrandbits(63) for _ in listed]
+            self._calls[name] = Call(name, ())
+        handed_in: list[tuple[EngineDriver, Request]] = []
+        try:
+            requests = []
+            for place, (prompt, each, seed) in enumerate(zip(listed, params, seeds, strict=True)):
+                try:
+                    requests.append(self._request(prompt, each, name, place, seed, priority, mailbox))
+                except (RequestError, QueueFullError) as error:
+                    if len(listed) == 1:
+                        raise
+                    raise type(error)(f"prompt {place}: {error}") from None
+            for request in requests:
+                with self._lock:
+                    driver = self._drivers[self._router.route(request.prompt_token_ids, self._loads())]
+                driver.submit(request)
+                handed_in.append((driver, request))
+        except BaseException:
+            Call(name, tuple(handed_in)).abort()
+            del self._calls[name]
+            raise
+        call = self._calls[name] = Call(name, tuple(handed_in))
+        return call
+
+    def _close_call(self, call: Call) -> None:
+        """Ends what has not ended of a call that nobody follows any more."""
+        call.abort()
+        self._calls.pop(call.name, None)
+
+    def _request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        name: str,
+        place: int,
+        seed: int,
+        priority: int,
+        mailbox: Mailbox,
+    ) -> Request:
+        request = new_request(
+            prompt,
+            params,
+            name=name,
+            place=place,
+            tokenizer=self._tokenizer,
+            eos_token_ids=self._tokenizer.eos_token_ids,
+            seed=seed,
+            priority=priority,
+            mailbox=mailbox,
+            now_s=time.perf_counter(),
+        )
+        self._drivers[0].engine.check(request)
+        return request
+
+    def _loads(self) -> list[int]:
+        return [driver.load for driver in self._drivers]
+
+    def close(self) -> None:
+        """Ends all ranks and leaves nothing behind; calls that are open end with an error. Idempotent."""
+        with ExitStack() as closing:
+            for formation in self._formations:
+                closing.callback(formation.close)
+            for driver in self._drivers:
+                closing.callback(driver.close)
+        self._formations = []
+        self._drivers = []
+
+
+def checked_plan(config: Config, source: ModelSource) -> RunPlan:
+    """The plan of a run, or everything that is known to stop it, before anything is started."""
+    machine = this_machine()
+    plan = plan_run(config, source.config, machine)
+    faults, _ = review(config, plan, source.config, machine)
+    if faults:
+        raise ConfigError([fault.problem for fault in faults], config.model.path)
+    return plan
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt is a list of one: a text, or token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts are texts or lists of token ids, found {prompts!r:.80}")
+    listed: list[Any] = list(prompts)
+    return [listed] if listed and all(isinstance(item, int) for item in listed) else listed
