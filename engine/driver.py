@@ -12,7 +12,7 @@ from phalanx.engine.stats import EngineStats
 from phalanx.errors import PhalanxError
 
 STEP_S = 5.0  # how long one wait for the ranks lasts; what they say, their failures and new requests end it at once
-IDLE_S = 1.0  # between two looks at ranks that have nothing to do
+IDLE_S = 0.5  # between two looks at ranks that have nothing to do
 
 
 class _Order(NamedTuple):

@@ -107,9 +107,10 @@ class Engine:
         """Sends what can run, waits for one message, and returns what it brought."""
         self._submit()
         message = self._executor.receive(timeout_s)
-        if isinstance(message, StageReport):
+        while isinstance(message, StageReport):
             self.timeline.add(message)
-        if not isinstance(message, StepResult):
+            message = self._executor.receive(0.0)
+        if message is None:
             return []
         stepped = self._scheduler.complete(message)
         events = self._guide(stepped) if self._guided else []

@@ -180,7 +180,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class StageStep(NamedTuple):
     """When a stage worked on a step, in seconds of its machine's monotonic clock: from its input being there until its
-    output was handed on or its tokens drawn.
+    hidden states were computed or its tokens drawn.
     """
 
     step: int

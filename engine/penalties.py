@@ -17,7 +17,7 @@ from phalanx.engine.messages import Sampling
 from phalanx.engine.vocab_shard import VocabShard, blocks
 
 IN_PROMPT = 1
-DRAWN = 2  # added a time: a mark is twice the occurrences in the output, plus one for a token of the prompt
+DRAWN = 2  # added each time: a mark is twice the occurrences in the output, plus one for a token of the prompt
 
 
 class Penalties:
@@ -65,8 +65,8 @@ class Penalties:
             x_PV = logits_BV[rows_P[block]]
             repeated_PV = torch.where(x_PV < 0, x_PV * repetition_P1, x_PV / repetition_P1)
             x_PV = torch.where(marks_PV > 0, repeated_PV, x_PV)
-            count_PV = marks_PV // DRAWN
-            logits_BV[rows_P[block]] = x_PV - frequency_P1 * count_PV - presence_P1 * (count_PV > 0)
+            count_PV = marks_PV >> 1  # over DRAWN, without the slow division of integers
+            logits_BV[rows_P[block]] = x_PV.sub_(frequency_P1 * count_PV).sub_(presence_P1 * (count_PV > 0))
 
     def record(self, slots: Sequence[int], tokens_B: torch.Tensor) -> None:
         """A token was drawn for each of these slots."""

@@ -75,11 +75,12 @@ class StepRunner:
         batch = self._tables.batch(plan)
         hidden = self._decoder(x, batch, self._cache)
         result = None
-        if self._links.after is not None:
-            self._links.after.send(hidden)
         if self._sampler is not None:
             result = self._draw(plan, hidden, batch.last_rows, self._sampler)
-        return Ran(StageStep(plan.step, started_s, time.perf_counter()), result)
+        times = StageStep(plan.step, started_s, time.perf_counter())
+        if self._links.after is not None:
+            self._links.after.send(hidden)  # which waits where the next stage is far behind
+        return Ran(times, result)
 
     def _input(self, plan: StepPlan) -> torch.Tensor:
         """Tokens on the first stage, hidden states elsewhere; waits until they are there."""

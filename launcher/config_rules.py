@@ -44,15 +44,7 @@ def broken_rules(
 def _breaches(config: Config) -> Iterator[_Breach]:
     yield from _parallel_breaches(config)
     yield from _cluster_breaches(config)
-    engine = config.engine
-    if engine.max_batch_tokens < engine.max_sequences:
-        yield _Breach(
-            ("engine", "max_batch_tokens"),
-            "a step must have room for one token of every running sequence",
-            (("engine", "max_sequences"),),
-            engine.max_batch_tokens,
-            f"at least engine.max_sequences, which is {engine.max_sequences}",
-        )
+    yield from _engine_breaches(config)
 
 
 def _parallel_breaches(config: Config) -> Iterator[_Breach]:
@@ -116,4 +108,24 @@ def _cluster_breaches(config: Config) -> Iterator[_Breach]:
             gpus,
             "0",
             "remove it, or set cluster.device: cuda",
+        )
+
+
+def _engine_breaches(config: Config) -> Iterator[_Breach]:
+    engine = config.engine
+    if engine.max_batch_tokens < engine.max_sequences:
+        yield _Breach(
+            ("engine", "max_batch_tokens"),
+            "a step must have room for one token of every running sequence",
+            (("engine", "max_sequences"),),
+            engine.max_batch_tokens,
+            f"at least engine.max_sequences, which is {engine.max_sequences}",
+        )
+    if engine.kv_cache_share is not None and engine.kv_cache != "auto":
+        yield _Breach(
+            ("engine", "kv_cache_share"),
+            "engine.kv_cache states a size, which is no share of anything",
+            (("engine", "kv_cache"),),
+            engine.kv_cache_share,
+            suggestion="remove `kv_cache_share`, or set engine.kv_cache: auto",
         )

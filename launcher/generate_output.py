@@ -10,37 +10,39 @@ from typing import Any
 
 import msgspec
 
-from phalanx.engine.request import RequestOutput
+from phalanx.engine.request import Completion, RequestOutput
 from phalanx.engine.sampling_params import SamplingParams
 from phalanx.launcher.llm import LLM
 from phalanx.launcher.served import Prompt
 
 
 def print_as_text(llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
-    """Streams the first unfinished prompt's text to standard output; the others follow in order."""
+    """Streams the first unfinished completion's text to standard output; the others follow in order."""
     started = time.perf_counter()
-    pending: dict[int, list[str]] = {index: [] for index in range(len(prompts))}
-    finished: set[int] = set()
+    order = [(index, completion) for index, each in enumerate(params) for completion in range(each.n)]
+    pending: dict[tuple[int, int], list[str]] = {place: [] for place in order}
+    finished: set[tuple[int, int]] = set()
     outputs: list[RequestOutput] = []
     shown = 0
-    if len(prompts) > 1:
-        _title(prompts, shown)
+    if len(order) > 1:
+        _title(prompts, *order[shown])
     for event in llm.stream(prompts, params):
         if isinstance(event, RequestOutput):
             outputs.append(event)
             continue
-        pending[event.request].append(event.text)
+        place = event.request, event.completion
+        pending[place].append(event.text)
         if event.finish_reason is not None:
-            finished.add(event.request)
-        while shown < len(prompts):
-            sys.stdout.write("".join(pending[shown]))
-            pending[shown].clear()
-            if shown not in finished:
+            finished.add(place)
+        while shown < len(order):
+            sys.stdout.write("".join(pending[order[shown]]))
+            pending[order[shown]].clear()
+            if order[shown] not in finished:
                 break
             sys.stdout.write("\n")
             shown += 1
-            if shown < len(prompts):
-                _title(prompts, shown)
+            if shown < len(order):
+                _title(prompts, *order[shown])
         sys.stdout.flush()
     print(_figures(outputs, time.perf_counter() - started), file=sys.stderr)
 
@@ -74,15 +76,24 @@ def print_as_json(llm: LLM, prompts: Sequence[Prompt], params: Sequence[Sampling
 
 
 def _as_data(output: RequestOutput) -> dict[str, Any]:
+    """The first completion's fields stand beside the prompt; where there are several, `completions` has them all."""
+    data: dict[str, Any] = {"prompt_token_ids": output.prompt_token_ids, **_completion(output.completions[0])}
+    if output.prompt_logprobs is not None:
+        data["prompt_logprobs"] = [each._asdict() for each in output.prompt_logprobs]
+    if len(output.completions) > 1:
+        data["completions"] = [_completion(each) for each in output.completions]
+    return data
+
+
+def _completion(completion: Completion) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "prompt_token_ids": output.prompt_token_ids,
-        "token_ids": output.token_ids,
-        "text": output.text,
-        "finish_reason": output.finish_reason,
-        "timings": asdict(output.timings),
+        "token_ids": completion.token_ids,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "timings": asdict(completion.timings),
     }
-    if output.logprobs is not None:
-        data["logprobs"] = [each._asdict() for each in output.logprobs]
+    if completion.logprobs is not None:
+        data["logprobs"] = [each._asdict() for each in completion.logprobs]
     return data
 
 
@@ -90,10 +101,11 @@ def _line(data: Any) -> None:
     print(msgspec.json.encode(data).decode(), flush=True)
 
 
-def _title(prompts: Sequence[Prompt], index: int) -> None:
+def _title(prompts: Sequence[Prompt], index: int, completion: int) -> None:
     prompt = prompts[index]
     words = " ".join(prompt.split()) if isinstance(prompt, str) else f"{len(prompt)} token ids"
-    print(f"[{index + 1}/{len(prompts)}] {words[:80]}", file=sys.stderr, flush=True)
+    again = f", completion {completion + 1}" if completion else ""
+    print(f"[{index + 1}/{len(prompts)}{again}] {words[:80]}", file=sys.stderr, flush=True)
 
 
 def _figures(outputs: Sequence[RequestOutput], elapsed_s: float) -> str:
@@ -107,4 +119,4 @@ def _figures(outputs: Sequence[RequestOutput], elapsed_s: float) -> str:
 
 
 def _num_tokens(outputs: Sequence[RequestOutput]) -> int:
-    return sum(len(output.token_ids) for output in outputs)
+    return sum(len(completion.token_ids) for output in outputs for completion in output.completions)

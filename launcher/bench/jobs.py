@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from phalanx.errors import RequestError
 from phalanx.launcher.bench.readings import LatencyLimits
-from phalanx.launcher.bench.workloads import OpenLoop, RequestShape, WorkloadName, workload
+from phalanx.launcher.bench.workloads import WORKLOADS, OpenLoop, RequestShape, WorkloadName, workload
 from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.schema import Config
 from phalanx.launcher.served import checked_plan
@@ -39,6 +38,11 @@ class Job:
     name: WorkloadName
     requests: tuple[RequestShape, ...]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt and output."""
+        return max(len(shape.prompt) + shape.max_tokens for shape in self.requests)
+
 
 def plan_jobs(config: Config, options: BenchOptions) -> list[Job]:
     """The requests of each workload, once each. Starts nothing.
@@ -46,16 +50,21 @@ def plan_jobs(config: Config, options: BenchOptions) -> list[Job]:
     Raises ConfigError and ModelError as a start would, RequestError where a request is longer than sequences may be.
     """
     source = resolve_model(config.model.path, revision=config.model.revision)
-    plan = checked_plan(config, source)
+    plan, vocab_size = checked_plan(config, source), source.config.shape.vocab_size
     jobs = []
     for name in dict.fromkeys(options.workloads):
-        shapes = workload(
-            name, vocab_size=source.config.shape.vocab_size, seed=options.seed, open_loop=options.open_loop
-        )
-        job = Job(name, tuple(scaled(shape, options.scale) for shape in shapes))
-        _check_lengths(job, options.scale, config, plan)
-        jobs.append(job)
+        shapes = workload(name, vocab_size=vocab_size, seed=options.seed, open_loop=options.open_loop)
+        jobs.append(Job(name, tuple(scaled(shape, options.scale) for shape in shapes)))
+    _check_longest(max(jobs, key=lambda job: job.longest), options.scale, config, plan)
     return jobs
+
+
+def title(name: WorkloadName, options: BenchOptions) -> str:
+    """What the workload is, as these options make it."""
+    words = WORKLOADS[name]
+    if name == "W4":
+        words += f"; {options.open_loop.rate_per_s:g} a second"
+    return words if options.scale == 1 else f"{words}; lengths times {options.scale:g}"
 
 
 def scaled(shape: RequestShape, scale: float) -> RequestShape:
@@ -65,17 +74,12 @@ def scaled(shape: RequestShape, scale: float) -> RequestShape:
     )
 
 
-def longest(requests: Sequence[RequestShape]) -> int:
-    """Tokens of the longest sequence, prompt and output."""
-    return max(len(shape.prompt) + shape.max_tokens for shape in requests)
-
-
 def _scaled(length: int, scale: float) -> int:
     return max(1, math.floor(length * scale))
 
 
-def _check_lengths(job: Job, scale: float, config: Config, plan: RunPlan) -> None:
-    asked, most = longest(job.requests), plan.max_length
+def _check_longest(job: Job, scale: float, config: Config, plan: RunPlan) -> None:
+    asked, most = job.longest, plan.max_length
     if asked <= most:
         return
     if most == config.model.max_length:
@@ -84,8 +88,8 @@ def _check_lengths(job: Job, scale: float, config: Config, plan: RunPlan) -> Non
         reason, remedy = "the KV cache holds", "raise engine.kv_cache"
     else:
         reason, remedy = "the model can address", "take a model of longer sequences"
-    fitting = math.floor(100 * scale * most / asked) / 100
+    fitting = math.floor(1000 * scale * most / asked) / 1000
     raise RequestError(
         f"{job.name} has sequences of up to {asked} tokens, but {most} are all that {reason}; {remedy}, leave this "
-        f"workload out, or shorten it with --scale {fitting:g}"
+        f"workload out, or shorten all with --scale {fitting:g}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ def peak_memory(ranks: Sequence[RankReady], proc: Path = PROC) -> PeakMemory:
     found = {rank.pid: process for rank, process in zip(ranks, of_ranks, strict=True) if process is not None}.values()
     this = _read(proc, os.getpid())
     return PeakMemory(
-        ranks_bytes=sum(process.peak_bytes - process.shared_bytes for process in found) if found else None,
+        ranks_bytes=_together(found) if found else None,
         largest_rank_bytes=max((process.peak_bytes for process in found), default=None),
         process_bytes=None if this is None else this.peak_bytes,
         num_unknown=of_ranks.count(None),
@@ -61,7 +61,7 @@ def _read(proc: Path, pid: int) -> _Process | None:
     return _Process(peak, now["Shared_Clean"] + now["Shared_Dirty"])
 
 
-def _together(processes: Sequence[_Process]) -> int:
+def _together(processes: Collection[_Process]) -> int:
     own_bytes = sum(process.peak_bytes - process.shared_bytes for process in processes)
     return own_bytes + max(process.shared_bytes for process in processes)
 

@@ -18,7 +18,8 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # 
 GREY, PALE = "#666666", "#eeeeee"
 LANE, TITLE, AXIS = 0.32, 0.55, 0.45  # inches
 BAR = 0.8  # of a lane
-LEAST_LABELLED = 0.018  # of the width of a panel: a bar that has room for its number
+MARGIN, DIGIT = 0.008, 0.011  # of the width of the right panel: what the number in a bar takes
+LEGEND = "colours: micro-batches; busy shares are of the time between the dashed lines, while all stages can have work"
 
 
 class _Lane(NamedTuple):
@@ -29,17 +30,18 @@ class _Lane(NamedTuple):
 def plot_rounds(title: str, rounds: Sequence[tuple[str, Round]], path: Path) -> None:
     """Writes a PNG with a row of two panels for each round: all of it, and some steps in its middle.
 
-    A bar is a step on a stage, coloured by its micro-batch: as many colours take turns as there are stages. title: of
-    the picture; rounds: each with a title of its own.
+    A bar is a step on a stage, coloured by its micro-batch: as many colours take turns as there are stages. Steps are
+    numbered from the start of the round. title: of the picture; rounds: each with a title of its own.
     """
     lanes = [_lanes(taken) for _, taken in rounds]
     heights = [len(each) * LANE + TITLE + AXIS for each in lanes]
     figure = Figure(figsize=(15, sum(heights) + TITLE), layout="constrained")
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure.text(0.995, 0.99, LEGEND, fontsize=8, color=GREY, ha="right", va="top")
     panels = figure.subplots(len(rounds), 2, squeeze=False, height_ratios=heights, width_ratios=(3, 2))
     for (name, taken), mine, (whole, zoom) in zip(rounds, lanes, panels, strict=True):
         zero_s = min((step.started_s for lane in mine for step in lane.steps), default=0.0)
-        num_colours = max(2, max(len(stages) for stages in taken.stages))
+        num_colours = max(2, len(taken.stages[0]))
         for panel in (whole, zoom):
             _draw_axes(panel, mine)
         _draw_steps(whole, mine, zero_s, num_colours, edge=0.0)
@@ -56,10 +58,11 @@ def plot_rounds(title: str, rounds: Sequence[tuple[str, Round]], path: Path) -> 
 def _lanes(taken: Round) -> list[_Lane]:
     lanes = []
     for number, stages in enumerate(taken.stages):
-        shares = busy_shares(stages)
+        shares, first = busy_shares(stages), min((step.step for steps in stages for step in steps), default=0)
         for stage, steps in enumerate(stages):
             place = f"stage {stage}" if len(taken.stages) == 1 else f"replica {number}, stage {stage}"
-            lanes.append(_Lane(place if shares is None else f"{place}  {shares[stage]:.0%} busy", steps))
+            label = place if shares is None else f"{place}  {shares[stage]:.0%} busy"
+            lanes.append(_Lane(label, [step._replace(step=step.step - first) for step in steps]))
     return lanes
 
 
@@ -94,10 +97,12 @@ def _zoom(panel: Axes, lanes: Sequence[_Lane], zero_s: float, num_colours: int) 
     _draw_steps(panel, seen, zero_s, num_colours, edge=0.6)
     panel.set_xlim((from_s - zero_s) * 1e3, (until_s - zero_s) * 1e3)
     panel.set_yticks([])
-    panel.set_title(f"steps {middle[0].step} to {middle[-1].step} of stage 0", fontsize=9, loc="left", color=GREY)
+    words = f"steps {middle[0].step} to {middle[-1].step} of {len(steps)}"
+    panel.set_title(words, fontsize=9, loc="right", color=GREY)
     for place, lane in enumerate(seen):
         for step in lane.steps:
             left_s, right_s = max(step.started_s, from_s), min(step.ended_s, until_s)
-            if right_s - left_s > LEAST_LABELLED * (until_s - from_s):
+            number = str(step.step)
+            if right_s - left_s > (MARGIN + DIGIT * len(number)) * (until_s - from_s):
                 centre_ms = ((left_s + right_s) / 2 - zero_s) * 1e3
-                panel.text(centre_ms, place, str(step.step), ha="center", va="center", fontsize=7, color="white")
+                panel.text(centre_ms, place, number, ha="center", va="center", fontsize=7, color="white")

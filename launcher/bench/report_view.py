@@ -9,46 +9,43 @@ from rich.table import Table
 from rich.text import Text
 
 from phalanx.launcher.bench.figures import FIGURES, FIGURES_OF, Spread
+from phalanx.launcher.bench.jobs import title
 from phalanx.launcher.bench.memory import PeakMemory
 from phalanx.launcher.bench.report import BenchReport, JobResult
 from phalanx.launcher.bench.stages import busy_shares
-from phalanx.launcher.bench.workloads import WORKLOADS
 from phalanx.launcher.sizes import format_bytes
 
 
 def report_view(report: BenchReport) -> RenderableType:
     config, num_rounds = report.config, report.options.num_rounds
-    title = Text(f"{config['model']}, {config['dtype']}, {config['layout']}", style="bold")
-    title.append(f"; medians of {num_rounds} rounds after one to warm up" if num_rounds > 1 else "", style="not bold")
-    parts: list[RenderableType] = [title]
+    rounds = f"{num_rounds} round{'s' if num_rounds > 1 else ''} after one to warm up"
+    parts: list[RenderableType] = [
+        Text.assemble((f"{config['model']}, {config['dtype']}, {config['layout']}", "bold"), f"; {rounds}")
+    ]
     for result in report.results:
         parts += [Text(), _title(report, result), _table(report, result)]
     return Group(*parts, Text(), _costs(report))
 
 
 def _title(report: BenchReport, result: JobResult) -> Text:
-    name, options = result.job.name, report.options
-    text = Text(name, style="bold").append(f"  {WORKLOADS[name]}", style="not bold")
+    name, limits = result.job.name, report.options.limits
+    words = title(name, report.options)
     if name == "W4":
-        limits = options.limits
-        text.append(
-            f"; {options.open_loop.rate_per_s:g} a second, goodput within {limits.time_to_first_token_s * 1e3:g} ms to "
-            f"the first token and {limits.time_per_output_token_s * 1e3:g} ms a token after it",
-            style="not bold",
+        words += (
+            f"; goodput within {limits.time_to_first_token_s * 1e3:g} ms to the first token and "
+            f"{limits.time_per_output_token_s * 1e3:g} ms for each after it"
         )
-    if options.scale != 1:
-        text.append(f"; lengths times {options.scale:g}", style="not bold yellow")
-    return text
+    return Text.assemble((name, "bold"), f"  {words}")
 
 
 def _table(report: BenchReport, result: JobResult) -> Table:
-    table = Table(box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 2), show_header=len(result.rounds) > 1)
     table.add_column()
     for heading in ("median", "least", "most") if len(result.rounds) > 1 else ("",):
         table.add_column(heading, justify="right")
-    for title, spread, digits in _rows(report, result):
-        values = ("-",) * len(table.columns[1:]) if spread is None else (f"{value:.{digits}f}" for value in spread)
-        table.add_row(title, *list(values)[: len(table.columns) - 1])
+    for words, spread, digits in _rows(report, result):
+        values = ["-"] * 3 if spread is None else [f"{value:.{digits}f}" for value in spread]
+        table.add_row(words, *values[: len(table.columns) - 1])
     return table
 
 
@@ -56,14 +53,14 @@ def _rows(report: BenchReport, result: JobResult) -> Iterator[tuple[str, Spread 
     """Title, values and decimals of each row."""
     rounds, limits = result.rounds, report.options.limits
     for name in FIGURES_OF[result.job.name]:
-        title, scale, digits, read = FIGURES[name]
-        spread = Spread.over(read(taken, limits) for taken in rounds)
-        yield title, spread and Spread(*(value * scale for value in spread)), digits
+        figure = FIGURES[name]
+        spread = Spread.over(figure.read(taken, limits) for taken in rounds)
+        yield figure.title, spread and Spread(*(value * figure.scale for value in spread)), figure.digits
     for replica, stages in enumerate(rounds[0].stages):
         shares = [busy_shares(taken.stages[replica]) for taken in rounds]
         for stage in range(len(stages)):
             place = f"replica {replica}, stage {stage}" if len(rounds[0].stages) > 1 else f"stage {stage}"
-            yield f"{place} busy, %", Spread.over(each and 100 * each[stage] for each in shares), 1
+            yield f"{place} busy, %", Spread.over(each[stage] * 100 for each in shares if each is not None), 1
     yield "steps", Spread.over(taken.steps for taken in rounds), 0
     yield "preemptions", Spread.over(taken.preemptions for taken in rounds), 0
     hits = Spread.over(100 * taken.cached_tokens / taken.prompt_tokens for taken in rounds)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from phalanx.launcher.bench.jobs import BenchOptions
@@ -121,11 +120,10 @@ def _run(
     from rich.console import Console
 
     from phalanx.launcher.async_engine import AsyncEngine
-    from phalanx.launcher.bench.jobs import plan_jobs
+    from phalanx.launcher.bench.jobs import plan_jobs, title
     from phalanx.launcher.bench.report import BenchReport, JobResult
     from phalanx.launcher.bench.report_view import report_view
     from phalanx.launcher.bench.rounds import measure
-    from phalanx.launcher.bench.workloads import WORKLOADS
     from phalanx.launcher.config import load_config
     from phalanx.launcher.progress import StartProgress
 
@@ -156,9 +154,8 @@ def _run(
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n")
     if plot_rounds is not None and plot_file is not None:
-        title = ", ".join(str(report.config[name]) for name in ("model", "dtype", "layout"))
-        rounds = [(f"{each.job.name}: {WORKLOADS[each.job.name]}", each.rounds[-1]) for each in results]
-        plot_rounds(title, rounds, plot_file)
+        rounds = [(f"{each.job.name}: {title(each.job.name, options)}", each.rounds[-1]) for each in results]
+        plot_rounds(", ".join(str(report.config[name]) for name in ("model", "dtype", "layout")), rounds, plot_file)
 
 
 def _plot_rounds() -> Callable[[str, Sequence[tuple[str, Round]], Path], None]:
@@ -179,7 +176,8 @@ def command_line(context: typer.Context) -> str:
     words = context.command_path.split()
     for parameter in context.command.params:
         name = parameter.name or ""
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
             continue
         given = context.params[name]
         for value in given if isinstance(given, list | tuple) else [given]:

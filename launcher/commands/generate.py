@@ -27,6 +27,7 @@ def generate(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most new tokens.")] = 128,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="Completions of each prompt.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Only the k most likely tokens; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Only the most likely tokens that reach this mass.")] = 1.0,
@@ -55,6 +56,7 @@ def generate(
 
     defaults = SamplingParams(
         max_tokens=max_tokens,
+        n=n,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from phalanx.comm import Communicator
+from phalanx.engine import vocab_shard
 from phalanx.engine.guide import mask_of
 from phalanx.engine.messages import Sampling, TokenLogprobs
 from phalanx.engine.sampler import Sampler
@@ -110,6 +111,17 @@ def test_neither_the_batch_nor_the_neighbours_change_what_is_drawn() -> None:
         assert together[row] == alone[0]
 
 
+def test_rows_taken_a_few_at_a_time_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [SAMPLED, Sampling(temperature=1, min_p=0.1), Sampling(temperature=1, top_p=0.9, logprobs=2)]
+    ruled = [msgspec.structs.replace(SAMPLED, **RULES[name]) for name in ("all penalties", "allowed")]
+    samplings = [sampling for kind in (*kinds, *ruled) for sampling in seeded(kind, 5)]
+    steps = [some_logits(len(samplings), seed) for seed in range(2)]
+    positions = list(range(30, 30 + len(samplings)))
+    together = decode(SPLITS[1], steps, samplings, positions)
+    monkeypatch.setattr(vocab_shard, "HOST_BLOCK", 2 * VOCAB)
+    assert decode(SPLITS[1], steps, samplings, positions) == together
+
+
 @pytest.mark.parametrize(
     ("one", "warpers"),
     [
@@ -148,10 +160,11 @@ def test_a_nucleus_wider_than_first_asked_for_is_still_whole() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_of_equal_logits_top_k_keeps_the_first(split: Split) -> None:
+    """Beside a row that needs more candidates, too."""
     logits = torch.zeros(200, VOCAB)
     logits[:, 990] = 1
-    drawn = draw(split, logits, seeded(Sampling(temperature=50, top_k=4), 200))
-    assert set(drawn) == {990, 0, 1, 2}
+    samplings = [*seeded(Sampling(temperature=50, top_k=4), 199), Sampling(temperature=50, top_p=0.5)]
+    assert set(draw(split, logits, samplings)[:-1]) == {990, 0, 1, 2}
 
 
 def test_a_mask_narrower_than_top_k_is_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 from dataclasses import replace
 from itertools import pairwise
@@ -339,6 +340,28 @@ def test_memory_that_runs_out_preempts_the_youngest_which_then_goes_on() -> None
     assert run.tokens == {name: one_by_one([name + 1] * 6, 20) for name in range(3)}
 
 
+def test_a_newcomer_waits_where_it_would_be_preempted_at_once() -> None:
+    """The pages are there, but the sequence that runs will need one of them in the next steps."""
+    run = Run(Limits(4, 100, 8, 4, 32, keep_prefixes=False))
+    run.add(0, [1] * 8, 8)
+    run.plan()
+    run.add(1, [2] * 24, 8)
+    run.finish()
+    assert run.scheduler.stats().preemptions == 0
+    assert run.order == [0, 1]
+
+
+def test_no_page_is_taken_for_the_last_token_which_is_never_run() -> None:
+    run = Run(Limits(4, 100, 8, 4, 32, keep_prefixes=False))
+    run.add(0, [1] * 4, 5)
+    used = []
+    while run.scheduler.num_unfinished:
+        run.plan()
+        used.append(run.scheduler.stats().pages_used)
+        run.hear()
+    assert max(used) == 2
+
+
 def test_an_urgent_request_takes_the_place_of_a_less_urgent_one() -> None:
     run = Run(Limits(1, 100, 8, 4, 32))
     run.add(0, [1] * 4, 20, priority=1)
@@ -410,3 +433,24 @@ def test_more_waiting_requests_than_allowed_are_refused_until_there_is_room() ->
     run.add(2, [1], 2)
     run.finish()
     assert run.order == [0, 1, 2]
+
+
+def least_cost_s(num_sequences: int) -> float:
+    """Thread time of a step that decodes so many sequences, for each of them; the least of many steps."""
+    scheduler = Scheduler(Limits(num_sequences, 10**6, 20 * num_sequences, 16, 10**6))
+    for name in range(num_sequences):
+        scheduler.add(name, [name] * (1 + name % 16), 200, Sampling(num_prompt=1 + name % 16), stop_tokens=[0])
+    costs = []
+    for step in range(100):
+        started_s = time.thread_time()
+        while scheduler.schedule() is not None:
+            pass
+        scheduler.complete(StepResult(step, (1,) * num_sequences))
+        costs.append((time.thread_time() - started_s) / num_sequences)
+    return min(costs[10:])
+
+
+def test_the_cost_of_a_sequence_does_not_grow_with_their_number() -> None:
+    few = min(least_cost_s(64) for _ in range(3))
+    many = min(least_cost_s(512) for _ in range(3))
+    assert many < 2 * few

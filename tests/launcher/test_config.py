@@ -355,6 +355,7 @@ def test_keys_that_are_no_text_are_refused(write: Any) -> None:
         ({"cluster": {"device": "cuda", "gpus_per_rank": 0}}, "cluster.gpus_per_rank"),
         ({"cluster": {"device": "cpu", "gpus_per_rank": 1}}, "cluster.gpus_per_rank"),
         ({"engine": {"max_batch_tokens": 32, "max_sequences": 64}}, "engine.max_batch_tokens"),
+        ({"engine": {"kv_cache": "1GiB", "kv_cache_share": 0.5}}, "engine.kv_cache_share"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(sections: dict[str, Any], path: str) -> None:

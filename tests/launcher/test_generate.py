@@ -105,3 +105,13 @@ def test_errors_name_cause_and_remedy(config: Path, arguments: tuple[object, ...
     result = phalanx("generate", config, "-p", "x", *arguments)
     assert result.exit_code != 0
     assert message in f"{result.exception} {result.stderr}"
+
+
+def test_several_completions_of_a_prompt(config: Path) -> None:
+    sampling = ("-n", 2, "--temperature", 1, "--seed", 11, "--max-tokens", 5, "--ignore-eos")
+    [output, last] = lines(phalanx("generate", config, "-p", "Once upon a time", *sampling, "--json"))
+    assert len({tuple(each["token_ids"]) for each in output["completions"]}) == 2
+    assert output["token_ids"] == output["completions"][0]["token_ids"]
+    assert last["summary"]["output_tokens"] == 10
+    text = phalanx("generate", config, "-p", "Once upon a time", *sampling)
+    assert text.stdout == "".join(each["text"] + "\n" for each in output["completions"])

@@ -42,7 +42,7 @@ def test_text_and_token_ids_with_parameters_of_their_own(tmp_path: Path) -> None
         ('{"prompt": "a", "max_tokens": "many"}', "max_tokens"),
         ('{"prompt": "a", "max_tokens": 2.5}', "max_tokens"),
         ('{"prompt": "a", "seed": "x"}', "seed"),
-        ('{"prompt": "a", "top_p": 7}', "top_p is 7.0; allowed: above 0, up to 1"),
+        ('{"prompt": "a", "top_p": 7}', "top_p is 7; allowed: above 0, up to 1"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, line: str, message: str) -> None:
@@ -69,3 +69,9 @@ def test_all_wrong_lines_are_told_at_once(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.jsonl"):
         read_prompts(tmp_path / "missing.jsonl", DEFAULTS)
+
+
+def test_biases_are_keyed_by_token_ids_as_text(tmp_path: Path) -> None:
+    [line] = read_prompts(write(tmp_path, '{"prompt": "a", "logit_bias": {"5": -1.5}, "n": 2}'), DEFAULTS)
+    assert line.params.logit_bias == ((5, -1.5),)
+    assert line.params.n == 2
