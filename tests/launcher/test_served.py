@@ -70,7 +70,7 @@ def test_completions_of_one_prompt_differ_and_share_its_pages(llm: LLM) -> None:
 
 
 def test_the_first_completion_is_that_of_a_request_for_one(llm: LLM) -> None:
-    params = {"temperature": 1.5, "seed": 3, "max_tokens": 12}
+    params: dict[str, Any] = {"temperature": 1.5, "seed": 3, "max_tokens": 12}
     [several] = llm.generate([PROMPT], SamplingParams(n=3, **params))
     [one] = llm.generate([PROMPT], SamplingParams(**params))
     assert several.token_ids == one.token_ids
