@@ -16,9 +16,9 @@ IDLE_S = 0.5  # between two looks at ranks that have nothing to do
 
 
 class _Order(NamedTuple):
-    """What a caller wants of the engine's thread. abort: to end the request; else to take it in."""
+    """What a caller wants of the engine's thread. abort: to end the requests; else to take them in."""
 
-    request: Request
+    requests: tuple[Request, ...]
     abort: bool
 
 
@@ -57,22 +57,20 @@ class EngineDriver:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
-    def submit(self, request: Request) -> None:
-        """Hands in a request; what becomes of it comes to its mailbox.
-
-        Raises RequestError and QueueFullError as `Engine.check` does, and the error that the engine has ended with.
+    def submit(self, *requests: Request) -> None:
+        """Hands in requests that `Engine.check` has passed, to be planned together; what becomes of them comes to their
+        mailboxes. Raises the error that the engine has ended with.
         """
-        self._engine.check(request)
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            self._open[id(request)] = request
-            self._orders.put(_Order(request, abort=False))
+            self._open.update((id(request), request) for request in requests)
+            self._orders.put(_Order(requests, abort=False))
         self._executor.wake()
 
-    def abort(self, request: Request) -> None:
-        """Ends a request within a step, if it has not ended."""
-        self._orders.put(_Order(request, abort=True))
+    def abort(self, *requests: Request) -> None:
+        """Ends requests within a step, as far as they have not ended."""
+        self._orders.put(_Order(requests, abort=True))
         self._executor.wake()
 
     def close(self) -> None:
@@ -100,14 +98,14 @@ class EngineDriver:
             if order is None:
                 return False
             sleeping = False
-            request = order.request
-            if order.abort:
-                self._hand_out(self._engine.abort(request))
-                continue
-            try:
-                self._engine.add(request)
-            except Exception as error:  # of a guide, which is the caller's code
-                self._hand_out([Event(request, error)])
+            for request in order.requests:
+                try:
+                    if order.abort:
+                        self._hand_out(self._engine.abort(request))
+                    else:
+                        self._engine.add(request)
+                except Exception as error:  # of a guide, which is the caller's code
+                    self._hand_out([Event(request, error)])
 
     def _hand_out(self, events: list[Event]) -> None:
         by_mailbox: dict[int, list[Event]] = {}

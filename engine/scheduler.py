@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from array import array
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import msgspec
 
 from phalanx.engine.messages import Chunk, NewSequence, Sampling, StepPlan, StepResult, TokenLogprobs
 from phalanx.engine.pages import PagePool, PrefixPage
+from phalanx.engine.sequence import ScheduledSequence
 from phalanx.errors import QueueFullError, RequestError
 
 Ending = Literal["stop", "length"]
@@ -72,72 +72,12 @@ class SchedulerStats(NamedTuple):
     steps: int
 
 
-class _Sequence:
-    """A sequence as the scheduler sees it: its tokens, and how far plans have taken it."""
-
-    __slots__ = (
-        "backlog",
-        "capacity",
-        "decoding",
-        "draws_left",
-        "due",
-        "end",
-        "finished",
-        "guided",
-        "length",
-        "mask",
-        "name",
-        "num_prompt",
-        "order",
-        "own",
-        "pending",
-        "prefix",
-        "sampling",
-        "slot",
-        "spare",
-        "stop_tokens",
-        "tokens",
-    )
-
-    def __init__(
-        self,
-        name: int,
-        order: tuple[int, int],
-        prompt: Sequence[int],
-        max_tokens: int,
-        sampling: Sampling,
-        stop_tokens: Collection[int],
-        mask: bytes | None,
-    ) -> None:
-        self.name = name
-        self.order = order  # priority, then arrival
-        self.tokens = array("i", prompt)  # those known: the prompt, and what was drawn
-        self.num_prompt = len(prompt)
-        self.end = len(prompt) + max_tokens
-        self.sampling = sampling
-        self.stop_tokens = frozenset(stop_tokens)
-        self.guided = mask is not None
-        self.mask = mask  # of the next draw
-        self.slot = -1  # while it waits
-        self.finished = False
-        self.backlog = len(prompt)  # known tokens to plan before it decodes
-        self.length = 0  # known tokens planned, while it has a backlog
-        self.decoding = False  # it has no backlog, and more tokens to draw than steps in flight draw
-        self.draws_left = max_tokens  # tokens that no plan draws yet
-        self.pending = 0  # tokens that steps in flight draw
-        self.due = 0  # number of known tokens from which `_settle` has something to do
-        self.capacity = 0  # positions that its pages have room for
-        self.prefix: list[PrefixPage] = []  # its full pages, which others may use too
-        self.own: deque[int] = deque()  # the pages behind them
-        self.spare: list[int] = []  # its copies of pages that another sequence shared first
-
-
 class _Step(NamedTuple):
     """A step in flight. drawn: whose tokens it draws, in order. prompt_starts: sequence and position of the chunks that
     log-probabilities are asked for, by place in the step.
     """
 
-    drawn: list[_Sequence]
+    drawn: list[ScheduledSequence]
     prompt_starts: dict[int, tuple[int, int]]
 
 
@@ -145,7 +85,7 @@ class _Cohort(NamedTuple):
     """Decoding sequences that drew in the same step."""
 
     step: int
-    sequences: list[_Sequence]
+    sequences: list[ScheduledSequence]
 
 
 class _Draft:
@@ -153,10 +93,10 @@ class _Draft:
 
     def __init__(self) -> None:
         self.new: list[NewSequence] = []
-        self.decoding: list[_Sequence] = []
+        self.decoding: list[ScheduledSequence] = []
         self.chunks: list[Chunk] = []
-        self.drawing: list[_Sequence] = []  # of the chunks
-        self.again: list[_Sequence] = []  # of both, those that have more to draw
+        self.drawing: list[ScheduledSequence] = []  # of the chunks
+        self.again: list[ScheduledSequence] = []  # of both, those that have more to draw
         self.prompt_starts: dict[int, tuple[int, int]] = {}
 
 
@@ -178,14 +118,18 @@ class Scheduler:
         self._limits = limits
         self._pool = PagePool(limits.num_pages, limits.page_size)
         self._free_slots = list(range(limits.max_sequences - 1, -1, -1))
-        self._unfinished: dict[int, _Sequence] = {}
-        self._waiting: list[tuple[tuple[int, int], _Sequence]] = []  # a heap; finished ones are dropped when met
-        self._running: dict[int, _Sequence] = {}
+        self._unfinished: dict[int, ScheduledSequence] = {}
+        self._waiting: list[
+            tuple[tuple[int, int], ScheduledSequence]
+        ] = []  # a heap; finished ones are dropped when met
+        self._running: dict[int, ScheduledSequence] = {}
         self._priorities: dict[int, int] = {}  # how many running sequences have which
-        self._prefilling: list[_Sequence] = []  # running ones with a backlog
+        self._prefilling: list[ScheduledSequence] = []  # running ones with a backlog
         self._cohorts: deque[_Cohort] = deque()  # oldest first; finished sequences are dropped when met
         self._num_decoding = 0  # those included whose token must be known before they are planned again
-        self._growing: list[_Sequence] = []  # running ones whose pages are full, or will be with a token on its way
+        self._growing: list[
+            ScheduledSequence
+        ] = []  # running ones whose pages are full, or will be with a token on its way
         self._pages: list[tuple[int, int]] = []  # slots and the pages they have grown by, for the next plan
         self._backlog = 0  # of all sequences
         self._chunk_tokens = 0  # of prompts in a micro-batch, while there is a backlog
@@ -270,7 +214,7 @@ class Scheduler:
         gives the others.
         """
         order = (priority, self._num_arrived)
-        sequence = _Sequence(name, order, prompt, max_tokens, sampling, stop_tokens, mask)
+        sequence = ScheduledSequence(name, order, prompt, max_tokens, sampling, stop_tokens, mask)
         self._num_arrived += 1
         self._num_guided += sequence.guided
         self._unfinished[name] = sequence
@@ -351,7 +295,7 @@ class Scheduler:
         limits, cohorts = self._limits, self._cohorts
         room = min(-(-self._num_decoding // limits.num_stages), limits.max_batch_tokens)
         newest = self._step - (1 if early else limits.num_stages)
-        group: list[_Sequence] = []
+        group: list[ScheduledSequence] = []
         while cohorts and room and cohorts[0].step <= newest:
             step, members = cohorts.popleft()
             members = [sequence for sequence in members if sequence.decoding]
@@ -389,7 +333,7 @@ class Scheduler:
         if not self._backlog:
             self._chunk_tokens = 0
 
-    def _add_chunk(self, draft: _Draft, sequence: _Sequence, budget: int) -> int:
+    def _add_chunk(self, draft: _Draft, sequence: ScheduledSequence, budget: int) -> int:
         tokens, start = sequence.tokens, sequence.length
         size = min(sequence.backlog, budget)
         stop = start + size
@@ -418,7 +362,7 @@ class Scheduler:
 
     # ---- admission ----
 
-    def _admit(self, draft: _Draft) -> _Sequence | None:
+    def _admit(self, draft: _Draft) -> ScheduledSequence | None:
         """Gives the first waiting sequence a slot and pages for all of its known tokens, if there are."""
         sequence = self._first_waiting()
         if sequence is None:
@@ -447,7 +391,7 @@ class Scheduler:
         draft.new.append(NewSequence(sequence.slot, pages, self._sampling(sequence)))
         return sequence
 
-    def _fitting(self, sequence: _Sequence) -> list[PrefixPage] | None:
+    def _fitting(self, sequence: ScheduledSequence) -> list[PrefixPage] | None:
         """The pages that hold the beginning of a waiting sequence, or None where the rest of it has no room."""
         pool = self._pool
         beside = (sequence.name, pool.num_available, len(self._running))
@@ -473,7 +417,7 @@ class Scheduler:
         while self._priorities and max(self._priorities) > sequence.order[0] and self._fitting(sequence) is None:
             self._preempt(max(self._running.values(), key=lambda each: each.order))
 
-    def _first_waiting(self) -> _Sequence | None:
+    def _first_waiting(self) -> ScheduledSequence | None:
         while self._waiting:
             sequence = self._waiting[0][1]
             if not sequence.finished:
@@ -481,7 +425,7 @@ class Scheduler:
             heapq.heappop(self._waiting)
         return None
 
-    def _sampling(self, sequence: _Sequence) -> Sampling:
+    def _sampling(self, sequence: ScheduledSequence) -> Sampling:
         """What the ranks are told; after a preemption, with what was drawn before."""
         sampling = sequence.sampling
         if len(sequence.tokens) == sequence.num_prompt:
@@ -504,7 +448,7 @@ class Scheduler:
                 self._preempt(max(self._running.values(), key=lambda each: each.order))
         self._growing.clear()
 
-    def _share(self, sequence: _Sequence, planned: int) -> None:
+    def _share(self, sequence: ScheduledSequence, planned: int) -> None:
         """Lets others use the pages that are full with the first `planned` tokens, which are known and planned."""
         size, prefix = self._limits.page_size, sequence.prefix
         while self._limits.keep_prefixes and (start := len(prefix) * size) + size <= planned:
@@ -514,7 +458,7 @@ class Scheduler:
                 sequence.spare.append(page)
             prefix.append(shared)
 
-    def _watch(self, sequence: _Sequence) -> None:
+    def _watch(self, sequence: ScheduledSequence) -> None:
         """Sees to the page of the next token but one, and when to look again: a page is full, or all is drawn."""
         known = len(sequence.tokens)
         if known >= sequence.capacity < sequence.end - 1:
@@ -522,7 +466,7 @@ class Scheduler:
         size = self._limits.page_size
         sequence.due = min(sequence.end, known + 1 if known % size == 0 else -(-known // size) * size)
 
-    def _settle(self, sequence: _Sequence, endings: dict[int, Ending]) -> None:
+    def _settle(self, sequence: ScheduledSequence, endings: dict[int, Ending]) -> None:
         """After a token that ends the sequence, or fills a page, or comes behind a full one."""
         known = len(sequence.tokens)
         if sequence.tokens[-1] in sequence.stop_tokens:
@@ -537,7 +481,7 @@ class Scheduler:
 
     # ---- endings ----
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: ScheduledSequence) -> None:
         """Takes a sequence's place away. It waits in its old order, to be run again from all of its tokens."""
         for cohort in self._cohorts:
             if sequence in cohort.sequences:
@@ -547,7 +491,7 @@ class Scheduler:
         self._num_preemptions += 1
         heapq.heappush(self._waiting, (sequence.order, sequence))
 
-    def _end(self, sequence: _Sequence) -> None:
+    def _end(self, sequence: ScheduledSequence) -> None:
         sequence.finished = True
         del self._unfinished[sequence.name]
         self._num_guided -= sequence.guided
@@ -555,7 +499,7 @@ class Scheduler:
             self._leave(sequence)
         self._set_backlog(sequence, 0)
 
-    def _leave(self, sequence: _Sequence) -> None:
+    def _leave(self, sequence: ScheduledSequence) -> None:
         """Frees the slot and the pages of a running sequence."""
         del self._running[sequence.name]
         priority = sequence.order[0]
@@ -575,10 +519,10 @@ class Scheduler:
         sequence.spare.clear()
         sequence.capacity = sequence.length = 0
 
-    def _stop_decoding(self, sequence: _Sequence) -> None:
+    def _stop_decoding(self, sequence: ScheduledSequence) -> None:
         self._num_decoding -= sequence.decoding
         sequence.decoding = False
 
-    def _set_backlog(self, sequence: _Sequence, backlog: int) -> None:
+    def _set_backlog(self, sequence: ScheduledSequence, backlog: int) -> None:
         self._backlog += backlog - sequence.backlog
         sequence.backlog = backlog

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from phalanx.engine.messages import StageReport, StageStep
 
@@ -40,8 +40,10 @@ class Timeline:
 
     def busy(self, from_s: float, until_s: float) -> tuple[float, ...]:
         """The share of this time that each stage worked."""
-        span_s = max(until_s - from_s, 1e-9)
-        return tuple(
-            sum(max(0.0, min(step.ended_s, until_s) - max(step.started_s, from_s)) for step in steps) / span_s
-            for steps in self.steps(from_s)
-        )
+        return tuple(busy_share(steps, from_s, until_s) for steps in self.steps(from_s))
+
+
+def busy_share(steps: Iterable[StageStep], from_s: float, until_s: float) -> float:
+    """The share of this time that lies within the steps of a stage."""
+    within_s = sum(max(0.0, min(step.ended_s, until_s) - max(step.started_s, from_s)) for step in steps)
+    return within_s / (until_s - from_s)

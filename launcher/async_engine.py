@@ -78,7 +78,7 @@ class AsyncEngine(Served):
         call = self._call(prompts, params, mailbox, request_id=request_id, priority=priority)
         events = mailbox.open(call.name)
         try:
-            num_open = len(call.requests)
+            num_open = call.num_requests
             while num_open:
                 _, what = await events.get()
                 if isinstance(what, Exception):

@@ -72,7 +72,7 @@ class LLM(Served):
         inbox = _Inbox()
         call = self._call(prompts, params, inbox, request_id=request_id, priority=priority)
         try:
-            num_open = len(call.requests)
+            num_open = call.num_requests
             while num_open:
                 for _, what in inbox.get():
                     if isinstance(what, Exception):

@@ -57,15 +57,19 @@ class Startup:
 
 
 class Call(NamedTuple):
-    """Prompts that came together. requests: one a prompt, in order, each with the engine that serves it."""
+    """Prompts that came together. parts: each replica's engine, and the requests that it serves."""
 
     name: str
-    requests: tuple[tuple[EngineDriver, Request], ...]
+    parts: tuple[tuple[EngineDriver, tuple[Request, ...]], ...]
+
+    @property
+    def num_requests(self) -> int:
+        return sum(len(requests) for _, requests in self.parts)
 
     def abort(self) -> None:
         """Ends what has not ended."""
-        for driver, request in self.requests:
-            driver.abort(request)
+        for driver, requests in self.parts:
+            driver.abort(*requests)
 
 
 class Served:
@@ -220,9 +224,9 @@ class Served:
                 raise RequestError(f"a request {name!r} runs already; give each an id of its own")
             seeds = [self._seeds.getrandbits(63) for _ in listed]
             self._calls[name] = Call(name, ())
-        handed_in: list[tuple[EngineDriver, Request]] = []
+        requests: list[Request] = []
+        replicas: list[list[Request]] = [[] for _ in self._drivers]
         try:
-            requests = []
             for place, (prompt, each, seed) in enumerate(zip(listed, params, seeds, strict=True)):
                 try:
                     requests.append(self._request(prompt, each, name, place, seed, priority, mailbox))
@@ -230,16 +234,17 @@ class Served:
                     if len(listed) == 1:
                         raise
                     raise type(error)(f"prompt {place}: {error}") from None
-            for request in requests:
-                with self._lock:
-                    driver = self._drivers[self._router.route(request.prompt_token_ids, self._loads())]
-                driver.submit(request)
-                handed_in.append((driver, request))
+            with self._lock:
+                for request in requests:
+                    loads = [driver.load + len(mine) for driver, mine in zip(self._drivers, replicas, strict=True)]
+                    replicas[self._router.route(request.prompt_token_ids, loads)].append(request)
+            call = self._calls[name] = Call(name, tuple(zip(self._drivers, map(tuple, replicas), strict=True)))
+            for driver, mine in call.parts:
+                if mine:
+                    driver.submit(*mine)
         except BaseException:
-            Call(name, tuple(handed_in)).abort()
-            del self._calls[name]
+            self._close_call(self._calls[name])
             raise
-        call = self._calls[name] = Call(name, tuple(handed_in))
         return call
 
     def _close_call(self, call: Call) -> None:
@@ -271,9 +276,6 @@ class Served:
         )
         self._drivers[0].engine.check(request)
         return request
-
-    def _loads(self) -> list[int]:
-        return [driver.load for driver in self._drivers]
 
     def close(self) -> None:
         """Ends all ranks and leaves nothing behind; calls that are open end with an error. Idempotent."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from phalanx.launcher.bench.report import processor
 from phalanx.launcher.bench.workloads import RequestShape, WorkloadName, workload
 from phalanx.models.resolve import resolve_model
 
@@ -164,14 +164,6 @@ def run(command: Sequence[str | Path], job: Mapping[str, Any] | None = None) -> 
 
 def exported(form: str, dtype: str) -> str:
     return run([sys.executable, HERE / "export_model.py", form, "--dtype", dtype]).strip()
-
-
-def processor() -> str:
-    """The name of the processor, where this system tells it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def arguments_given() -> argparse.Namespace:

@@ -15,7 +15,7 @@ from phalanx.launcher.async_engine import AsyncEngine
 from phalanx.launcher.bench.readings import RequestReading, Round
 from phalanx.launcher.bench.workloads import RequestShape
 
-REPORTS_S = 120.0  # an idle engine takes one report of a stage a second, and many stages have many to give
+REPORTS_S = 120.0  # for what stages report late: an idle engine looks twice a second
 POLL_S = 0.02
 
 

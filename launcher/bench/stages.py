@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from phalanx.engine.messages import StageStep
+from phalanx.engine.timeline import busy_share
 
 
 class Span(NamedTuple):
@@ -32,8 +33,4 @@ def busy_shares(stages: Sequence[Sequence[StageStep]]) -> tuple[float, ...] | No
     span = full_span(stages)
     if span is None:
         return None
-    return tuple(_time_within(steps, span) / (span.until_s - span.from_s) for steps in stages)
-
-
-def _time_within(steps: Sequence[StageStep], span: Span) -> float:
-    return sum(max(0.0, min(step.ended_s, span.until_s) - max(step.started_s, span.from_s)) for step in steps)
+    return tuple(busy_share(steps, *span) for steps in stages)

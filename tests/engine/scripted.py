@@ -134,6 +134,7 @@ class Served:
 
     def submit(self, prompt: Any = "?", params: SamplingParams | None = None) -> tuple[Request, Inbox]:
         request, inbox = self.request(prompt, params)
+        self.engine.check(request)
         self.driver.submit(request)
         return request, inbox
 

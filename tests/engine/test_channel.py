@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import zmq
 
 from phalanx.engine.channel import EngineChannel, RankChannel
@@ -15,6 +17,15 @@ def test_messages_cross_both_ways() -> None:
         engine.send(3, Shutdown())
         assert rank.receive(5.0) == Shutdown()
         assert engine.receive(0.0) is None
+
+
+def test_waking_ends_the_wait_for_a_message_and_says_so() -> None:
+    with EngineChannel("127.0.0.1", "secret") as engine:
+        threading.Timer(0.05, engine.wake).start()
+        assert engine.receive(20.0) is None
+        assert engine.woken
+        assert engine.receive(0.0) is None
+        assert not engine.woken
 
 
 def test_a_rank_of_another_formation_is_not_heard() -> None:
