@@ -86,7 +86,8 @@ def choose_backend(name: str, device: str, size: int, *, apart: str = "") -> Cho
         probe = _probe(candidate, device, size, apart)
         if probe.usable:
             return Choice(candidate, "; ".join([probe.reason, *passed_over]))
-        passed_over.append(f"not {candidate}: {probe.reason}")
+        if candidate != "single":  # that several ranks are not one needs no saying
+            passed_over.append(f"not {candidate}: {probe.reason}")
     raise CommError(f"no communicator backend can serve {size} ranks on {device!r}: {'; '.join(passed_over)}")
 
 

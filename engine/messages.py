@@ -179,8 +179,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class StageStep(NamedTuple):
-    """When a stage worked on a step, in seconds of its machine's monotonic clock: from its input being there until its
-    hidden states were computed or its tokens drawn.
+    """When a stage worked on a step, in seconds of its machine's monotonic clock: from having the plan until its output
+    was handed on or its tokens drawn. Time spent waiting for other stages lies before the start.
     """
 
     step: int

@@ -69,18 +69,22 @@ class StepRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Ran:
         """Computes this rank's share of a step."""
+        began_s = time.perf_counter()
         self._tables.apply(plan)
         batch = self._tables.batch(plan)  # while the input is on its way
+        asked_s = time.perf_counter()
         x = self._input(plan)
-        started_s = time.perf_counter()
+        waited_s = time.perf_counter() - asked_s
         hidden = self._decoder(x, batch, self._cache)
         result = None
         if self._sampler is not None:
             result = self._draw(plan, hidden, batch.last_rows, self._sampler)
-        times = StageStep(plan.step, started_s, time.perf_counter())
         if self._links.after is not None:
-            self._links.after.send(hidden)  # which waits where the next stage is far behind
-        return Ran(times, result)
+            asked_s = time.perf_counter()
+            self._links.after.flush()  # what was sent before, which takes long where the next stage is far behind
+            waited_s += time.perf_counter() - asked_s
+            self._links.after.send(hidden)
+        return Ran(StageStep(plan.step, began_s + waited_s, time.perf_counter()), result)
 
     def _input(self, plan: StepPlan) -> torch.Tensor:
         """Tokens on the first stage, hidden states elsewhere; waits until they are there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import random
@@ -137,6 +138,7 @@ class Served:
                 self.close()
                 raise
         self._drivers = [self._driver(formation) for formation in self._formations]
+        atexit.register(self.close)  # before the formations', which the engines' threads are still using
         self.startup = self._startup(model_s, time.perf_counter() - started)
 
     def _driver(self, formation: Formation) -> EngineDriver:
@@ -279,6 +281,7 @@ class Served:
 
     def close(self) -> None:
         """Ends all ranks and leaves nothing behind; calls that are open end with an error. Idempotent."""
+        atexit.unregister(self.close)
         with ExitStack() as closing:
             for formation in self._formations:
                 closing.callback(formation.close)
