@@ -59,8 +59,9 @@ class EngineDriver:
 
     def submit(self, *requests: Request) -> None:
         """Hands in requests that `Engine.check` has passed, to be planned together; what becomes of them comes to their
-        mailboxes. Raises the error that the engine has ended with.
+        mailboxes. Raises QueueFullError where too many are waiting, and the error that the engine has ended with.
         """
+        self._engine.check_room(requests)
         with self._lock:
             if self._failure is not None:
                 raise self._failure

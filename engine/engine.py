@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -34,7 +34,7 @@ class Executor(Protocol):
 
 
 class Engine:
-    """Turns requests into steps, and tokens into text. Used from one thread, but for `check` and `stats`."""
+    """Turns requests into steps, and tokens into text. Used from one thread, but for `stats` and the checks."""
 
     def __init__(
         self, executor: Executor, limits: Limits, vocab_size: int, *, clock_s: Callable[[], float] = time.perf_counter
@@ -54,14 +54,16 @@ class Engine:
         self._num_tokens = 0
 
     def check(self, request: Request) -> None:
-        """Raises RequestError, naming the remedy, for a request that cannot be served, QueueFullError where too many
-        are waiting.
-        """
+        """Raises RequestError, naming the remedy, for a request that cannot be served."""
         for token in request.prompt_token_ids:
             if not 0 <= token < self._vocab_size:
                 raise RequestError(f"prompt token {token} is not in the vocabulary (0 to {self._vocab_size - 1})")
         check_tokens(request.params, self._vocab_size)
-        self._scheduler.check(len(request.prompt_token_ids), request.params.max_tokens, len(request.tracks))
+        self._scheduler.check(len(request.prompt_token_ids), request.params.max_tokens)
+
+    def check_room(self, requests: Iterable[Request]) -> None:
+        """Raises QueueFullError where too many are waiting to take these in too."""
+        self._scheduler.check_room(sum(len(request.tracks) for request in requests))
 
     def add(self, request: Request) -> None:
         """Queues a request that `check` has passed."""

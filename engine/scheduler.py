@@ -172,10 +172,8 @@ class Scheduler:
 
     # ---- events ----
 
-    def check(self, num_prompt: int, max_tokens: int, count: int = 1) -> None:
-        """Raises RequestError, with figures, for a request that could never run, and QueueFullError where `count`
-        sequences more may not wait.
-        """
+    def check(self, num_prompt: int, max_tokens: int) -> None:
+        """Raises RequestError, with figures, for a request that could never run."""
         limits = self._limits
         if num_prompt < 1:
             raise RequestError("the prompt has no tokens; give at least one")
@@ -191,10 +189,14 @@ class Scheduler:
                 f"the prompt and its new tokens are {length} tokens, but the KV cache holds {capacity}; "
                 f"raise engine.kv_cache or shorten the request"
             )
-        if limits.max_waiting is not None and self.num_waiting + count > limits.max_waiting:
+
+    def check_room(self, count: int) -> None:
+        """Raises QueueFullError where so many sequences more may not wait."""
+        most = self._limits.max_waiting
+        if most is not None and self.num_waiting + count > most:
             raise QueueFullError(
                 f"{self.num_waiting} sequences are waiting, and with {count} more they would exceed "
-                f"engine.max_waiting ({limits.max_waiting}); try again later"
+                f"engine.max_waiting ({most}); try again later"
             )
 
     def add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Self
@@ -28,7 +29,7 @@ class _LoopMailbox:
         self._queues.pop(name, None)
 
     def put(self, events: list[Event]) -> None:
-        if not self.loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens any more
             self.loop.call_soon_threadsafe(self._sort, events)
 
     def _sort(self, events: list[Event]) -> None:

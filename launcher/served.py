@@ -23,7 +23,7 @@ from phalanx.engine.router import Router
 from phalanx.engine.sampling_params import SamplingParams
 from phalanx.engine.scheduler import Limits
 from phalanx.engine.stats import EngineStats
-from phalanx.errors import ConfigError, QueueFullError, RequestError
+from phalanx.errors import ConfigError, RequestError
 from phalanx.launcher.check import review
 from phalanx.launcher.config import load_config
 from phalanx.launcher.formation import Formation, open_host
@@ -137,13 +137,14 @@ class Served:
                     host.stop(0.0)
                 self.close()
                 raise
-        self._drivers = [self._driver(formation) for formation in self._formations]
+        # Where the ranks measured, replicas may have found unlike room: all take what fits the smallest.
+        num_pages = min(ready.num_pages for formation in self._formations for ready in formation.ready)
+        self._drivers = [self._driver(formation, num_pages) for formation in self._formations]
         atexit.register(self.close)  # before the formations', which the engines' threads are still using
         self.startup = self._startup(model_s, time.perf_counter() - started)
 
-    def _driver(self, formation: Formation) -> EngineDriver:
+    def _driver(self, formation: Formation, num_pages: int) -> EngineDriver:
         plan, settings = self.plan, self.config.engine
-        num_pages = formation.ready[0].num_pages  # where the ranks measured, what they found
         limits = Limits(
             max_sequences=settings.max_sequences,
             max_batch_tokens=settings.max_batch_tokens,
@@ -232,10 +233,10 @@ class Served:
             for place, (prompt, each, seed) in enumerate(zip(listed, params, seeds, strict=True)):
                 try:
                     requests.append(self._request(prompt, each, name, place, seed, priority, mailbox))
-                except (RequestError, QueueFullError) as error:
+                except RequestError as error:
                     if len(listed) == 1:
                         raise
-                    raise type(error)(f"prompt {place}: {error}") from None
+                    raise RequestError(f"prompt {place}: {error}") from None
             with self._lock:
                 for request in requests:
                     loads = [driver.load + len(mine) for driver, mine in zip(self._drivers, replicas, strict=True)]

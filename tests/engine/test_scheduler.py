@@ -36,6 +36,7 @@ class Run:
 
     def add(self, name: int, prompt: list[int], max_tokens: int, **options: Any) -> None:
         self.scheduler.check(len(prompt), max_tokens)
+        self.scheduler.check_room(1)
         guided = options.pop("guided", False)
         if guided:
             self.guided.add(name)

@@ -75,7 +75,7 @@ def test_every_ready_configuration_passes_on_a_small_machine_without_a_gpu(path:
 
 def test_the_ready_configurations_are_the_promised_ones() -> None:
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert names == {"demo", "single", "ragged", "two-nodes", "h100-8x", "two-nodes-16x-h100"}
+    assert names == {"demo", "single", "pipeline", "ragged", "two-nodes", "h100-8x", "two-nodes-16x-h100"}
 
 
 def test_one_rank_holds_the_published_number_of_parameters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -207,3 +208,15 @@ def test_engine_errors_reach_coroutines(model: Path) -> None:
                 await engine.generate([[]])
 
     asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the stream that nobody closes
+def test_a_loop_that_is_closed_early_does_no_harm_to_the_engine(model: Path) -> None:
+    with contextlib.closing(AsyncEngine(**sections(model))) as engine:
+        loop = asyncio.new_event_loop()
+        events = engine.stream(PROMPT, SamplingParams(max_tokens=100, ignore_eos=True))
+        assert isinstance(loop.run_until_complete(first_of(events)), Delta)
+        loop.close()
+        [output] = asyncio.run(engine.generate(PROMPT, SamplingParams(max_tokens=3)))
+        assert len(output.token_ids) == 3
+        assert engine.failure is None
