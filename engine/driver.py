@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from phalanx.engine.engine import Engine, Executor
 from phalanx.engine.request import Delta, Event, Request
 from phalanx.engine.stats import EngineStats
 from phalanx.errors import PhalanxError
+
+logger = logging.getLogger(__name__)
 
 STEP_S = 5.0  # how long one wait for the ranks lasts; what they say, their failures and new requests end it at once
 IDLE_S = 0.5  # between two looks at ranks that have nothing to do
@@ -35,6 +38,7 @@ class EngineDriver:
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: dict[int, Request] = {}  # by identity
+        self._num_open = 0  # completions of these
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="phalanx-engine", daemon=True)
         self._thread.start()
@@ -61,17 +65,22 @@ class EngineDriver:
         """Hands in requests that `Engine.check` has passed, to be planned together; what becomes of them comes to their
         mailboxes. Raises QueueFullError where too many are waiting, and the error that the engine has ended with.
         """
-        self._engine.check_room(requests)
+        count = sum(len(request.tracks) for request in requests)
         with self._lock:
             if self._failure is not None:
-                raise self._failure
+                raise self._failure.with_traceback(None)  # one error for many: each raises it from its own place
+            self._engine.check_room(self._num_open, count)
+            self._num_open += count
             self._open.update((id(request), request) for request in requests)
             self._orders.put(_Order(requests, abort=False))
         self._executor.wake()
 
     def abort(self, *requests: Request) -> None:
         """Ends requests within a step, as far as they have not ended."""
-        self._orders.put(_Order(requests, abort=True))
+        with self._lock:
+            if self._failure is not None:
+                return  # they have ended with it
+            self._orders.put(_Order(requests, abort=True))
         self._executor.wake()
 
     def close(self) -> None:
@@ -114,9 +123,13 @@ class EngineDriver:
             by_mailbox.setdefault(id(event.request.mailbox), []).append(event)
             if not isinstance(event.what, Delta):
                 with self._lock:
-                    self._open.pop(id(event.request), None)
+                    if self._open.pop(id(event.request), None) is not None:
+                        self._num_open -= len(event.request.tracks)
         for mine in by_mailbox.values():
-            mine[0].request.mailbox.put(mine)
+            try:
+                mine[0].request.mailbox.put(mine)
+            except Exception:  # the caller's code, which must not end the engine for the others
+                logger.exception("a mailbox failed to take %d events", len(mine))
 
     def _fail(self, error: Exception) -> None:
         with self._lock:

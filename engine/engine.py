@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -15,7 +15,7 @@ from phalanx.engine.sampling_params import check_tokens, completion_seed, sampli
 from phalanx.engine.scheduler import Limits, Scheduler, Stepped
 from phalanx.engine.stats import WINDOW_S, EngineStats, Rate
 from phalanx.engine.timeline import Timeline
-from phalanx.errors import RequestError
+from phalanx.errors import QueueFullError, RequestError
 
 
 class Executor(Protocol):
@@ -40,6 +40,7 @@ class Engine:
         self, executor: Executor, limits: Limits, vocab_size: int, *, clock_s: Callable[[], float] = time.perf_counter
     ) -> None:
         self._executor = executor
+        self._limits = limits
         self._scheduler = Scheduler(limits)
         self._vocab_size = vocab_size
         self._clock_s = clock_s
@@ -61,9 +62,14 @@ class Engine:
         check_tokens(request.params, self._vocab_size)
         self._scheduler.check(len(request.prompt_token_ids), request.params.max_tokens)
 
-    def check_room(self, requests: Iterable[Request]) -> None:
-        """Raises QueueFullError where too many are waiting to take these in too."""
-        self._scheduler.check_room(sum(len(request.tracks) for request in requests))
+    def check_room(self, num_open: int, count: int) -> None:
+        """Raises QueueFullError where so many completions more would have too many wait beside those that are open."""
+        running, waiting = self._limits.max_sequences, self._limits.max_waiting
+        if waiting is not None and num_open + count > running + waiting:
+            raise QueueFullError(
+                f"{num_open} completions are running or waiting; {count} more would exceed the {running} that may run "
+                f"(engine.max_sequences) and the {waiting} that may wait (engine.max_waiting); try again later"
+            )
 
     def add(self, request: Request) -> None:
         """Queues a request that `check` has passed."""

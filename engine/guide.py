@@ -35,7 +35,7 @@ def mask_of(tokens: Iterable[int], vocab_size: int) -> bytes:
 
 def next_mask(guide: Guide, vocab_size: int) -> bytes:
     """What a guide allows next. RequestError where that is none of the vocabulary's tokens: nothing could be drawn."""
-    mask = guide.allowed()[: -(-vocab_size // 8)]
+    mask = bytes(memoryview(guide.allowed()))[: -(-vocab_size // 8)]  # any buffer: an array of bytes is natural too
     # As one number, since the last byte may hold bits past the vocabulary.
     if not int.from_bytes(mask, "little") & ((1 << vocab_size) - 1):
         raise RequestError(

@@ -9,6 +9,7 @@ _IMPORTING_SINCE = time.perf_counter()  # before the imports that take seconds, 
 import gc
 import os
 import socket
+import threading
 import traceback
 import zlib
 from collections.abc import Callable
@@ -55,9 +56,9 @@ WARMUP = (
     StepPlan(step=-1, decodes=(0,)),
 )
 
-# A stage tells of its steps when it has nothing to do for so long, or has so many to tell of.
+# A stage tells of its steps when it has nothing to do for so long, or the first of them was so long ago.
 REPORT_S = 0.1
-MOST_REPORTED = 32
+MOST_REPORTED_S = 0.5
 
 
 class Rank:
@@ -227,7 +228,7 @@ class Rank:
         reports = self._place.tensor_rank == 0
         while True:
             message = channel.receive(REPORT_S if times else None)
-            if times and (message is None or len(times) >= MOST_REPORTED):
+            if times and (message is None or times[-1].ended_s - times[0].started_s > MOST_REPORTED_S):
                 channel.send(StageReport(self._place.stage, tuple(times), time.perf_counter()))
                 times = []
             if isinstance(message, Shutdown):
@@ -278,9 +279,10 @@ def run_rank(spec: RankSpec) -> None:
         try:
             rank = Rank(spec, channel.send)
             try:
-                # What start-up made stays: a full collection that walks it stalled a step for 100 ms and more.
-                gc.collect()
-                gc.freeze()
+                if threading.current_thread() is threading.main_thread():  # else this process is the caller's own
+                    # What start-up made stays: a full collection that walks it stalled steps for 100 ms and more.
+                    gc.collect()
+                    gc.freeze()
                 channel.send(rank.ready())
                 rank.serve(channel)
             finally:

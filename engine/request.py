@@ -184,7 +184,7 @@ class Track:
 class Request:
     """The truth about one request.
 
-    name: how whoever sent it calls it. place: of its prompt in the call that it came with. seed: what its draws are
+    name: of the call that it came with, never used again. place: of its prompt in that call. seed: what its draws are
     keyed by, fixed when it comes in. stop_tokens: that end it. priority: lower comes first. mailbox: hears of it.
     """
 

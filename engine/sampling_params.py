@@ -186,18 +186,19 @@ def sampling_for(
     penalised = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
     return Sampling(
         seed=seed,
-        temperature=params.temperature,
+        # Numbers of libraries pass for Python's, but not over the wire.
+        temperature=float(params.temperature),
         top_k=params.top_k if params.top_k < vocab_size else 0,
-        top_p=params.top_p,
-        min_p=params.min_p,
+        top_p=float(params.top_p),
+        min_p=float(params.min_p),
         logprobs=-1 if params.logprobs is None else params.logprobs,
         prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
+        presence_penalty=float(params.presence_penalty),
+        frequency_penalty=float(params.frequency_penalty),
+        repetition_penalty=float(params.repetition_penalty),
         num_prompt=len(prompt),
         history=(*prompt, *outputs) if penalised else (),
-        logit_bias=_pairs(params.logit_bias),
+        logit_bias=tuple((token, float(bias)) for token, bias in _pairs(params.logit_bias)),
         allowed=params.allowed_token_ids,
         stop_tokens=tuple(sorted(token for token in stop_tokens if 0 <= token < vocab_size))
         if params.min_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import msgspec
 from phalanx.engine.messages import Chunk, NewSequence, Sampling, StepPlan, StepResult, TokenLogprobs
 from phalanx.engine.pages import PagePool, PrefixPage
 from phalanx.engine.sequence import ScheduledSequence
-from phalanx.errors import QueueFullError, RequestError
+from phalanx.errors import RequestError
 
 Ending = Literal["stop", "length"]
 
@@ -190,15 +190,6 @@ class Scheduler:
                 f"raise engine.kv_cache or shorten the request"
             )
 
-    def check_room(self, count: int) -> None:
-        """Raises QueueFullError where so many sequences more may not wait."""
-        most = self._limits.max_waiting
-        if most is not None and self.num_waiting + count > most:
-            raise QueueFullError(
-                f"{self.num_waiting} sequences are waiting, and with {count} more they would exceed "
-                f"engine.max_waiting ({most}); try again later"
-            )
-
     def add(
         self,
         name: int,
@@ -229,7 +220,7 @@ class Scheduler:
         if sequence is not None:
             sequence.mask = mask
             if sequence.decoding:
-                self._cohorts.append(_Cohort(self._step - self._limits.num_stages, [sequence]))
+                self._cohorts.appendleft(_Cohort(self._step - self._limits.num_stages, [sequence]))
 
     def complete(self, result: StepResult) -> Stepped:
         """Takes the tokens of the oldest step in flight. Those of sequences that ended meanwhile are left out."""
@@ -395,29 +386,45 @@ class Scheduler:
 
     def _fitting(self, sequence: ScheduledSequence) -> list[PrefixPage] | None:
         """The pages that hold the beginning of a waiting sequence, or None where the rest of it has no room."""
-        pool = self._pool
-        beside = (sequence.name, pool.num_available, len(self._running))
+        beside = (sequence.name, self._pool.num_available, len(self._running))
         if sequence.pending or not self._free_slots or self._blocked == beside:
             return None
-        known = len(sequence.tokens)
-        # The last known token is run in any case, since the next is drawn from it; all are whose logits are asked for.
-        most = 0 if sequence.sampling.prompt_logprobs >= 0 else (known - 1) // self._limits.page_size
-        found = pool.match(sequence.tokens, most)
-        wanted = -(-known // self._limits.page_size) - len(found)
-        # What the others may grow by in a page's worth of steps stays free, lest the newcomer be preempted at once.
-        growth = sum(each.capacity < each.end - 1 for each in self._running.values())
-        if wanted + pool.num_unused(found) + growth > pool.num_available:
+        found, wanted = self._wanted(sequence, self._running.values())
+        if wanted > self._pool.num_available:
             self._blocked = beside
             return None
         return found
 
+    def _wanted(self, sequence: ScheduledSequence, others: Iterable[ScheduledSequence]) -> tuple[list[PrefixPage], int]:
+        """The pages that hold the beginning of a waiting sequence, and how many must be available for it to be admitted
+        beside others: what these may grow by in a page's worth of steps stays free, lest it be preempted at once.
+        """
+        known, size = len(sequence.tokens), self._limits.page_size
+        # The last known token is run in any case, since the next is drawn from it; all are whose logits are asked for.
+        found = self._pool.match(sequence.tokens, 0 if sequence.sampling.prompt_logprobs >= 0 else (known - 1) // size)
+        growth = sum(each.capacity < each.end - 1 for each in others)
+        return found, -(-known // size) - len(found) + self._pool.num_unused(found) + growth
+
     def _make_way(self) -> None:
-        """Where a waiting sequence does not fit, less urgent running ones give way to it."""
+        """Where a waiting sequence does not fit, less urgent running ones give way to it, if that helps."""
         sequence = self._first_waiting()
-        if sequence is None or sequence.pending:
+        if sequence is None or sequence.pending or max(self._priorities, default=0) <= sequence.order[0]:
             return
-        while self._priorities and max(self._priorities) > sequence.order[0] and self._fitting(sequence) is None:
-            self._preempt(max(self._running.values(), key=lambda each: each.order))
+        if self._fitting(sequence) is not None:
+            return
+        stay: list[ScheduledSequence] = []
+        yielding: list[ScheduledSequence] = []
+        for each in self._running.values():
+            (yielding if each.order[0] > sequence.order[0] else stay).append(each)
+        freed = sum(
+            len(each.own) + len(each.spare) + sum(page.num_users == 1 for page in each.prefix) for each in yielding
+        )
+        if self._wanted(sequence, stay)[1] > self._pool.num_available + freed:
+            return
+        for each in sorted(yielding, key=lambda each: each.order, reverse=True):
+            self._preempt(each)
+            if self._fitting(sequence) is not None:
+                return
 
     def _first_waiting(self) -> ScheduledSequence | None:
         while self._waiting:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,7 @@ class _LoopMailbox:
         self._queues: dict[str, asyncio.Queue[Event]] = {}
 
     def open(self, name: str) -> asyncio.Queue[Event]:
-        """The events of the call of this name."""
+        """The events of the requests of this name."""
         return self._queues.setdefault(name, asyncio.Queue())
 
     def close(self, name: str) -> None:
@@ -59,11 +60,8 @@ class AsyncEngine(Served):
         priority: int = 0,
     ) -> list[RequestOutput]:
         """As `LLM.generate`."""
-        outputs = [
-            event
-            async for event in self.stream(prompts, params, request_id=request_id, priority=priority)
-            if isinstance(event, RequestOutput)
-        ]
+        async with aclosing(self.stream(prompts, params, request_id=request_id, priority=priority)) as events:
+            outputs = [event async for event in events if isinstance(event, RequestOutput)]
         return sorted(outputs, key=lambda output: output.request)
 
     async def stream(
@@ -77,17 +75,17 @@ class AsyncEngine(Served):
         """As `LLM.stream`. Closing the iterator, or cancelling the task that follows it, aborts the rest."""
         mailbox = self._mailbox_of(asyncio.get_running_loop())
         call = self._call(prompts, params, mailbox, request_id=request_id, priority=priority)
-        events = mailbox.open(call.name)
+        events = mailbox.open(call.key)
         try:
             num_open = call.num_requests
             while num_open:
                 _, what = await events.get()
                 if isinstance(what, Exception):
-                    raise what
+                    raise what.with_traceback(None)
                 num_open -= isinstance(what, RequestOutput)
                 yield what
         finally:
-            mailbox.close(call.name)
+            mailbox.close(call.key)
             self._close_call(call)
 
     async def abort(self, request_id: str) -> None:

@@ -76,7 +76,7 @@ class LLM(Served):
             while num_open:
                 for _, what in inbox.get():
                     if isinstance(what, Exception):
-                        raise what
+                        raise what.with_traceback(None)
                     num_open -= isinstance(what, RequestOutput)
                     yield what
         finally:

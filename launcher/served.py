@@ -6,6 +6,7 @@ import atexit
 import itertools
 import json
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,8 @@ from phalanx.parallel.layout import RankPlace
 Prompt = str | Sequence[int]
 OnProgress = Callable[[RankPlace, Progress], None]
 
+DEAD = sys.maxsize  # the load of a replica that has failed: no other has more
+
 STARTUP_PARTS = ("ray", "actors", "imports", "rendezvous", "weights", "warmup")
 """What the start of a formation consists of, in order; the parts of ranks are those of the slowest."""
 
@@ -58,9 +61,12 @@ class Startup:
 
 
 class Call(NamedTuple):
-    """Prompts that came together. parts: each replica's engine, and the requests that it serves."""
+    """Prompts that came together. name: what the caller knows them by. key: one of their own, never used again. parts:
+    each replica's engine, and the requests that it serves.
+    """
 
     name: str
+    key: str
     parts: tuple[tuple[EngineDriver, tuple[Request, ...]], ...]
 
     @property
@@ -70,7 +76,8 @@ class Call(NamedTuple):
     def abort(self) -> None:
         """Ends what has not ended."""
         for driver, requests in self.parts:
-            driver.abort(*requests)
+            if requests:
+                driver.abort(*requests)
 
 
 class Served:
@@ -110,6 +117,7 @@ class Served:
         self._formations: list[Formation] = []
         self._drivers: list[EngineDriver] = []
         self._calls: dict[str, Call] = {}
+        self._aborted: set[str] = set()  # keys of calls that were aborted before their prompts were read
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._seeds = random.Random(config.engine.seed)
@@ -195,7 +203,10 @@ class Served:
 
     def _end_calls(self, name: str) -> None:
         """Ends every prompt of the call of this name. Nothing where it has ended."""
-        call = self._calls.get(name)
+        with self._lock:
+            call = self._calls.get(name)
+            if call is not None and not call.parts:  # its prompts are still being read
+                self._aborted.add(call.key)
         if call is not None:
             call.abort()
 
@@ -212,7 +223,8 @@ class Served:
 
         Raises RequestError, before any of them runs, where one cannot be served.
         """
-        if not self._drivers:
+        drivers = self._drivers
+        if not drivers:
             raise RequestError(f"this {type(self).__name__} is closed; make a new one")
         listed = _listed(prompts)
         if params is None or isinstance(params, SamplingParams):
@@ -222,41 +234,53 @@ class Served:
                 f"{len(listed)} prompts but {len(params)} sampling parameters; give one for all or one each"
             )
         with self._lock:
-            name = request_id if request_id is not None else f"request-{next(self._numbers)}"
+            key = f"call {next(self._numbers)}"
+            name = key if request_id is None else request_id
             if name in self._calls:
                 raise RequestError(f"a request {name!r} runs already; give each an id of its own")
             seeds = [self._seeds.getrandbits(63) for _ in listed]
-            self._calls[name] = Call(name, ())
+            call = self._calls[name] = Call(name, key, ())
         requests: list[Request] = []
-        replicas: list[list[Request]] = [[] for _ in self._drivers]
+        replicas: list[list[Request]] = [[] for _ in drivers]
         try:
             for place, (prompt, each, seed) in enumerate(zip(listed, params, seeds, strict=True)):
                 try:
-                    requests.append(self._request(prompt, each, name, place, seed, priority, mailbox))
+                    requests.append(self._request(drivers[0], prompt, each, key, place, seed, priority, mailbox))
                 except RequestError as error:
                     if len(listed) == 1:
                         raise
                     raise RequestError(f"prompt {place}: {error}") from None
             with self._lock:
                 for request in requests:
-                    loads = [driver.load + len(mine) for driver, mine in zip(self._drivers, replicas, strict=True)]
+                    loads = [
+                        DEAD if driver.failure is not None else driver.load + len(mine)
+                        for driver, mine in zip(drivers, replicas, strict=True)
+                    ]
                     replicas[self._router.route(request.prompt_token_ids, loads)].append(request)
-            call = self._calls[name] = Call(name, tuple(zip(self._drivers, map(tuple, replicas), strict=True)))
+            call = Call(name, key, tuple(zip(drivers, map(tuple, replicas), strict=True)))
             for driver, mine in call.parts:
                 if mine:
                     driver.submit(*mine)
         except BaseException:
-            self._close_call(self._calls[name])
+            self._close_call(call)
             raise
+        with self._lock:
+            self._calls[name] = call
+            aborted = key in self._aborted
+        if aborted:
+            call.abort()
         return call
 
     def _close_call(self, call: Call) -> None:
         """Ends what has not ended of a call that nobody follows any more."""
         call.abort()
-        self._calls.pop(call.name, None)
+        with self._lock:
+            self._calls.pop(call.name, None)
+            self._aborted.discard(call.key)
 
     def _request(
         self,
+        driver: EngineDriver,
         prompt: Prompt,
         params: SamplingParams,
         name: str,
@@ -277,7 +301,7 @@ class Served:
             mailbox=mailbox,
             now_s=time.perf_counter(),
         )
-        self._drivers[0].engine.check(request)
+        driver.engine.check(request)
         return request
 
     def close(self) -> None:

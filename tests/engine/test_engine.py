@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from tests.engine.scripted import EOS, VOCAB, Served, saying
 
@@ -219,10 +221,48 @@ def test_a_request_that_cannot_be_served_is_refused_and_the_engine_goes_on(
     assert served.complete(SamplingParams())[0].text == "ok"
 
 
-def test_too_many_waiting_requests_are_refused(say: Say) -> None:
-    served = say(b"ok", max_waiting=2)
-    with pytest.raises(QueueFullError, match="0 sequences are waiting, and with 3 more they would exceed"):
-        served.submit(params=SamplingParams(n=3))
+def test_more_than_may_run_and_wait_are_refused_until_there_is_room(say: Say) -> None:
+    served = say(b"ok", max_sequences=2, max_waiting=1)
+    run, served.script.submit = served.script.submit, lambda plan: None  # type: ignore[method-assign]
+    params = SamplingParams(n=3)
+    request, inbox = served.submit(params=params)
+    with pytest.raises(QueueFullError, match="3 completions are running or waiting; 1 more would exceed the 2"):
+        served.submit()
+    served.driver.abort(request)
+    inbox.until_end()
+    served.script.submit = run  # type: ignore[method-assign]
+    with pytest.raises(QueueFullError, match="0 completions are running or waiting; 4 more"):
+        served.submit(params=SamplingParams(n=4))
+
+
+def test_a_failed_engine_says_so_even_where_its_queue_was_full(say: Say) -> None:
+    served = say(b"hello" * 10, failing_from=3, max_sequences=1, max_waiting=1)
+    inboxes = [served.submit(params=SamplingParams(max_tokens=40))[1] for _ in range(2)]
+    for inbox in inboxes:
+        with pytest.raises(RuntimeError, match="have failed"):
+            inbox.until_end()
+    with pytest.raises(RuntimeError, match="have failed"):
+        served.submit()
+
+
+class ArrayGuide:
+    """A guide whose masks are another kind of bytes."""
+
+    def allowed(self) -> Any:
+        return bytearray(b"\xff") * 33
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def test_a_mask_may_be_any_buffer_and_a_parameter_any_number(say: Say) -> None:
+    served = say(b"hello")
+    served.complete(
+        SamplingParams(max_tokens=2, guide=ArrayGuide, temperature=np.float64(0.5), logit_bias={5: np.float64(1)})
+    )
+    for plan in served.script.plans:
+        assert msgspec.msgpack.encode(plan)
+        assert all(type(mask) is bytes for _, mask in plan.masks)
 
 
 def test_stats_count_what_went_by(say: Say) -> None:

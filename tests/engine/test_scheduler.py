@@ -16,7 +16,7 @@ from tests.engine.model_ranks import VOCAB, ModelRanks, one_by_one
 
 from phalanx.engine.messages import Sampling, StepPlan, StepResult
 from phalanx.engine.scheduler import Limits, Scheduler
-from phalanx.errors import QueueFullError, RequestError
+from phalanx.errors import RequestError
 
 ALL_TOKENS = bytes([255]) * -(-VOCAB // 8)
 
@@ -36,7 +36,6 @@ class Run:
 
     def add(self, name: int, prompt: list[int], max_tokens: int, **options: Any) -> None:
         self.scheduler.check(len(prompt), max_tokens)
-        self.scheduler.check_room(1)
         guided = options.pop("guided", False)
         if guided:
             self.guided.add(name)
@@ -424,16 +423,31 @@ def test_a_request_that_can_never_run_is_refused_with_figures(prompt: int, new: 
         scheduler.check(prompt, new)
 
 
-def test_more_waiting_requests_than_allowed_are_refused_until_there_is_room() -> None:
-    run = Run(Limits(1, 100, 100, 16, 100, max_waiting=2))
-    run.add(0, [1], 2)
-    run.add(1, [1], 2)
-    with pytest.raises(QueueFullError, match=r"2 sequences are waiting.*engine\.max_waiting \(2\); try again later"):
-        run.add(2, [1], 2)
+def test_nobody_gives_way_where_that_would_not_help() -> None:
+    """The urgent newcomer waits for the one as urgent as itself, which holds what it lacks."""
+    run = Run(Limits(4, 100, 10, 4, 40, keep_prefixes=False))
+    run.add(0, [1] * 24, 4, priority=0)
+    run.add(1, [2] * 3, 20, priority=5)
     run.plan()
-    run.add(2, [1], 2)
+    run.add(2, [3] * 33, 4, priority=0)
+    run.plan()
+    run.hear()
+    run.plan()
+    assert run.scheduler.stats().preemptions == 0
     run.finish()
-    assert run.order == [0, 1, 2]
+    assert sorted(run.order) == [0, 1, 2]
+
+
+def test_guided_sequences_keep_up_with_the_others() -> None:
+    run = Run(Limits(8, 100, 100, 16, 400, num_stages=2))
+    for name in range(8):
+        run.add(name, [name + 1], 300, guided=name % 2 == 0)
+    for _ in range(200):
+        run.plan()
+        run.hear()
+    guided = sum(len(run.tokens[name]) for name in range(0, 8, 2))
+    plain = sum(len(run.tokens[name]) for name in range(1, 8, 2))
+    assert guided > 0.45 * plain
 
 
 def least_cost_s(num_sequences: int) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -187,6 +189,31 @@ def test_cancelling_a_coroutine_aborts_its_request(model: Path) -> None:
             assert (stats.running, stats.aborted, stats.pages_used) == (0, 1, 0)
 
     asyncio.run(main())
+
+
+def test_an_id_used_again_at_once_hears_nothing_of_the_call_before(model: Path) -> None:
+    async def main() -> None:
+        async with AsyncEngine(**sections(model)) as engine:
+            for number in range(10):
+                stream = engine.stream(PROMPT, SamplingParams(max_tokens=100, ignore_eos=True), request_id="mine")
+                await anext(stream)
+                await stream.aclose()
+                [output] = await engine.generate([number + 1] * 5, SamplingParams(max_tokens=3), request_id="mine")
+                assert (len(output.token_ids), output.prompt_token_ids) == (3, (number + 1,) * 5)
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_has_failed_gets_no_more_requests(model: Path) -> None:
+    with LLM(**sections(model), parallel={"tensor": 2, "replicas": 2}) as llm:
+        before = llm.generate([PROMPT], SamplingParams(max_tokens=4))
+        os.kill(llm.startup.ranks[0].pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while llm.failure is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert llm.failure is not None, "it is noticed with nobody asking for anything"
+        for _ in range(5):
+            assert llm.generate([PROMPT], SamplingParams(max_tokens=4))[0].token_ids == before[0].token_ids
 
 
 def test_a_stream_gives_the_same_text_in_pieces(model: Path) -> None:
