@@ -45,6 +45,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._clock_s = clock_s
         self.timeline = Timeline(limits.num_stages, clock_s)
+        self.last_result_s = clock_s()  # when a step was last known to be done
         self._rate = Rate(clock_s)
         self._tracks: dict[int, Track] = {}  # unfinished ones, by the names of their sequences
         self._guided: set[int] = set()
@@ -56,15 +57,20 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises RequestError, naming the remedy, for a request that cannot be served."""
+        self._scheduler.check(len(request.prompt_token_ids), request.params.max_tokens)
         for token in request.prompt_token_ids:
             if not 0 <= token < self._vocab_size:
                 raise RequestError(f"prompt token {token} is not in the vocabulary (0 to {self._vocab_size - 1})")
         check_tokens(request.params, self._vocab_size)
-        self._scheduler.check(len(request.prompt_token_ids), request.params.max_tokens)
 
     def check_room(self, num_open: int, count: int) -> None:
         """Raises QueueFullError where so many completions more would have too many wait beside those that are open."""
         running, waiting = self._limits.max_sequences, self._limits.max_waiting
+        if waiting is not None and count > running + waiting:
+            raise RequestError(
+                f"{count} completions at once are more than the {running} that may run (engine.max_sequences) and the "
+                f"{waiting} that may wait (engine.max_waiting) together; send fewer at a time"
+            )
         if waiting is not None and num_open + count > running + waiting:
             raise QueueFullError(
                 f"{num_open} completions are running or waiting; {count} more would exceed the {running} that may run "
@@ -86,7 +92,6 @@ class Engine:
                 params,
                 seed=completion_seed(request.seed, track.index),
                 prompt=prompt,
-                outputs=(),
                 stop_tokens=request.stop_tokens,
                 vocab_size=self._vocab_size,
             )
@@ -120,6 +125,7 @@ class Engine:
             message = self._executor.receive(0.0)
         if message is None:
             return []
+        self.last_result_s = self._clock_s()
         stepped = self._scheduler.complete(message)
         events = self._guide(stepped) if self._guided else []
         self._submit()  # the ranks go on while the text is made
@@ -149,6 +155,10 @@ class Engine:
     def _submit(self) -> None:
         while (plan := self._scheduler.schedule()) is not None:
             self._executor.submit(plan)
+            if plan.new:
+                now_s = self._clock_s()
+                for name, num_cached in self._scheduler.take_admitted():
+                    self._tracks[name].admit(now_s, num_cached)
 
     def _guide(self, stepped: Stepped) -> list[Event]:
         """Asks the guides of those that have drawn what they may draw next."""

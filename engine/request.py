@@ -30,8 +30,11 @@ class Delta(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds. time_to_first_token_s: from the request on. time_per_output_token_s: mean of the tokens after it."""
+    """Seconds. queued_s: until it was planned for the first time. time_to_first_token_s: from the request on.
+    time_per_output_token_s: mean of the tokens after it.
+    """
 
+    queued_s: float
     time_to_first_token_s: float
     time_per_output_token_s: float
 
@@ -52,6 +55,7 @@ class RequestOutput:
     """A finished request. What is said of a completion is also said here, of the first.
 
     request: place of the prompt in the call. prompt_logprobs: of the prompt's tokens after the first, where asked for.
+    num_cached_tokens: of the prompt, whose keys and values were there already.
     """
 
     request: int
@@ -59,6 +63,7 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached_tokens: int = 0
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -109,8 +114,15 @@ class Track:
     text: str = ""
     held_back: str = ""
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    admitted_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+
+    def admit(self, now_s: float, num_cached_tokens: int) -> None:
+        """Takes note that it is planned, with so much of its prompt computed already."""
+        self.admitted_s = now_s
+        self.num_cached_tokens = num_cached_tokens
 
     def push(
         self, token: int, logprobs: TokenLogprobs | None, ending: Literal["stop", "length"] | None, now_s: float
@@ -149,6 +161,7 @@ class Track:
             text=self.text,
             finish_reason=self.finish_reason,
             timings=Timings(
+                queued_s=max(0.0, self.admitted_s - self.request.arrived_s),
                 time_to_first_token_s=max(0.0, self.first_token_s - self.request.arrived_s),
                 time_per_output_token_s=decode_s / max(1, len(self.token_ids) - 1),
             ),
@@ -159,9 +172,11 @@ class Track:
         """The part of the text that no stop string can take back any more; ends the track where one is complete."""
         self.held_back += text
         params = self.request.params
-        if not params.stop or len(self.token_ids) < params.min_tokens:
+        if not params.stop:
             return self._take(len(self.held_back))
-        found = [place for stop in params.stop if (place := self.held_back.find(stop)) >= 0]
+        found = []
+        if len(self.token_ids) >= params.min_tokens:
+            found = [place for stop in params.stop if (place := self.held_back.find(stop)) >= 0]
         if found:
             self.finish_reason = "stop"
             released = self.held_back[: min(found)]
@@ -212,6 +227,7 @@ class Request:
             prompt_token_ids=self.prompt_token_ids,
             completions=tuple(track.completion() for track in self.tracks),
             prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
+            num_cached_tokens=self.tracks[0].num_cached_tokens,
         )
 
 
@@ -258,7 +274,7 @@ def new_request(
         mailbox=mailbox,
     )
     for index in range(params.n):
-        stream = None if tokenizer is None else tokenizer.stream(continuation=True)
+        stream = None if tokenizer is None else tokenizer.stream(params.skip_special_tokens, continuation=True)
         guide = None if params.guide is None else params.guide()
         request.tracks.append(Track(request, index, stream, guide))
     return request

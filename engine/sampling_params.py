@@ -41,7 +41,8 @@ class SamplingParams:
     for all. guide: makes the `Guide` that says for each token of a completion which ones may be drawn, or None.
 
     stop: strings that end the text and are left out of it. stop_token_ids: tokens that end it. ignore_eos: goes on
-    past the model's own end-of-text tokens. logprobs: log-probabilities of this many most likely tokens a position,
+    past the model's own end-of-text tokens. skip_special_tokens: leaves the model's control tokens out of the text.
+    logprobs: log-probabilities of this many most likely tokens a position,
     beside the drawn one's; 0 for the drawn token's only, None for none. They are the model's own, before all that is
     above. prompt_logprobs: the same for the tokens of the prompt after its first.
     """
@@ -55,6 +56,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     n: int = 1
     presence_penalty: float = 0.0
@@ -146,6 +148,7 @@ class SamplingParams:
                 f"up to {MAX_STOP_STRINGS} strings, none of them empty",
             ),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
+            ("skip_special_tokens", isinstance(self.skip_special_tokens, bool), "true or false"),
             ("stop_token_ids", all(map(_whole, self.stop_token_ids)), "token ids"),
             *(
                 (name, count is None or (_whole(count) and 0 <= count <= MAX_LOGPROBS), f"0 to {MAX_LOGPROBS}")
@@ -173,11 +176,10 @@ def sampling_for(
     *,
     seed: int,
     prompt: Sequence[int],
-    outputs: Sequence[int],
     stop_tokens: Collection[int],
     vocab_size: int,
 ) -> Sampling:
-    """What the ranks need to draw for a sequence that takes a slot, after `prompt` and the `outputs` it has already.
+    """What the ranks need to draw for a sequence that takes a slot.
 
     stop_tokens: all that end its text. Tokens past the vocabulary, which nobody draws, stay here.
     """
@@ -197,7 +199,7 @@ def sampling_for(
         frequency_penalty=float(params.frequency_penalty),
         repetition_penalty=float(params.repetition_penalty),
         num_prompt=len(prompt),
-        history=(*prompt, *outputs) if penalised else (),
+        history=tuple(prompt) if penalised else (),
         logit_bias=tuple((token, float(bias)) for token, bias in _pairs(params.logit_bias)),
         allowed=params.allowed_token_ids,
         stop_tokens=tuple(sorted(token for token in stop_tokens if 0 <= token < vocab_size))

@@ -141,6 +141,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
+        self._admitted: list[tuple[int, int]] = []  # sequences, and tokens that they found computed
 
     # ---- what is going on ----
 
@@ -239,6 +240,13 @@ class Scheduler:
             if len(known) >= sequence.due or token in sequence.stop_tokens:
                 self._settle(sequence, endings)
         return Stepped([sequence.name for sequence in drawn], tokens, endings, logprobs, prompt_logprobs)
+
+    def take_admitted(self) -> list[tuple[int, int]]:
+        """Sequences that plans have admitted for the first time since the last call, and how many tokens of their
+        prompts others had computed.
+        """
+        admitted, self._admitted = self._admitted, []
+        return admitted
 
     def finish(self, name: int) -> None:
         """Ends a sequence at once: the next plan may use its pages and its slot. Nothing where it has ended already."""
@@ -377,9 +385,11 @@ class Scheduler:
         priority = sequence.order[0]
         self._priorities[priority] = self._priorities.get(priority, 0) + 1
         self._prefilling.append(sequence)
-        if known == sequence.num_prompt:
+        if not sequence.admitted:
+            sequence.admitted = True
             self._num_prompt_tokens += known
             self._num_cached_tokens += sequence.length
+            self._admitted.append((sequence.name, sequence.length))
         pages = (*[page.page for page in found], *own)
         draft.new.append(NewSequence(sequence.slot, pages, self._sampling(sequence)))
         return sequence

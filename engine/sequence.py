@@ -14,6 +14,7 @@ class ScheduledSequence:
     """Its tokens, how far plans have taken it, and the pages it has."""
 
     __slots__ = (
+        "admitted",
         "backlog",
         "capacity",
         "decoding",
@@ -57,6 +58,7 @@ class ScheduledSequence:
         self.guided = mask is not None
         self.mask = mask  # of the next draw
         self.slot = -1  # while it waits
+        self.admitted = False  # once, be it preempted since
         self.finished = False
         self.backlog = len(prompt)  # known tokens to plan before it decodes
         self.length = 0  # known tokens planned, while it has a backlog

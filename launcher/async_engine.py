@@ -90,7 +90,7 @@ class AsyncEngine(Served):
 
     async def abort(self, request_id: str) -> None:
         """As `LLM.abort`."""
-        self._end_calls(request_id)
+        self.end_calls(request_id)
 
     async def stats(self) -> EngineStats:
         """As `LLM.stats`."""

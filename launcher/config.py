@@ -32,8 +32,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """Reads and validates a configuration.
 
     source: a YAML file's path, or the sections as plain data. overrides: `a.b=c`, the value in YAML's notation, list
-    items by number (`parallel.stages.0.tensor=3`); they come after the file, in order. A relative `model.path` that
-    exists beside the file is made to start from there.
+    items by number (`parallel.stages.0.tensor=3`); they come after the file, in order. Relative paths of a model, of
+    keys or of a template that exist beside the file are made to start from there.
 
     Raises ConfigError with everything that is wrong with the file and the overrides.
     """
@@ -186,11 +186,19 @@ def _drop(data: dict[str, Any], path: KeyPath) -> KeyPath:
 
 
 def _located(config: Config, folder: Path | None) -> Config:
-    """`config` with a model path that exists beside the file, or in the home folder, made whole."""
-    path = Path(config.model.path).expanduser()
-    beside = path if folder is None else folder / path
-    if path.is_absolute() or folder is None or not beside.exists():
-        located = str(path) if path.is_absolute() else config.model.path
-    else:
-        located = str(beside.resolve())
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": located})})
+    """`config` with the paths of files that exist beside it, or in the home folder, made whole."""
+
+    def locate(name: str) -> str:
+        path = Path(name).expanduser()
+        if path.is_absolute() or folder is None or not (folder / path).exists():
+            return str(path) if path.is_absolute() else name
+        return str((folder / path).resolve())
+
+    serve = config.serve
+    files = {key: locate(name) for key in ("api_keys", "chat_template") if (name := getattr(serve, key)) is not None}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": locate(config.model.path)}),
+            "serve": serve.model_copy(update=files),
+        }
+    )

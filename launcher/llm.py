@@ -86,7 +86,7 @@ class LLM(Served):
         """Ends the prompts of a call, from any thread; whoever follows them gets what there is, with the finish reason
         `abort`. Nothing where there is no such call.
         """
-        self._end_calls(request_id)
+        self.end_calls(request_id)
 
     def stats(self) -> EngineStats:
         """What is going on, of all replicas together; `replica_stats` has each."""

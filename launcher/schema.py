@@ -196,7 +196,8 @@ class EngineSection(Section):
     max_waiting: int | None = Field(
         default=None,
         ge=1,
-        description="Most requests waiting to run, for each replica; those beyond are refused. null: without limit.",
+        description="Most requests waiting to run, for each replica; those beyond are refused. null: without limit, "
+        "but 1024 under `phalanx serve`.",
     )
     kv_cache: AutoOrSizeBytes = Field(
         default="auto",
@@ -226,7 +227,49 @@ class EngineSection(Section):
 
 
 class ServeSection(Section):
-    """Reserved for the HTTP front."""
+    """The HTTP front, of `phalanx serve`."""
+
+    host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address to listen at; 0.0.0.0 for all of this machine's."
+    )
+    port: int = Field(default=8000, ge=0, lt=2**16, description="Port to listen at; 0 for any that is free.")
+    model_name: str | None = Field(
+        default=None, min_length=1, description="What requests call the model. null: `model.path` as it is written."
+    )
+    api_keys: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File with the keys that requests must show, one a line; read again when it changes. A relative "
+        "path starts from the YAML file. null: no key is asked for.",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File with a Jinja chat template in place of the model's own. A relative path starts from the YAML "
+        "file.",
+    )
+    tool_format: Literal["auto", "hermes", "llama", "mistral", "pythonic", "none"] = Field(
+        default="auto", description="How the model writes tool calls. auto: as its chat template shows it."
+    )
+    max_body: SizeBytes = Field(
+        default=4 * 2**20, description="Largest body of a request.", json_schema_extra=_SIZE_FIELD
+    )
+    body_timeout_s: float = Field(default=30.0, gt=0, description="Seconds the body of a request may take to come.")
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="Seconds a request may take, waiting included; it ends with what there is."
+    )
+    stalled_client_s: float = Field(
+        default=60.0, gt=0, description="Seconds a client may leave what it is sent unread; then it is cut off."
+    )
+    drain_timeout_s: float = Field(
+        default=60.0, ge=0, description="Seconds that running requests have to finish once the server is told to stop."
+    )
+    access_log: bool = Field(default=True, description="Whether to log a line of JSON for each request.")
+    traces: str | None = Field(
+        default=None,
+        min_length=1,
+        description="OTLP/HTTP endpoint for OpenTelemetry traces, such as http://collector:4318/v1/traces.",
+    )
 
 
 class Config(Section):
@@ -239,4 +282,4 @@ class Config(Section):
     parallel: ParallelSection = Field(default_factory=ParallelSection, description="How the model is cut over ranks.")
     comm: CommSection = Field(default_factory=CommSection, description="How ranks reach each other.")
     engine: EngineSection = Field(default_factory=EngineSection, description="How requests are batched.")
-    serve: ServeSection = Field(default_factory=ServeSection, description="Reserved for the HTTP front.")
+    serve: ServeSection = Field(default_factory=ServeSection, description="The HTTP front, of `phalanx serve`.")

@@ -147,13 +147,16 @@ class Served:
                 raise
         # Where the ranks measured, replicas may have found unlike room: all take what fits the smallest.
         num_pages = min(ready.num_pages for formation in self._formations for ready in formation.ready)
-        self._drivers = [self._driver(formation, num_pages) for formation in self._formations]
+        self._limits = self._engine_limits(num_pages)
+        self._drivers = [
+            EngineDriver(Engine(formation, self._limits, self.vocab_size), formation) for formation in self._formations
+        ]
         atexit.register(self.close)  # before the formations', which the engines' threads are still using
         self.startup = self._startup(model_s, time.perf_counter() - started)
 
-    def _driver(self, formation: Formation, num_pages: int) -> EngineDriver:
+    def _engine_limits(self, num_pages: int) -> Limits:
         plan, settings = self.plan, self.config.engine
-        limits = Limits(
+        return Limits(
             max_sequences=settings.max_sequences,
             max_batch_tokens=settings.max_batch_tokens,
             num_pages=num_pages,
@@ -163,7 +166,6 @@ class Served:
             max_waiting=settings.max_waiting,
             keep_prefixes=settings.prefix_cache,
         )
-        return EngineDriver(Engine(formation, limits, self._source.config.shape.vocab_size), formation)
 
     def _startup(self, model_s: float, total_s: float) -> Startup:
         ranks = tuple(ready for formation in self._formations for ready in formation.ready)
@@ -180,18 +182,47 @@ class Served:
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation in the model's own template, ready for its reply."""
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model can draw; those past the tokenizer's have no text."""
+        return self._source.config.shape.vocab_size
+
+    @property
+    def limits(self) -> Limits:
+        """What bounds the requests of one replica."""
+        return self._limits
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None, **settings: Any
+    ) -> list[int]:
+        """Token ids of a conversation, ready for its reply. template: in place of the model's own. settings: more of
+        what `render_chat` takes, such as `tools`.
+        """
         tokenizer = self._tokenizer
         text = render_chat(
-            tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+            template or tokenizer.chat_template,
+            messages,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            **settings,
         )
         return tokenizer.encode(text, add_special_tokens=False)
 
     @property
+    def failures(self) -> list[Exception | None]:
+        """What ended each replica, None for those that run."""
+        return [driver.failure for driver in self._drivers]
+
+    @property
     def failure(self) -> Exception | None:
-        """What ended a replica, or None while all run."""
-        return next((driver.failure for driver in self._drivers if driver.failure is not None), None)
+        """What ended the last of the replicas, or None while one of them runs."""
+        failures = self.failures
+        return None if None in failures or not failures else failures[-1]
+
+    @property
+    def last_results_s(self) -> list[float]:
+        """When a step of each replica was last known to be done, on the clock of `time.perf_counter`."""
+        return [driver.engine.last_result_s for driver in self._drivers]
 
     def replica_stats(self) -> list[EngineStats]:
         """What each replica does."""
@@ -201,7 +232,7 @@ class Served:
         """By replica and stage: when each worked on which step, on the clock of `time.perf_counter`; the last 8192."""
         return [driver.engine.timeline.steps(since_s) for driver in self._drivers]
 
-    def _end_calls(self, name: str) -> None:
+    def end_calls(self, name: str) -> None:
         """Ends every prompt of the call of this name. Nothing where it has ended."""
         with self._lock:
             call = self._calls.get(name)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+_LONG_TEXT = 4096  # characters, encoded in about a millisecond
 
 
 class Tokenizer:
@@ -53,6 +54,16 @@ class Tokenizer:
         """Number of tokens, added ones included. The model's own vocabulary may be padded beyond it."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text, such as those that begin and end one."""
+        return self._special
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """The texts of the control tokens, which are left out of what is decoded."""
+        return frozenset(self._backend.id_to_token(token) or "" for token in self._special) - {""}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it are taken as such.
 
@@ -60,7 +71,10 @@ class Tokenizer:
         that a chat template has rendered, which has it already. Raises RequestError for text that is not valid Unicode.
         """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) < _LONG_TEXT:
+                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Of its ways only those for several texts leave the interpreter to other threads meanwhile.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError as error:  # the library's word for a str that UTF-8 cannot express
             lone = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
             if lone is None:

@@ -73,7 +73,7 @@ def test_the_wheel_carries_licence_and_command(wheel: Path) -> None:
         commands = archive.read(by_name["entry_points.txt"]).decode()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
-    assert "phalanx = phalanx.launcher.cli:main" in commands
+    assert "phalanx = phalanx.cli:main" in commands
 
 
 def test_triton_and_cupy_are_no_plain_dependencies(wheel: Path) -> None:

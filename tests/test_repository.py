@@ -118,7 +118,7 @@ def test_the_public_names_need_neither_ray_nor_cupy_nor_triton() -> None:
 
 
 def test_the_command_line_needs_neither_ray_nor_cupy_nor_triton() -> None:
-    done = import_without_extras("import phalanx.launcher.cli")
+    done = import_without_extras("import phalanx.cli")
     assert done.returncode == 0, done.stderr
 
 

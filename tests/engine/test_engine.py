@@ -231,8 +231,32 @@ def test_more_than_may_run_and_wait_are_refused_until_there_is_room(say: Say) ->
     served.driver.abort(request)
     inbox.until_end()
     served.script.submit = run  # type: ignore[method-assign]
-    with pytest.raises(QueueFullError, match="0 completions are running or waiting; 4 more"):
+    with pytest.raises(RequestError, match="4 completions at once are more than the 2 that may run"):
         served.submit(params=SamplingParams(n=4))
+
+
+def test_a_stop_string_may_begin_before_the_least_number_of_tokens(say: Say) -> None:
+    output, deltas = say(b"hello hello").complete(SamplingParams(max_tokens=50, min_tokens=5, stop=("ell", "llo ")))
+    assert (output.text, output.finish_reason) == ("he", "stop")
+    assert "".join(delta.text for delta in deltas) == "he"
+
+
+def test_control_tokens_are_shown_where_they_are_asked_for(say: Say) -> None:
+    text = b"a"
+    hidden, shown = (
+        say(text).complete(SamplingParams(max_tokens=3, ignore_eos=True, skip_special_tokens=skip))[0]
+        for skip in (True, False)
+    )
+    assert hidden.text == "a"
+    assert shown.text.startswith("a")
+    assert len(shown.text) > 1
+
+
+def test_waiting_and_what_was_computed_before_are_told(say: Say) -> None:
+    served = say(b"ok", prompt_length=9, max_sequences=1)
+    first, second = (served.complete(SamplingParams(), [7] * 9)[0] for _ in range(2))
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 8)
+    assert 0 <= first.timings.queued_s <= first.timings.time_to_first_token_s
 
 
 def test_a_failed_engine_says_so_even_where_its_queue_was_full(say: Say) -> None:

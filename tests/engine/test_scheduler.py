@@ -341,9 +341,9 @@ def test_memory_that_runs_out_preempts_the_youngest_which_then_goes_on() -> None
 
 
 def test_a_newcomer_waits_where_it_would_be_preempted_at_once() -> None:
-    """The pages are there, but the sequence that runs will need one of them in the next steps."""
+    """The pages are there, but the sequence that runs will need one of them some steps later."""
     run = Run(Limits(4, 100, 8, 4, 32, keep_prefixes=False))
-    run.add(0, [1] * 8, 8)
+    run.add(0, [1] * 6, 8)
     run.plan()
     run.add(1, [2] * 24, 8)
     run.finish()
@@ -360,6 +360,28 @@ def test_no_page_is_taken_for_the_last_token_which_is_never_run() -> None:
         used.append(run.scheduler.stats().pages_used)
         run.hear()
     assert max(used) == 2
+
+
+def test_of_a_prefix_that_nobody_uses_the_last_page_gives_way_first() -> None:
+    run = Run(Limits(4, 100, 4, 4, 16))
+    run.add(0, list(range(12)), 1)  # three pages of a prefix
+    run.finish()
+    run.add(1, [40] * 8, 1)  # two pages: the free one, and one of these
+    run.finish()
+    run.add(2, list(range(12)), 1)
+    run.finish()
+    assert run.scheduler.stats().prompt_tokens_cached == 8
+
+
+def test_a_prompt_counts_once_however_often_it_is_run_again() -> None:
+    run = Run(Limits(2, 4, 8, 4, 32))
+    run.add(0, [1] * 12, 4, priority=1)
+    run.plan()  # a chunk of its prompt
+    run.hear()
+    run.add(1, [2] * 24, 4, priority=0)
+    run.finish()
+    stats = run.scheduler.stats()
+    assert (stats.preemptions, stats.prompt_tokens) == (1, 36)
 
 
 def test_an_urgent_request_takes_the_place_of_a_less_urgent_one() -> None:

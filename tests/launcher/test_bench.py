@@ -32,7 +32,7 @@ from phalanx.launcher.bench.readings import LatencyLimits, RequestReading, Round
 from phalanx.launcher.bench.rounds import measure, play, turned
 from phalanx.launcher.bench.stages import busy_shares, full_span
 from phalanx.launcher.bench.workloads import RequestShape, WorkloadName
-from phalanx.launcher.cli import app
+from phalanx.cli import app
 from phalanx.launcher.config import load_config
 from phalanx.models.resolve import ModelSource
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from phalanx.errors import ModelError
 from phalanx.launcher.check import CheckReport, check
-from phalanx.launcher.cli import app
+from phalanx.cli import app
 from phalanx.launcher.machine import Gpu, Machine, this_machine
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.parallel.shape import ModelShape
@@ -377,7 +377,7 @@ def test_this_machine_says_what_it_has() -> None:
 def test_help_and_version_load_neither_torch_nor_ray() -> None:
     script = (
         "import sys\n"
-        "from phalanx.launcher.cli import app\n"
+        "from phalanx.cli import app\n"
         "for arguments in (['--help'], ['--version'], ['check', '--help']):\n"
         "    try: app(arguments)\n"
         "    except SystemExit as end: assert not end.code, end.code\n"

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from phalanx import LLM, SamplingParams, launch
 from phalanx.errors import PhalanxError, PlacementError
-from phalanx.launcher.cli import app
+from phalanx.cli import app
 from phalanx.launcher.deployment import NAMESPACE
 from phalanx.launcher.ray_cluster import RayCluster, reread_token
 from phalanx.models.resolve import ModelSource
@@ -108,7 +108,7 @@ def test_a_deployment_outlives_the_program_that_launched_it_and_tells_of_a_dead_
     arguments: list[str] = ["launch", str(CONFIGS / "single.yaml"), "--name", "lasting"]
     for setting in (f"cluster.ray={cluster}", "parallel.tensor=2", *SMALL):
         arguments += ["--set", setting]
-    program = "import sys; from phalanx.launcher.cli import main; sys.argv[0] = 'phalanx'; main()"
+    program = "import sys; from phalanx.cli import main; sys.argv[0] = 'phalanx'; main()"
     launched = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120, check=False
     )

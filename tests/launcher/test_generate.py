@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from phalanx.launcher.cli import app
+from phalanx.cli import app
 from phalanx.models.resolve import ModelSource
 
 CONFIG = """

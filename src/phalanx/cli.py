@@ -1,4 +1,4 @@
-"""The command line: `phalanx COMMAND`. Commands live in `launcher/commands`, one a module, registered here."""
+"""The command line: `phalanx COMMAND`. Commands live in `commands` of the rooms, one a module, and register here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from phalanx.launcher.commands.bench import bench
 from phalanx.launcher.commands.check import check
 from phalanx.launcher.commands.deployments import launch, status, stop
 from phalanx.launcher.commands.generate import generate
+from phalanx.serve.commands.bench_serve import bench_serve
+from phalanx.serve.commands.serve import serve
 
 app = typer.Typer(
     name="phalanx",
@@ -25,9 +27,11 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(generate)
+app.command()(serve)
 app.command()(launch)
 app.command()(status)
 app.command()(stop)
+bench.command("serve")(bench_serve)
 app.add_typer(bench, name="bench")
 
 

@@ -1,0 +1,218 @@
+"""The HTTP application: which path does what. Its OpenAPI document is at `/openapi.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, FastAPI, Request
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from phalanx import __version__
+from phalanx.errors import PhalanxError
+from phalanx.launcher.async_engine import AsyncEngine
+from phalanx.serve import answers
+from phalanx.serve.chat import chat
+from phalanx.serve.completions import complete
+from phalanx.serve.errors import ApiError, JsonResponse, body_error
+from phalanx.serve.exchange import Exchange
+from phalanx.serve.gate import Gate
+from phalanx.serve.health import Health
+from phalanx.serve.page_files import page_routes
+from phalanx.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from phalanx.serve.service import Service
+from phalanx.serve.texts import detokenize, tokenize
+from phalanx.serve.tracing import Tracing
+
+REFUSALS = {
+    400: "The request cannot be served as it is; the message says what is allowed.",
+    401: "An API key is needed.",
+    404: "The model is not served here.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    429: "Too much is going on; Retry-After says when to try again.",
+    503: "The server is stopping, or its ranks have failed.",
+    504: "The request took too long.",
+}
+
+Handler = Callable[..., Coroutine[Any, Any, Response]]
+RequestT = TypeVar("RequestT", bound=BaseModel)
+
+
+def create_app(engine: AsyncEngine) -> ASGIApp:
+    """The application that serves an engine, by the `serve` section of its configuration.
+
+    Raises PhalanxError for keys, a template or traces that cannot be had.
+    """
+    return HttpFront(engine).app
+
+
+class HttpFront:
+    """The application, and what a server needs of it. service: its state. app: the ASGI application."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        api = _Api(title="Phalanx", version=__version__, docs_url=None, redoc_url=None)
+        self.tracing = Tracing.to(engine.config.serve.traces)
+        self.service = Service(engine, endpoints=PATHS)
+        self.health = Health(engine)
+        api.state.front = self
+        for path, handler, wanted, answer in POSTS:
+            api.post(
+                path,
+                openapi_extra=_body_of(wanted),
+                response_class=JsonResponse,
+                responses={200: {"model": answer}, **_refusals()},
+            )(handler)
+        for path, handler, answer, statuses in GETS:
+            described: dict[int | str, dict[str, Any]] = {status: {"model": answer} for status in statuses}
+            api.get(path, response_class=JsonResponse, responses=described)(handler)
+        api.get("/metrics", response_class=Response, include_in_schema=False)(metrics)
+        api.router.routes.extend(page_routes())
+        for kind in (ApiError, PhalanxError, HTTPException):
+            api.add_exception_handler(kind, _told)
+        self.app: ASGIApp = Gate(api, self.service, self.tracing)
+
+    def close(self) -> None:
+        self.service.close()
+        self.tracing.close()
+
+
+class _Api(FastAPI):
+    """Adds the models of request bodies to the document: they are read by `_read`, not by FastAPI."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            _, schemas = models_json_schema(
+                [(wanted, "validation") for _, _, wanted, _ in POSTS], ref_template="#/components/schemas/{model}"
+            )
+            document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+            self.openapi_schema = document
+        return self.openapi_schema
+
+
+def _body_of(wanted: type[BaseModel]) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{wanted.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
+def _refusals() -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": answers.Error, "description": words} for status, words in REFUSALS.items()}
+
+
+async def _read(request: Request, wanted: type[RequestT]) -> RequestT:
+    """A body as one of the models: straight from its bytes, and with every problem at once."""
+    try:
+        return wanted.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise body_error(error.errors(include_url=False)) from None
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    """What a client is told of an error."""
+    if isinstance(error, HTTPException):
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        words = f"{request.method} {request.url.path[:100]}: {error.detail}; /openapi.json says what there is"
+        told = ApiError(error.status_code, words, code=code)
+    else:
+        told = _front(request).service.refusal(error)
+    Exchange.of(request).refusal = told.reason
+    response = told.response()
+    if isinstance(error, HTTPException) and error.headers:
+        response.headers.update(error.headers)
+    return response
+
+
+def _front(request: Request) -> HttpFront:
+    front: HttpFront = request.app.state.front
+    return front
+
+
+Front = Annotated[HttpFront, Depends(_front)]
+
+
+async def completions(request: Request, front: Front) -> Response:
+    """Completes prompts."""
+    wanted = await _read(request, CompletionRequest)
+    return await complete(front.service, Exchange.of(request), wanted)
+
+
+async def chat_completions(request: Request, front: Front) -> Response:
+    """Goes on with a conversation."""
+    return await chat(front.service, Exchange.of(request), await _read(request, ChatRequest))
+
+
+async def tokenize_(request: Request, front: Front) -> Response:
+    """The tokens of a prompt, or of a conversation."""
+    return JsonResponse(await tokenize(front.service, await _read(request, TokenizeRequest)))
+
+
+async def detokenize_(request: Request, front: Front) -> Response:
+    """The text of tokens."""
+    return JsonResponse(await detokenize(front.service, await _read(request, DetokenizeRequest)))
+
+
+async def models(front: Front) -> Response:
+    """The model that is served."""
+    service = front.service
+    model: answers.Model = {
+        "id": service.model_name,
+        "object": "model",
+        "created": int(service.began_s),
+        "owned_by": "phalanx",
+        "max_model_len": service.max_length,
+    }
+    return JsonResponse({"object": "list", "data": [model]})
+
+
+async def version() -> Response:
+    """The version of the server."""
+    return JsonResponse({"version": __version__})
+
+
+async def status(front: Front) -> Response:
+    """The formation, and what its engines do."""
+    return JsonResponse(front.service.status())
+
+
+async def health(front: Front) -> Response:
+    """Whether a token could be produced now: 200, or 503 with the reason."""
+    problem = await front.health.problem()
+    return _health("failed" if problem else "ok", problem)
+
+
+async def ready(front: Front) -> Response:
+    """Whether new requests should be sent here: as `/health`, but not while the server drains."""
+    if front.service.draining:
+        return _health("draining", "the server is stopping")
+    return await health(front)
+
+
+def _health(state: str, reason: str | None) -> Response:
+    return JsonResponse({"status": state, "reason": reason}, 200 if state == "ok" else 503)
+
+
+async def metrics(request: Request, front: Front) -> Response:
+    """For Prometheus."""
+    body, content_type = front.service.metrics.exposition(request.headers.get("accept"))
+    return Response(body, media_type=content_type)
+
+
+POSTS: tuple[tuple[str, Handler, type[BaseModel], type], ...] = (
+    ("/v1/completions", completions, CompletionRequest, answers.Completion),
+    ("/v1/chat/completions", chat_completions, ChatRequest, answers.Chat),
+    ("/tokenize", tokenize_, TokenizeRequest, answers.Tokenized),
+    ("/detokenize", detokenize_, DetokenizeRequest, answers.Detokenized),
+)
+GETS: tuple[tuple[str, Handler, type, tuple[int, ...]], ...] = (
+    ("/v1/models", models, answers.Models, (200,)),
+    ("/version", version, answers.Version, (200,)),
+    ("/status", status, answers.Status, (200,)),
+    ("/health", health, answers.Health, (200, 503)),
+    ("/ready", ready, answers.Health, (200, 503)),
+)
+PATHS = ("/", "/metrics", "/openapi.json", *(post[0] for post in POSTS), *(get[0] for get in GETS))

@@ -1,0 +1,63 @@
+"""`phalanx serve`: a model behind OpenAI's protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import logging
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")],
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen at, in place of serve.host.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="Port to listen at, in place of serve.port.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: parallel.tensor=3. Repeatable."),
+    ] = None,
+) -> None:
+    """Serve the model of CONFIG over HTTP, by OpenAI's protocol, until SIGTERM or Ctrl-C; running requests are finished
+    first.
+    """
+    import logging
+    from contextlib import closing
+
+    from rich.console import Console
+
+    from phalanx.launcher.async_engine import AsyncEngine
+    from phalanx.launcher.config import load_config
+    from phalanx.launcher.progress import StartProgress
+    from phalanx.serve.app import HttpFront
+    from phalanx.serve.server import HttpServer, bind, url_of, with_bounds
+
+    given = [f"serve.{key}={value}" for key, value in (("host", host), ("port", port)) if value is not None]
+    settings = with_bounds(load_config(config, [*(overrides or ()), *given]))
+    _log_lines(logging.getLogger("phalanx.access"))
+    with bind(settings.serve.host, settings.serve.port) as bound:  # a port that is taken is known before a long start
+        with StartProgress() as progress:
+            engine = AsyncEngine.from_config(settings, on_progress=progress.update)
+        with closing(engine):
+            progress.show_startup(engine.startup, engine.plan)
+            front = HttpFront(engine)
+            server = HttpServer(front)
+            console = Console(stderr=True, highlight=False)
+            console.print(f"serving [bold]{front.service.model_name}[/] at [bold]{url_of(bound)}[/]")
+            server.run(sockets=[bound])
+            front.close()
+
+
+def _log_lines(log: logging.Logger) -> None:
+    """Lets a log write to standard error what it is given and nothing else, whatever the level of others."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False

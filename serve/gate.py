@@ -1,0 +1,279 @@
+"""What every request passes: limits and keys before it, an eye on the client while it runs, the log after it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import cast, get_args
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from phalanx.serve.errors import ApiError
+from phalanx.serve.exchange import Exchange
+from phalanx.serve.metrics import Refusal
+from phalanx.serve.service import Service
+from phalanx.serve.tracing import Tracing, Value
+
+access_log = logging.getLogger("phalanx.access")
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+ABORT = "phalanx.abort"  # extension of the scope: cuts the connection off
+OPEN_PATHS = ("/health", "/ready", "/metrics", "/version", "/")  # for probes, scrapers and browsers without a key
+REASONS: dict[int, Refusal] = {401: "unauthorized", 404: "not_found", 405: "not_found", 413: "too_large"}
+WORK_PATHS = ("/v1/completions", "/v1/chat/completions")
+
+
+class Gate:
+    """Wraps the application. A client that goes away while its request runs has it cancelled, whatever it is at."""
+
+    def __init__(self, app: ASGIApp, service: Service, tracing: Tracing) -> None:
+        self._app = app
+        self._service = service
+        self._tracing = tracing
+        self._num_open = 0  # requests for work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        exchange = Exchange(_request_id(headers), scope["method"], scope["path"], _client(scope))
+        scope["state"]["exchange"] = exchange
+        answer = _AnswerChannel(send, exchange, self._service.settings.stalled_client_s, _abort_of(scope))
+        works = exchange.path in WORK_PATHS and exchange.method == "POST"
+        if works:
+            exchange.span = self._tracing.start(f"POST {exchange.path}", headers, _trace_of(exchange))
+        self._num_open += works
+        try:
+            try:
+                self._admit(exchange, headers, works)
+                body = await self._body(headers, receive)
+                await _while_connected(self._app, scope, receive, body, answer, exchange)
+            except ApiError as error:
+                await self._refuse(error, scope, receive, answer)
+            except Exception as error:  # a bug, after which the server goes on
+                await self._refuse(self._service.refusal(error), scope, receive, answer)
+        finally:
+            self._num_open -= works
+            self._close(exchange)
+
+    def _admit(self, exchange: Exchange, headers: Headers, works: bool) -> None:
+        """Raises ApiError for a request that is not to be looked into."""
+        service = self._service
+        if service.keys is not None and not _is_open(exchange.path):
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            exchange.key = service.keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
+            if exchange.key is None:
+                raise ApiError(
+                    401,
+                    "this server wants an API key that it knows; send `Authorization: Bearer KEY`",
+                    code="invalid_api_key",
+                )
+        if works and service.draining:
+            raise ApiError(503, "the server is stopping; send the request to another", code="draining", retry_after_s=1)
+        if works and service.max_open is not None and self._num_open > service.max_open:
+            raise ApiError(
+                429,
+                f"{self._num_open} requests are open, more than the {service.max_open} that may run or wait "
+                "(engine.max_sequences, engine.max_waiting); try again later",
+                code="queue_full",
+                retry_after_s=service.retry_after_s,
+            )
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """All of it. Raises ApiError where it is too large, or takes too long to come."""
+        settings = self._service.settings
+        too_large = ApiError(
+            413,
+            f"the body is larger than {settings.max_body} bytes, the most that is taken (serve.max_body)",
+            code="too_large",
+        )
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > settings.max_body:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(settings.body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the client went before its request was complete", code="disconnected")
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size > settings.max_body:
+                        raise too_large
+                    parts.append(part)
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"the body did not come within {settings.body_timeout_s:g} s (serve.body_timeout_s)",
+                code="timeout",
+            ) from None
+
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, answer: _AnswerChannel) -> None:
+        if answer.started:  # with half of an answer out, nothing better can be said
+            answer.cut_off()
+            return
+        answer.refused(error)
+        response = error.response()
+        # What is left of a body that was not taken cannot be told from the next request.
+        response.headers["connection"] = "close"
+        await response(scope, receive, answer.send)
+
+    def _close(self, exchange: Exchange) -> None:
+        service, seconds = self._service, time.perf_counter() - exchange.began_s
+        metrics = service.metrics
+        if exchange.refusal is not None:
+            metrics.refused(_reason(exchange))
+        if exchange.disconnected:
+            metrics.disconnected()
+        else:
+            metrics.answered(exchange.path, exchange.status or 500, seconds)
+        error = exchange.refusal or ("disconnected" if exchange.disconnected else None)
+        exchange.span.end(exchange.status or 499, exchange.trace, error=error)
+        if service.settings.access_log:
+            access_log.info("%s", _line(exchange, seconds))
+
+
+class _AnswerChannel:
+    """Where a response goes: it takes note of it, and cuts off a client that does not read it."""
+
+    def __init__(self, send: Send, exchange: Exchange, limit_s: float, abort: Callable[[], None]) -> None:
+        self._send = send
+        self._exchange = exchange
+        self._limit_s = limit_s
+        self.cut_off = abort
+
+    @property
+    def started(self) -> bool:
+        return self._exchange.status is not None
+
+    def refused(self, error: ApiError) -> None:
+        self._exchange.refusal = error.reason
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._exchange.status = message["status"]
+            message["headers"] = [*message["headers"], (b"x-request-id", self._exchange.request_id.encode())]
+        try:
+            async with asyncio.timeout(self._limit_s):
+                await self._send(message)
+        except TimeoutError:
+            self._exchange.refusal = "stalled"
+            self.cut_off()
+            raise ClientGoneError from None
+
+
+class ClientGoneError(Exception):
+    """The client was cut off: there is nobody to answer."""
+
+
+async def _while_connected(
+    app: ASGIApp, scope: Scope, receive: Receive, body: bytes, answer: _AnswerChannel, exchange: Exchange
+) -> None:
+    """Runs the application on a body that has come, and cancels it when the client goes."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    forever = asyncio.Event()
+
+    async def replay() -> Message:
+        if pending:
+            return pending.pop()
+        await forever.wait()
+        return {"type": "http.disconnect"}
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def run() -> None:
+        await app(scope, replay, answer.send)
+
+    work = asyncio.create_task(run())
+    watch = asyncio.create_task(gone())
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            exchange.disconnected = True
+            work.cancel()
+        await work
+    except asyncio.CancelledError:
+        if not exchange.disconnected:  # it is the server that ends
+            raise
+    except ClientGoneError:
+        exchange.disconnected = True
+    finally:
+        work.cancel()
+        watch.cancel()
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's, where it is one that can stand in a header and a log."""
+    given = headers.get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+
+
+def _client(scope: Scope) -> str:
+    client = scope.get("client")
+    return f"{client[0]}:{client[1]}" if client else ""
+
+
+def _abort_of(scope: Scope) -> Callable[[], None]:
+    abort: Callable[[], None] = scope.get("extensions", {}).get(ABORT, lambda: None)
+    return abort
+
+
+def _trace_of(exchange: Exchange) -> dict[str, Value]:
+    return {
+        "http.request.method": exchange.method,
+        "url.path": exchange.path,
+        "client.address": exchange.client,
+        "phalanx.request_id": exchange.request_id,
+    }
+
+
+def _reason(exchange: Exchange) -> Refusal:
+    """What a refusal is counted as."""
+    if exchange.refusal in get_args(Refusal):
+        return cast("Refusal", exchange.refusal)
+    return REASONS.get(exchange.status or 0, "invalid")
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith("/page/")
+
+
+def _line(exchange: Exchange, seconds: float) -> str:
+    """A request as a line of JSON. No texts."""
+    line = {
+        "time": time.time(),
+        "request_id": exchange.request_id,
+        "client": exchange.client,
+        "key": exchange.key,
+        "method": exchange.method,
+        "path": exchange.path[:200],
+        "status": None if exchange.disconnected and exchange.status is None else exchange.status,
+        "seconds": round(seconds, 6),
+    }
+    if exchange.disconnected:
+        line["disconnected"] = True
+    if exchange.refusal:
+        line["refusal"] = exchange.refusal
+    if exchange.prompt_tokens:
+        line |= {
+            "stream": exchange.streamed,
+            "prompt_tokens": exchange.prompt_tokens,
+            "cached_tokens": exchange.cached_tokens,
+            "output_tokens": exchange.output_tokens,
+            "queued_s": exchange.queued_s,
+            "first_token_s": exchange.first_token_s,
+            "finish_reasons": exchange.finish_reasons,
+        }
+    return msgspec.json.encode(line).decode()
