@@ -63,7 +63,7 @@ class Completion(TypedDict):
     usage: NotRequired[Usage | None]
 
 
-class FunctionCall(TypedDict):
+class CalledFunction(TypedDict):
     name: NotRequired[str]
     arguments: str
 
@@ -74,7 +74,7 @@ class ToolCall(TypedDict):
     index: NotRequired[int]
     id: NotRequired[str]
     type: NotRequired[Literal["function"]]
-    function: FunctionCall
+    function: CalledFunction
 
 
 class ChatMessage(TypedDict):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Depends, FastAPI, Request
-from pydantic import BaseModel, ValidationError
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -39,6 +38,8 @@ REFUSALS = {
     504: "The request took too long.",
 }
 
+ANY_REFUSALS = (401, 408, 413)  # of every path
+
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
@@ -60,20 +61,22 @@ class HttpFront:
         self.service = Service(engine, endpoints=PATHS)
         self.health = Health(engine)
         api.state.front = self
-        for path, handler, wanted, answer in POSTS:
+        for path, handler, wanted, answer, chunk in POSTS:
+            served = {"model": answer, **_stream_of(chunk)}
             api.post(
                 path,
                 openapi_extra=_body_of(wanted),
                 response_class=JsonResponse,
-                responses={200: {"model": answer}, **_refusals()},
+                responses={200: served, **_refusals(REFUSALS)},
             )(handler)
         for path, handler, answer, statuses in GETS:
             described: dict[int | str, dict[str, Any]] = {status: {"model": answer} for status in statuses}
-            api.get(path, response_class=JsonResponse, responses=described)(handler)
+            api.get(path, response_class=JsonResponse, responses=_refusals(ANY_REFUSALS) | described)(handler)
         api.get("/metrics", response_class=Response, include_in_schema=False)(metrics)
         api.router.routes.extend(page_routes())
         for kind in (ApiError, PhalanxError, HTTPException):
             api.add_exception_handler(kind, _told)
+        api.add_exception_handler(Exception, _passed_on)
         self.app: ASGIApp = Gate(api, self.service, self.tracing)
 
     def close(self) -> None:
@@ -82,14 +85,18 @@ class HttpFront:
 
 
 class _Api(FastAPI):
-    """Adds the models of request bodies to the document: they are read by `_read`, not by FastAPI."""
+    """Adds to the document what FastAPI does not see: bodies, which `_read` reads, and the chunks of streams."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             document = super().openapi()
-            _, schemas = models_json_schema(
-                [(wanted, "validation") for _, _, wanted, _ in POSTS], ref_template="#/components/schemas/{model}"
-            )
+            models: list[tuple[str, Literal["validation"], TypeAdapter[Any]]] = [
+                (model.__name__, "validation", TypeAdapter(model))
+                for _, _, wanted, _, chunk in POSTS
+                for model in (wanted, chunk)
+                if model is not None
+            ]
+            _, schemas = TypeAdapter.json_schemas(models, ref_template="#/components/schemas/{model}")
             document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
             self.openapi_schema = document
         return self.openapi_schema
@@ -100,8 +107,16 @@ def _body_of(wanted: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
 
-def _refusals() -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": answers.Error, "description": words} for status, words in REFUSALS.items()}
+def _stream_of(chunk: type | None) -> dict[str, Any]:
+    """The other form of an answer: as a stream of chunks."""
+    if chunk is None:
+        return {}
+    words = f"Server-sent events. The data of each is a {chunk.__name__}, or an Error, which ends it; the last is [DONE]."
+    return {"content": {"text/event-stream": {"schema": {"type": "string", "description": words}}}}
+
+
+def _refusals(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": answers.Error, "description": REFUSALS[status]} for status in statuses}
 
 
 async def _read(request: Request, wanted: type[RequestT]) -> RequestT:
@@ -109,7 +124,7 @@ async def _read(request: Request, wanted: type[RequestT]) -> RequestT:
     try:
         return wanted.model_validate_json(await request.body())
     except ValidationError as error:
-        raise body_error(error.errors(include_url=False)) from None
+        raise body_error(error, wanted.model_fields) from None
 
 
 async def _told(request: Request, error: Exception) -> Response:
@@ -125,6 +140,11 @@ async def _told(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.headers:
         response.headers.update(error.headers)
     return response
+
+
+async def _passed_on(request: Request, error: Exception) -> Response:
+    """A bug is the gate's to tell: what is framed here would say it in words of its own."""
+    raise error
 
 
 def _front(request: Request) -> HttpFront:
@@ -202,11 +222,11 @@ async def metrics(request: Request, front: Front) -> Response:
     return Response(body, media_type=content_type)
 
 
-POSTS: tuple[tuple[str, Handler, type[BaseModel], type], ...] = (
-    ("/v1/completions", completions, CompletionRequest, answers.Completion),
-    ("/v1/chat/completions", chat_completions, ChatRequest, answers.Chat),
-    ("/tokenize", tokenize_, TokenizeRequest, answers.Tokenized),
-    ("/detokenize", detokenize_, DetokenizeRequest, answers.Detokenized),
+POSTS: tuple[tuple[str, Handler, type[BaseModel], type, type | None], ...] = (
+    ("/v1/completions", completions, CompletionRequest, answers.Completion, answers.Completion),
+    ("/v1/chat/completions", chat_completions, ChatRequest, answers.Chat, answers.ChatChunk),
+    ("/tokenize", tokenize_, TokenizeRequest, answers.Tokenized, None),
+    ("/detokenize", detokenize_, DetokenizeRequest, answers.Detokenized, None),
 )
 GETS: tuple[tuple[str, Handler, type, tuple[int, ...]], ...] = (
     ("/v1/models", models, answers.Models, (200,)),

@@ -42,10 +42,11 @@ class Conversation:
 
     @property
     def num_characters(self) -> int:
-        return sum(len(text) for text in _texts([self.messages, self.tools]))
+        """What a template may write at least: of a number it is not known how long it comes out."""
+        return _size([self.messages, self.tools, self.settings])
 
 
-RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "template")
+RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "template", "self")
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -82,16 +83,18 @@ def _arguments(text: str) -> Any:
         return text
 
 
-def _texts(value: Any) -> list[str]:
-    """All texts in nested data, without recursion: a client chooses its depth."""
-    texts, left = [], [value]
+def _size(value: Any) -> int:
+    """Characters of all texts in nested data, and one for anything else. Without recursion: a client chooses its depth."""
+    size, left = 0, [value]
     while left:
         each = left.pop()
         if isinstance(each, str):
-            texts.append(each)
+            size += len(each)
         elif isinstance(each, dict):
             left.extend(each.values())
-            texts.extend(key for key in each if isinstance(key, str))
+            size += sum(map(len, each))
         elif isinstance(each, list):
             left.extend(each)
-    return texts
+        else:
+            size += 1
+    return size

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 import msgspec
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from phalanx.engine.sampling_params import SamplingParams
 from phalanx.errors import ModelError, PhalanxError, QueueFullError, RequestError
@@ -20,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 MAX_PROBLEMS = 8  # of one body that are told
+MAX_FOUND = 1000  # that are looked through for those
+MAX_PLACE = 200  # characters of a field's path
 
 
 class ApiError(Exception):
@@ -63,10 +69,8 @@ class ApiError(Exception):
         return JsonResponse(self.body(), self.status, self.headers)
 
 
-class JsonResponse(Response):
+class JsonResponse(JSONResponse):
     """JSON by msgspec."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return msgspec.json.encode(content)
@@ -89,45 +93,71 @@ def as_api_error(error: Exception, retry_after_s: float) -> ApiError:
     return ApiError(500, f"the server failed on this request: {type(error).__name__}; its log has more")
 
 
-def body_error(problems: Sequence[ErrorDetails]) -> ApiError:
-    """What is wrong with a body, field by field."""
-    if any(problem["type"] == "json_invalid" for problem in problems):
-        return ApiError(400, f"the body is not JSON: {problems[0]['msg']}", code="json_invalid")
-    words = [_words(problem) for problem in problems[:MAX_PROBLEMS]]
-    if len(problems) > len(words):
-        words.append(f"and {len(problems) - len(words)} more problems")
-    return ApiError(400, "; ".join(words), param=_place(problems[0]) or None)
+def body_error(error: ValidationError, fields: Collection[str]) -> ApiError:
+    """What is wrong with a body, field by field. fields: those that it may have."""
+    if error.error_count() > MAX_FOUND:  # naming them would take seconds
+        words = f"{error.error_count()} things are wrong with the body; /openapi.json says what is allowed"
+        return ApiError(400, words, code="too_many_problems")
+    problems = error.errors(include_url=False)
+    if problems[0]["type"] == "json_invalid":
+        found = problems[0]["msg"].removeprefix("Invalid JSON: ")
+        words = f"the body is not JSON: {found}; allowed: an object as JSON text in UTF-8, not compressed"
+        return ApiError(400, words, code="json_invalid")
+    places = _by_place(problems)
+    words = [_words(place, each, fields) for place, each in islice(places.items(), MAX_PROBLEMS)]
+    if len(places) > len(words):
+        words.append(f"and {len(places) - len(words)} more problems")
+    return ApiError(400, "; ".join(words), param=next(iter(places)) or None)
 
 
-def _words(problem: ErrorDetails) -> str:
-    place, kind = _place(problem), problem["type"]
-    if kind == "extra_forbidden":
-        return f"{place}: unknown field; see /openapi.json for those there are"
-    if kind == "missing":
-        return f"{place}: this field is needed"
-    found = _short(problem["input"])
-    return f"{place or 'the body'}: {problem['msg']}" + (f", found {found}" if found else "")
+def _by_place(problems: Sequence[ErrorDetails]) -> dict[str, list[ErrorDetails]]:
+    """A value that may have several forms has a problem with each. Where one form fits but for what is in it, the
+    others say nothing.
+    """
+    places: dict[str, list[ErrorDetails]] = {}
+    around = set()
+    for problem in problems:
+        parts = _place(problem)
+        around.update(".".join(parts[:end]) for end in range(1, len(parts)))
+        places.setdefault(".".join(parts)[:MAX_PLACE], []).append(problem)
+    return {place: each for place, each in places.items() if place not in around}
 
 
-def _place(problem: ErrorDetails) -> str:
-    """The field's path, without what pydantic calls the forms that it may have: `str`, `list[TextPart]`, a tag."""
+def _place(problem: ErrorDetails) -> list[str]:
+    """The path to a field, without what pydantic calls the forms that it may have: `str`, `list[TextPart]`, a tag."""
     *path, last = problem["loc"] or ("",)
-    if problem["type"] != "extra_forbidden":
-        path.append(last)
-        last = ""
-    parts = [str(part) for part in path if isinstance(part, int) or (part.islower() and part not in _FORMS)]
-    return ".".join([*(part for part in parts if not _ODD.search(part)), *([str(last)] if last else [])])[:200]
+    own = problem["type"] == "extra_forbidden"  # a name of the client's choice
+    parts = [str(part) for part in path if not _FORM.fullmatch(str(part))]
+    return [*parts, str(last)] if own or not _FORM.fullmatch(str(last)) else parts
 
 
-_FORMS = ("str", "bool", "int", "float")
-_ODD = re.compile(r"[\[\] ]")
+_FORM = re.compile(r"str|bool|int|float|[A-Z]\w+|.*[\[ ].*", re.DOTALL)
 
 
-def _short(value: object) -> str:
-    if isinstance(value, bool | int | float) or value is None:
-        return repr(value)[:40]
+def _words(place: str, problems: Sequence[ErrorDetails], fields: Collection[str]) -> str:
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        near = get_close_matches(place, fields, 1)
+        return f"{place}: unknown field; " + (f"meant {near[0]}?" if near else "/openapi.json says which there are")
+    if first["type"] == "missing":
+        return f"{place}: this field is needed"
+    forms = [_SHOULD.sub("", problem["msg"]).replace(" after validation", "") for problem in problems]
+    should = "should be " if _SHOULD.match(first["msg"]) else ""
+    found = _short(first["input"], first["type"])
+    return f"{place or 'the body'}: {should}{', or '.join(dict.fromkeys(forms))}" + (f"; found {found}" if found else "")
+
+
+_SHOULD = re.compile(r"Input should be (?:a valid )?")
+
+
+def _short(value: object, kind: str) -> str:
+    """A value as JSON has it, as far as it says something."""
     if isinstance(value, str):
         return ascii(value[:40]) + ("..." if len(value) > 40 else "")
+    if not isinstance(value, list | dict):
+        return json.dumps(value)[:40]
+    if kind.endswith("_type") or kind == "literal_error":
+        return "an array" if isinstance(value, list) else "an object"
     return ""
 
 

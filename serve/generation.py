@@ -30,6 +30,8 @@ class Generation:
         params: SamplingParams,
         priority: int = 0,
     ) -> None:
+        """Raises ApiError for more prompts than can be served at all."""
+        service.check_count(len(prompts) * params.n)
         self.prompts = prompts
         self.params = params
         self._service = service

@@ -22,6 +22,7 @@ from phalanx.engine.sampling_params import (
 MAX_PROMPTS = 2048
 MAX_TOKENS = 2**31 - 1  # as a number on the wire; what fits the model is the engine's to say
 MAX_STOP_TOKENS = 1024
+MAX_PARTS = 1024  # of one message
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -34,10 +35,10 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _kind_of_prompt(prompt: Any) -> str:
+def _kind_of_prompt(prompt: Any) -> str | None:
     """Which of the four forms a prompt has, by its first item: trying them all costs seconds where it is long."""
     if not isinstance(prompt, list):
-        return "a text"
+        return "a text" if isinstance(prompt, str) else None
     first = prompt[0] if prompt else ""
     if isinstance(first, int):
         return "token ids"
@@ -49,7 +50,11 @@ Prompt = Annotated[
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("a list of texts")]
     | Annotated[TokenIds, Tag("token ids")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("lists of token ids")],
-    Discriminator(_kind_of_prompt),
+    Discriminator(
+        _kind_of_prompt,
+        custom_error_type="prompt_type",
+        custom_error_message="Input should be a text, token ids, or a list of either",
+    ),
 ]
 
 
@@ -148,9 +153,9 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCallMessage] | None = None
+    tool_calls: Annotated[list[ToolCallMessage], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
 
@@ -175,6 +180,12 @@ class NamedTool(Wire):
     function: FunctionName
 
 
+TemplateSettings = Annotated[
+    dict[str, Any],
+    Field(max_length=64, description="More variables of the chat template, such as enable_thinking."),
+]
+
+
 class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1, max_length=MAX_PROMPTS)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS, description="In place of max_tokens.")
@@ -184,9 +195,7 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(default=None, description="Goes to the chat template.")
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        default=None, description="More variables of the chat template, such as enable_thinking."
-    )
+    chat_template_kwargs: TemplateSettings | None = None
     add_generation_prompt: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -200,7 +209,7 @@ class TokenizeRequest(Wire):
     add_special_tokens: bool | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateSettings | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 

@@ -120,6 +120,16 @@ class Service:
                 code="context_length_exceeded",
             )
 
+    def check_count(self, count: int) -> None:
+        """Raises ApiError for more completions than may ever be open, before any is made ready."""
+        if self.max_open is not None and count > self.max_open:
+            raise ApiError(
+                400,
+                f"{count} completions at once are more than the {self.max_open} that may run or wait "
+                "(engine.max_sequences, engine.max_waiting); send fewer at a time",
+                param="n",
+            )
+
     # ---- work beside the event loop ----
 
     async def beside(self, num_characters: int, work: Callable[[], T]) -> T:

@@ -20,7 +20,9 @@ async def tokenize(service: Service, wanted: TokenizeRequest) -> Tokenized:
         tokens = await service.beside(len(text), lambda: tokenizer.encode(text, special))
     else:
         tokens = await service.chat_tokens(Conversation.of(wanted, wanted.tools))
-    texts = [token_text(tokenizer, token) for token in tokens] if wanted.return_token_strs else None
+    texts: list[str] | None = None
+    if wanted.return_token_strs:
+        texts = await service.beside(len(tokens), lambda: [token_text(tokenizer, token) for token in tokens])
     return {"count": len(tokens), "max_model_len": service.max_length, "tokens": tokens, "token_strs": texts}
 
 

@@ -2,7 +2,7 @@
 
 Names are those of OpenTelemetry's conventions for HTTP and for generative AI; what these do not know begins with
 `phalanx.`. The standard variables of OpenTelemetry's SDK (OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS,
-OTEL_RESOURCE_ATTRIBUTES, ...) work as its own pages describe them.
+OTEL_SERVICE_NAME, ...) work as its own pages describe them.
 """
 
 from __future__ import annotations
@@ -120,13 +120,14 @@ class OtelTracing(Tracing):
 
     def __init__(self, processor: SpanProcessor) -> None:
         from opentelemetry.context import Context
-        from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+        from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.trace import SpanKind, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        named = {SERVICE_NAME: "phalanx", SERVICE_VERSION: __version__}
-        self._provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
+        named = Resource.create({SERVICE_NAME: "phalanx", SERVICE_VERSION: __version__})
+        named = named.merge(OTELResourceDetector().detect())  # what operators say in OTEL_* comes before our own
+        self._provider = TracerProvider(resource=named, shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("phalanx", __version__)
         self._callers = TraceContextTextMapPropagator()
