@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -56,7 +57,8 @@ class HttpFront:
     """The application, and what a server needs of it. service: its state. app: the ASGI application."""
 
     def __init__(self, engine: AsyncEngine) -> None:
-        api = _Api(title="Phalanx", version=__version__, docs_url=None, redoc_url=None)
+        # A path is as it is written: a redirect would go to whatever host the client names.
+        api = _Api(title="Phalanx", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
         self.tracing = Tracing.to(engine.config.serve.traces)
         self.service = Service(engine, endpoints=PATHS)
         self.health = Health(engine)
@@ -111,7 +113,7 @@ def _stream_of(chunk: type | None) -> dict[str, Any]:
     """The other form of an answer: as a stream of chunks."""
     if chunk is None:
         return {}
-    words = f"Server-sent events. The data of each is a {chunk.__name__}, or an Error, which ends it; the last is [DONE]."
+    words = f"Server-sent events: each is a {chunk.__name__}, or an Error, which ends the stream; the last is [DONE]."
     return {"content": {"text/event-stream": {"schema": {"type": "string", "description": words}}}}
 
 
@@ -152,7 +154,11 @@ def _front(request: Request) -> HttpFront:
     return front
 
 
-Front = Annotated[HttpFront, Depends(_front)]
+async def _front_given(request: Request) -> HttpFront:  # one that is not async would be run in a thread
+    return _front(request)
+
+
+Front = Annotated[HttpFront, Depends(_front_given)]
 
 
 async def completions(request: Request, front: Front) -> Response:
@@ -218,7 +224,8 @@ def _health(state: str, reason: str | None) -> Response:
 
 async def metrics(request: Request, front: Front) -> Response:
     """For Prometheus."""
-    body, content_type = front.service.metrics.exposition(request.headers.get("accept"))
+    accept = request.headers.get("accept")
+    body, content_type = await asyncio.to_thread(front.service.metrics.exposition, accept)
     return Response(body, media_type=content_type)
 
 

@@ -35,12 +35,12 @@ async def chat(service: Service, exchange: Exchange, wanted: ChatRequest) -> Res
     conversation = Conversation.of(wanted, tools)
     prompt = await service.chat_tokens(conversation)
     max_tokens = wanted.max_completion_tokens or wanted.max_tokens or max(1, service.max_length - len(prompt))
+    exchange.streamed = bool(wanted.stream)
     guide, tool_format = await _tools(service, wanted)
     params = sampling_params(wanted, max_tokens, guide, show_special_tokens=service.shows_special_tokens(tool_format))
     generation = Generation(service, exchange, [prompt], params, wanted.priority or 0)
     answer = _Answer(service, exchange, wanted, generation, tool_format)
     if wanted.stream:
-        exchange.streamed = True
         return EventStream(answer.chunks(), service.refusal)
     return JsonResponse(await answer.whole())
 

@@ -32,10 +32,10 @@ async def complete(service: Service, exchange: Exchange, wanted: CompletionReque
     if max_tokens is None:
         max_tokens = max(1, min(DEFAULT_TOKENS, service.max_length - max(map(len, prompts))))
     params = sampling_params(wanted, max_tokens, await service.guide(wanted))
+    exchange.streamed = bool(wanted.stream)
     generation = Generation(service, exchange, prompts, params, wanted.priority or 0)
     answer = _Answer(service, exchange, wanted, generation)
     if wanted.stream:
-        exchange.streamed = True
         return EventStream(answer.chunks(), service.refusal)
     return JsonResponse(await answer.whole())
 

@@ -84,7 +84,7 @@ def _arguments(text: str) -> Any:
 
 
 def _size(value: Any) -> int:
-    """Characters of all texts in nested data, and one for anything else. Without recursion: a client chooses its depth."""
+    """Characters of all texts in nested data, one for anything else. Without recursion: a client chooses its depth."""
     size, left = 0, [value]
     while left:
         each = left.pop()

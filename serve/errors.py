@@ -104,10 +104,10 @@ def body_error(error: ValidationError, fields: Collection[str]) -> ApiError:
         words = f"the body is not JSON: {found}; allowed: an object as JSON text in UTF-8, not compressed"
         return ApiError(400, words, code="json_invalid")
     places = _by_place(problems)
-    words = [_words(place, each, fields) for place, each in islice(places.items(), MAX_PROBLEMS)]
-    if len(places) > len(words):
-        words.append(f"and {len(places) - len(words)} more problems")
-    return ApiError(400, "; ".join(words), param=next(iter(places)) or None)
+    told = [_words(place, each, fields) for place, each in islice(places.items(), MAX_PROBLEMS)]
+    if len(places) > len(told):
+        told.append(f"and {len(places) - len(told)} more problems")
+    return ApiError(400, "; ".join(told), param=next(iter(places)) or None)
 
 
 def _by_place(problems: Sequence[ErrorDetails]) -> dict[str, list[ErrorDetails]]:
@@ -115,7 +115,7 @@ def _by_place(problems: Sequence[ErrorDetails]) -> dict[str, list[ErrorDetails]]
     others say nothing.
     """
     places: dict[str, list[ErrorDetails]] = {}
-    around = set()
+    around: set[str] = set()
     for problem in problems:
         parts = _place(problem)
         around.update(".".join(parts[:end]) for end in range(1, len(parts)))
@@ -141,24 +141,29 @@ def _words(place: str, problems: Sequence[ErrorDetails], fields: Collection[str]
         return f"{place}: unknown field; " + (f"meant {near[0]}?" if near else "/openapi.json says which there are")
     if first["type"] == "missing":
         return f"{place}: this field is needed"
-    forms = [_SHOULD.sub("", problem["msg"]).replace(" after validation", "") for problem in problems]
-    should = "should be " if _SHOULD.match(first["msg"]) else ""
-    found = _short(first["input"], first["type"])
-    return f"{place or 'the body'}: {should}{', or '.join(dict.fromkeys(forms))}" + (f"; found {found}" if found else "")
+    # The form that a value has, but for its size, is the one that was meant.
+    meant = [problem for problem in problems if not _is_of_another_form(problem)] or problems
+    words = " or ".join(dict.fromkeys(_plain(problem["msg"]) for problem in meant))
+    return f"{place or 'the body'}: found {_short(first['input'])}; allowed: {words}"
 
 
-_SHOULD = re.compile(r"Input should be (?:a valid )?")
+def _is_of_another_form(problem: ErrorDetails) -> bool:
+    return problem["type"].endswith("_type") or problem["type"] == "literal_error"
 
 
-def _short(value: object, kind: str) -> str:
-    """A value as JSON has it, as far as it says something."""
+def _plain(message: str) -> str:
+    """Of pydantic's messages, what says something to one who does not know it."""
+    message = re.sub(r"^\w+ should (be |have )?", "", message).replace(" after validation", "")
+    return re.sub(r"\ba valid ([aeiou])?", lambda match: f"an {match[1]}" if match[1] else "a ", message)
+
+
+def _short(value: object) -> str:
+    """A value as JSON has it, or what kind of one it is."""
     if isinstance(value, str):
         return ascii(value[:40]) + ("..." if len(value) > 40 else "")
-    if not isinstance(value, list | dict):
-        return json.dumps(value)[:40]
-    if kind.endswith("_type") or kind == "literal_error":
+    if isinstance(value, list | dict):
         return "an array" if isinstance(value, list) else "an object"
-    return ""
+    return json.dumps(value)[:40]
 
 
 def _param(message: str) -> str | None:

@@ -66,6 +66,11 @@ class Gate:
     def _admit(self, exchange: Exchange, headers: Headers, works: bool) -> None:
         """Raises ApiError for a request that is not to be looked into."""
         service = self._service
+        changes = "upgrade" in headers and "upgrade" in headers.get("connection", "").lower()
+        if changes and exchange.method == "POST":  # the parser takes its body for what comes after the change
+            raise ApiError(
+                400, "this server speaks HTTP/1.1 only; send the request without the header Upgrade", code="upgrade"
+            )
         if service.keys is not None and not _is_open(exchange.path):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             exchange.key = service.keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
@@ -243,7 +248,8 @@ def _reason(exchange: Exchange) -> Refusal:
     """What a refusal is counted as."""
     if exchange.refusal in get_args(Refusal):
         return cast("Refusal", exchange.refusal)
-    return REASONS.get(exchange.status or 0, "invalid")
+    status = exchange.status or 0
+    return REASONS.get(status, "server_error" if status >= 500 else "invalid")
 
 
 def _is_open(path: str) -> bool:

@@ -13,10 +13,13 @@ from phalanx.engine.sampling_params import SamplingParams
 from phalanx.serve.answers import Usage
 from phalanx.serve.errors import ApiError
 from phalanx.serve.exchange import Exchange
-from phalanx.serve.tracing import response_attributes
+from phalanx.serve.tracing import Operation, request_attributes, response_attributes
 
 if TYPE_CHECKING:
     from phalanx.serve.service import Service
+
+
+OPERATIONS: dict[str, Operation] = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
 
 
 class Generation:
@@ -40,6 +43,13 @@ class Generation:
         self._last_s: dict[tuple[int, int], float] = {}
         self._timed_out = False
         exchange.prompt_tokens = sum(map(len, prompts))
+        exchange.trace |= request_attributes(
+            OPERATIONS[exchange.path],
+            service.model_name,
+            params,
+            response_id=exchange.request_id,
+            stream=exchange.streamed,
+        )
         self._outputs: list[RequestOutput] = []
 
     async def events(self) -> AsyncGenerator[Delta | RequestOutput, None]:
@@ -110,9 +120,9 @@ class Generation:
         place = delta.request, delta.completion
         last_s = self._last_s.get(place)
         if last_s is None:
-            metrics.first_token(now_s - exchange.began_s)
             if exchange.first_token_s is None:
                 exchange.first_token_s = now_s - exchange.began_s
+                metrics.first_token(exchange.first_token_s)
                 exchange.span.event("first_token")
         else:
             metrics.between_tokens(now_s - last_s, len(delta.token_ids))
@@ -129,10 +139,10 @@ class Generation:
             exchange.finish_reasons.append(completion.finish_reason)
             if len(completion.token_ids) > 1:
                 metrics.per_output_token(completion.timings.time_per_output_token_s)
-            metrics.finished(
-                exchange.path,
-                completion.finish_reason,
-                time.perf_counter() - exchange.began_s,
-                len(output.prompt_token_ids),
-                len(completion.token_ids),
-            )
+        metrics.finished(
+            exchange.path,
+            output.finish_reason,
+            time.perf_counter() - exchange.began_s,
+            len(output.prompt_token_ids),
+            sum(len(completion.token_ids) for completion in output.completions),
+        )

@@ -62,6 +62,7 @@ class Service:
         )
         self._texts = ThreadPoolExecutor(2, "phalanx-texts")
         self._compiling = ThreadPoolExecutor(1, "phalanx-grammars")
+        self._compiling.submit(self.grammars.prepare)  # half a second, which the first request would wait for
         self._calls: set[str] = set()
         self._numbers = itertools.count()
         self._ended_s: deque[float] = deque(maxlen=64)

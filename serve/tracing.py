@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Value = str | bool | int | float | Sequence[str]
 Attributes = Mapping[str, Value]
+Operation = Literal["chat", "text_completion"]
 
 TRACES_PATH = "/v1/traces"
 EXPORT_S = 10.0  # most that one batch may take, with all retries
@@ -73,7 +74,7 @@ class Tracing:
 
 
 def request_attributes(
-    operation: Literal["chat", "text_completion"], model: str, params: SamplingParams, *, response_id: str, stream: bool
+    operation: Operation, model: str, params: SamplingParams, *, response_id: str, stream: bool
 ) -> dict[str, Value]:
     """What a span says of a request at its start. Stop strings are texts of the caller's, and left out."""
     attributes: dict[str, Value] = {

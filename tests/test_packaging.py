@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "phalanx"
-DATA_SUFFIXES = {".py", ".typed", ".yaml", ".json"}
+DATA_SUFFIXES = {".py", ".typed", ".yaml", ".json", ".html", ".css", ".js"}
 
 
 def build(kind: str, source: Path, target: Path) -> Path:

@@ -100,7 +100,7 @@ import importlib, sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"ray", "cupy", "triton", "matplotlib"}:
+        if name.partition(".")[0] in {"ray", "cupy", "triton", "matplotlib", "opentelemetry"}:
             raise ModuleNotFoundError(f"{name} is not installed", name=name)
 
 sys.meta_path.insert(0, Refuse())

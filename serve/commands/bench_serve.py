@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from phalanx.serve.bench.report import ServeReport
     from phalanx.serve.bench.sweep import SweepPlan
 
-_INTERRUPTED = 130  # as shells say of what SIGINT ended
-
 
 def bench_serve(
     context: typer.Context,
@@ -137,8 +135,6 @@ def bench_serve(
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n")
     if plot_report is not None and plot_file is not None:
         plot_report(report, plot_file)
-    if isinstance(ended, KeyboardInterrupt):
-        raise typer.Exit(_INTERRUPTED)
     if ended is not None:
         raise ended
 
