@@ -40,8 +40,8 @@ class Grammars:
 
     Each method compiles what it is given and returns a function that makes guides from that, in microseconds. It raises
     RequestError, with cause and remedy, within about a second, for what cannot be compiled or would take too much. A
-    new grammar takes milliseconds, and the first one of all about half a second, so these are to be called from a
-    worker thread of a server; what was compiled (or refused) lately is kept.
+    new grammar takes milliseconds, a hostile one up to a quarter of a second of a core, so a server calls these from a
+    worker thread; other threads go on meanwhile. What was compiled (or refused) lately is kept.
     """
 
     def __init__(
@@ -68,6 +68,18 @@ class Grammars:
         self._keeping = threading.Lock()
         self._compiling = threading.Lock()
         self._compiler: tuple[LLTokenizer, GrammarTrials] | None = None
+
+    def prepare(self) -> None:
+        """What is else done for the first grammar: half a second, 0.1 s of it with the interpreter held (49k tokens).
+
+        To be called before a server takes requests. Nothing where it is done, or the model has no end token.
+        """
+        with self._compiling:
+            if self._compiler is None and self._end_tokens:
+                vocabulary = self._vocabulary()
+                trials = GrammarTrials(vocabulary)
+                trials.start()
+                self._compiler = llguidance_tokenizer(vocabulary), trials
 
     def json_schema(self, schema: Mapping[str, Any] | bool) -> Callable[[], Guide]:
         """JSON that satisfies a schema (draft 2020-12), its properties in the order of the schema.
@@ -105,6 +117,8 @@ class Grammars:
         from llguidance import regex_to_lark
 
         _check_source(kind, pattern)
+        if (len(pattern) - len(pattern.rstrip("\\"))) % 2:  # which regex_to_lark would leave out
+            raise RequestError(f"the {kind} ends with a backslash that escapes nothing; write two for one in the text")
         lark = f"/{regex_to_lark(pattern, 'd')}/" if pattern else '""'
         return self._guides(kind, pattern, f"start: {lark}")
 
@@ -114,6 +128,7 @@ class Grammars:
             raise RequestError("structured output needs a token that ends a text, and this model names none")
         found = self._find(grammar)
         if found is None:
+            self.prepare()
             with self._compiling:  # one at a time, so that many do not take every core from the engine
                 found = self._find(grammar)  # another thread may have had the same
                 if found is None:
@@ -139,9 +154,7 @@ class Grammars:
 
     def _compile(self, kind: str, grammar: str, schema: str | None) -> LLMatcher | str:
         """Or why it cannot be."""
-        if self._compiler is None:
-            vocabulary = self._vocabulary()
-            self._compiler = llguidance_tokenizer(vocabulary), GrammarTrials(vocabulary)
+        assert self._compiler is not None
         tokenizer, trials = self._compiler
         refusal = trials.refusal(grammar, schema)
         return compile_grammar(tokenizer, grammar) if refusal is None else _message(kind, refusal)
@@ -181,8 +194,8 @@ def _check_source(kind: str, source: str) -> None:
         raise RequestError(f"the {kind} is not valid Unicode: a lone surrogate at character {error.start}") from error
     if size > MAX_SOURCE_BYTES:
         raise RequestError(
-            f"the {kind} takes {size:,} bytes; allowed: {MAX_SOURCE_BYTES:,}. Give a shorter one, or say the rest in the"
-            " prompt"
+            f"the {kind} takes {size:,} bytes; allowed: {MAX_SOURCE_BYTES:,}. Give a shorter one, and say the "
+            "rest in the prompt"
         )
 
 

@@ -1,8 +1,8 @@
-"""Grammars compiled by llguidance (https://github.com/guidance-ai/llguidance), each tried in a process of its own first.
+"""Compiles grammars with llguidance (https://github.com/guidance-ai/llguidance), each in a process of its own first.
 
-What a client sends can take a compiler minutes (`multipleOf: 9999991`), gigabytes (`a?` 100,000 times) or the whole
-stack (a `$ref` that names a `$ref`, 2,000 times), and llguidance bounds none of the three. It meets them in a process
-forked for it, with little time, memory and stack, so that it is that process that ends.
+What a client sends can take the compiler minutes (`multipleOf: 9999991`), gigabytes (`a?` 100,000 times) or the whole
+stack (a `$ref` that names a `$ref`, 2,000 times), and its own limits hold none of the three. So a grammar is first
+tried in a process forked for it, with little time, memory and stack: if something must end, it is that process.
 """
 
 from __future__ import annotations
@@ -108,8 +108,13 @@ class GrammarTrials:
 
     def refusal(self, grammar: str, schema: str | None = None) -> str | None:
         """Why a grammar cannot be used, or None where it can. Blocks; trials are made one after another."""
+        trial = _Trial(grammar, schema)
         with self._lock:
-            line = _ask(self._running(), _Trial(grammar, schema))
+            try:
+                line = _ask(self._running(), trial)
+            except (OSError, RuntimeError):  # somebody ended the process just now
+                self._process = None
+                line = _ask(self._running(), trial)
         verdict = msgspec.json.decode(line, type=_Verdict)
         match verdict.exit_code:
             case 0:
@@ -121,6 +126,11 @@ class GrammarTrials:
                     f"compiling it takes more than {TRIAL_MEMORY_BYTES >> 20} MiB of memory or "
                     f"{TRIAL_STACK_BYTES >> 20} MiB of stack"
                 )
+
+    def start(self) -> None:
+        """Starts the process, where it is not running; a trial does so too."""
+        with self._lock:
+            self._running()
 
     def close(self) -> None:
         """Ends the process; another trial would start it again."""

@@ -96,6 +96,7 @@ def _failures(point: Point) -> str:
 def _remarks(points: Sequence[Point], report: ServeReport) -> Iterator[str]:
     limits = report.plan.limits
     yield _knee_line(points, report)
+    yield f"the knee is {KNEE}"
     yield (
         f"limits: {limits.time_to_first_token_s * 1e3:g} ms to the first token (TTFT), "
         f"{limits.time_per_output_token_s * 1e3:g} ms for each after it (TPOT, mean of a request); all latencies are "
@@ -119,5 +120,5 @@ def _knee_line(points: Sequence[Point], report: ServeReport) -> str:
     if behind is None:
         return f"knee: not reached, the server kept up with {whole[-1].rate_per_s:g} requests/s"
     found = f"{knee.rate_per_s:g} requests/s" if knee else "below all rates measured"
-    words = f"knee: {found}, {KNEE}; at {behind.rate_per_s:g}, {falls_behind(behind, limits)}"
+    words = f"knee: {found}; at {behind.rate_per_s:g}, {falls_behind(behind, limits)}"
     return words + (", but the client may be what is slow" if client_is_late(behind) else "")
