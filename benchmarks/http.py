@@ -131,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = with_bounds(load_config(arguments.config))
     config = config.model_copy(update={"serve": config.serve.model_copy(update={"access_log": False})})
-    with closing(AsyncEngine.from_config(config)) as engine:
+    with closing(AsyncEngine.from_config(config, ranks_apart=True)) as engine:
         readings = asyncio.run(measure(engine, arguments.rounds, arguments.scale, Console(stderr=True)))
         described = {"model": config.model.path, "layout": str(engine.plan.layout), "dtype": engine.plan.dtype}
     inside, outside = (list(each) for each in zip(*readings, strict=True))

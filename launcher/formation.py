@@ -49,7 +49,9 @@ def open_host(settings: ClusterSettings, num_ranks: int, target: str = DEFAULT_T
     """
     if settings.ray != "none":
         return RayHost(settings, num_ranks, target)
-    return ThreadHost(settings, target) if num_ranks == 1 else ProcessHost(settings, target)
+    if num_ranks == 1 and not settings.apart:
+        return ThreadHost(settings, target)
+    return ProcessHost(settings, target)
 
 
 class Formation:

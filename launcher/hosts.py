@@ -24,6 +24,7 @@ class ClusterSettings:
     resources, and `memory` in bytes. interface: network interface that ranks and engine use, or None for the default
     route.
     spread_stage: a stage may be divided over nodes. start_timeout_s: how long all ranks together may take to be ready.
+    apart: no rank runs in this process, not even where there is only one.
     """
 
     ray: str = "local"
@@ -34,6 +35,7 @@ class ClusterSettings:
     interface: str | None = None
     spread_stage: bool = False
     start_timeout_s: float = 300.0
+    apart: bool = False
 
     @property
     def rank_needs(self) -> dict[str, float]:

@@ -106,12 +106,15 @@ class Served:
         return cls.from_config(load_config(path, changes), on_progress=on_progress)
 
     @classmethod
-    def from_config(cls, config: Config, *, on_progress: OnProgress | None = None) -> Self:
+    def from_config(cls, config: Config, *, on_progress: OnProgress | None = None, ranks_apart: bool = False) -> Self:
+        """From a configuration that was loaded before. ranks_apart: a rank is not run in this process even where it is
+        the only one: for programs whose other threads must not wait for Python's lock while it computes.
+        """
         served = cls.__new__(cls)
-        served._open(config, on_progress)
+        served._open(config, on_progress, ranks_apart)
         return served
 
-    def _open(self, config: Config, on_progress: OnProgress | None) -> None:
+    def _open(self, config: Config, on_progress: OnProgress | None, ranks_apart: bool = False) -> None:
         started = time.perf_counter()
         self.config = config
         self._formations: list[Formation] = []
@@ -129,7 +132,7 @@ class Served:
             entries = self._source.entries()
             tokenizer = pool.submit(self._source.tokenizer)
             model_s = time.perf_counter() - started
-            settings, layout = cluster_settings(config, self.plan), self.plan.layout
+            settings, layout = cluster_settings(config, self.plan, apart=ranks_apart), self.plan.layout
             hosts: list[RankHost] = []
             try:
                 # All replicas' hosts get ready at once; then one replica after another is started.

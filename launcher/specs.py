@@ -11,8 +11,8 @@ from phalanx.models.config import DecoderConfig
 from phalanx.models.weights import rank_params
 
 
-def cluster_settings(config: Config, plan: RunPlan) -> ClusterSettings:
-    """Where the ranks of a formation run and what each takes."""
+def cluster_settings(config: Config, plan: RunPlan, *, apart: bool = False) -> ClusterSettings:
+    """Where the ranks of a formation run and what each takes. apart: none of them in this process."""
     return ClusterSettings(
         ray=config.cluster.ray,
         device=plan.device,
@@ -21,6 +21,7 @@ def cluster_settings(config: Config, plan: RunPlan) -> ClusterSettings:
         interface=config.cluster.interface,
         spread_stage=config.cluster.spread_stage,
         start_timeout_s=config.cluster.start_timeout_s,
+        apart=apart,
     )
 
 

@@ -113,8 +113,9 @@ def _stream_of(chunk: type | None) -> dict[str, Any]:
     """The other form of an answer: as a stream of chunks."""
     if chunk is None:
         return {}
-    words = f"Server-sent events: each is a {chunk.__name__}, or an Error, which ends the stream; the last is [DONE]."
-    return {"content": {"text/event-stream": {"schema": {"type": "string", "description": words}}}}
+    words = f"A {chunk.__name__} as JSON, or an Error, which ends the stream; [DONE] in the last event."
+    event = {"type": "object", "properties": {"data": {"type": "string", "description": words}}, "required": ["data"]}
+    return {"content": {"text/event-stream": {"schema": {**event, "description": "Each of the server-sent events."}}}}
 
 
 def _refusals(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from starlette.responses import Response
 
@@ -58,11 +59,7 @@ def _check(wanted: CompletionRequest) -> None:
 async def _prompts(service: Service, wanted: CompletionRequest) -> list[list[int]]:
     """In token ids."""
     given = wanted.prompt
-    items: list[str | list[int]]
-    if isinstance(given, str) or isinstance(given[0], int):
-        items = [given]
-    else:
-        items = list(given)
+    items: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
     texts = [each for each in items if isinstance(each, str)]
     for text in texts:
         service.check_size(len(text))

@@ -44,7 +44,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         exchange = Exchange(_request_id(headers), scope["method"], scope["path"], _client(scope))
-        scope["state"]["exchange"] = exchange
+        scope.setdefault("state", {})["exchange"] = exchange
         answer = _AnswerChannel(send, exchange, self._service.settings.stalled_client_s, _abort_of(scope))
         works = exchange.path in WORK_PATHS and exchange.method == "POST"
         if works:

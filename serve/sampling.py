@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from phalanx.engine.grammar import Grammars
 from phalanx.engine.guide import Guide
 from phalanx.engine.sampling_params import SamplingParams
+from phalanx.errors import RequestError
 from phalanx.serve.errors import ApiError
 from phalanx.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 
@@ -30,6 +31,12 @@ def sampling_params(
             prompt_logprobs = max(logprobs, prompt_logprobs or 0)
     else:
         logprobs, prompt_logprobs = (wanted.top_logprobs or 0) if wanted.logprobs else None, None
+    if guide is not None and wanted.allowed_token_ids is not None:
+        raise ApiError(
+            400,
+            "allowed_token_ids and a form of the text are asked for together; give one of them",
+            param="allowed_token_ids",
+        )
     return SamplingParams(
         max_tokens=max(1, max_tokens),
         temperature=_or(wanted.temperature, 1.0),
@@ -70,8 +77,16 @@ FORMS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "resp
 def make_guide(wanted: GenerationRequest, grammars: Grammars) -> MakeGuide:
     """What holds the text to the form that a request asks for. Compiles it: not for the event loop.
 
-    Raises RequestError, or ApiError, for a form that cannot be had.
+    Raises ApiError for a form that cannot be had.
     """
+    try:
+        return _compiled(wanted, grammars)
+    except RequestError as error:
+        asked = next(name for name in FORMS if getattr(wanted, name) is not None)
+        raise ApiError(400, str(error), param=asked) from None
+
+
+def _compiled(wanted: GenerationRequest, grammars: Grammars) -> MakeGuide:
     if wanted.guided_json is not None:
         return grammars.json_schema(_schema(wanted.guided_json))
     if wanted.guided_regex is not None:

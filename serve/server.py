@@ -6,11 +6,12 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from phalanx.errors import PhalanxError
 from phalanx.launcher.config import Config
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75  # longer than the balancers in front keep a connection that is idle
 LAST_WORDS_S = 5.0  # for answers that were cut short to be sent
+MAX_PIPELINED = 16  # requests that may wait on one connection for the answer to another
 LOOK_S = 0.05
 HEAD_TIMEOUT_S = 30.0  # for the headers of a request to come
 MAX_HEAD_BYTES = 64 << 10
@@ -65,7 +67,8 @@ class HttpServer(uvicorn.Server):
     what is left ends with what there is of it. A second signal cuts that short.
     """
 
-    def __init__(self, front: HttpFront) -> None:
+    def __init__(self, front: HttpFront, *, on_start: Callable[[], None] = lambda: None) -> None:
+        """on_start: called once it can be reached."""
         super().__init__(
             uvicorn.Config(
                 front.app,
@@ -82,12 +85,18 @@ class HttpServer(uvicorn.Server):
         self._front = front
         self._draining: asyncio.Task[None] | None = None
         self._hurried = False
+        self._on_start = on_start
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is None:  # it has not begun yet
+            self.should_exit = True
+            return
         again = self._front.service.draining
         self._loop.call_soon_threadsafe(self.hurry if again else self.drain)
 
@@ -124,6 +133,7 @@ class _Protocol(HttpToolsProtocol):
     _in_head = False
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -132,6 +142,11 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._end_head()
+        # uvicorn tells only the request that came last, which may be one that waits behind it.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -156,6 +171,10 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._end_head()
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+        elif self.pipeline:  # uvicorn would read no more now, and not notice that the client goes
+            self.flow.resume_reading()
         if self.parser.should_upgrade():  # there is nothing to change to, and the parser reads no further
             self.cycle.keep_alive = False
 
@@ -166,6 +185,10 @@ class _Protocol(HttpToolsProtocol):
     def _await_more(self) -> None:
         """Closes the connection if it brings nothing, as uvicorn does where it brings nothing more."""
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _end_head(self) -> None:
         self._in_head, self._head_bytes = False, 0

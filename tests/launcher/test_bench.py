@@ -21,6 +21,7 @@ from tests.tiny_models import MAX_POSITION, TINY_MODELS, VOCAB, make
 from typer.testing import CliRunner, Result
 
 from phalanx import AsyncEngine
+from phalanx.cli import app
 from phalanx.engine.messages import RankReady, StageStep
 from phalanx.engine.request import Delta, RequestOutput
 from phalanx.engine.sampling_params import SamplingParams
@@ -32,7 +33,6 @@ from phalanx.launcher.bench.readings import LatencyLimits, RequestReading, Round
 from phalanx.launcher.bench.rounds import measure, play, turned
 from phalanx.launcher.bench.stages import busy_shares, full_span
 from phalanx.launcher.bench.workloads import RequestShape, WorkloadName
-from phalanx.cli import app
 from phalanx.launcher.config import load_config
 from phalanx.models.resolve import ModelSource
 

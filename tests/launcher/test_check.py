@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from phalanx.cli import app
 from phalanx.errors import ModelError
 from phalanx.launcher.check import CheckReport, check
-from phalanx.cli import app
 from phalanx.launcher.machine import Gpu, Machine, this_machine
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.parallel.shape import ModelShape

@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from phalanx import LLM, SamplingParams, launch
-from phalanx.errors import PhalanxError, PlacementError
 from phalanx.cli import app
+from phalanx.errors import PhalanxError, PlacementError
 from phalanx.launcher.deployment import NAMESPACE
 from phalanx.launcher.ray_cluster import RayCluster, reread_token
 from phalanx.models.resolve import ModelSource

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def live(sections: dict[str, Any], timeout_s: float = 60.0) -> Iterator[Live]:
             loop = asyncio.new_event_loop()
             thread = threading.Thread(target=loop.run_until_complete, args=[server.serve([bound])], name="server")
             thread.start()
+            while thread.is_alive() and not server.started:
+                time.sleep(0.01)
             try:
                 yield Live(url_of(bound), front, server, loop, thread)
             finally:

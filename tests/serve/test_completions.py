@@ -152,7 +152,7 @@ def test_streamed_logprobs_are_those_of_the_whole(http: httpx2.Client) -> None:
     joined: dict[str, list[Any]] = {name: [] for name in ("tokens", "token_logprobs", "top_logprobs")}
     for chunk in events(http, "/v1/completions", body):
         for name, values in joined.items():
-            values += chunk["choices"][0]["logprobs"][name]
+            values.extend(chunk["choices"][0]["logprobs"][name])
     assert joined == {name: whole[name] for name in joined}
 
 
