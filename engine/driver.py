@@ -65,7 +65,7 @@ class EngineDriver:
         """Hands in requests that `Engine.check` has passed, to be planned together; what becomes of them comes to their
         mailboxes. Raises QueueFullError where too many are waiting, and the error that the engine has ended with.
         """
-        count = sum(len(request.tracks) for request in requests)
+        count = sum(request.params.n for request in requests)
         with self._lock:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)  # one error for many: each raises it from its own place
@@ -124,7 +124,8 @@ class EngineDriver:
             if not isinstance(event.what, Delta):
                 with self._lock:
                     if self._open.pop(id(event.request), None) is not None:
-                        self._num_open -= len(event.request.tracks)
+                        self._num_open -= event.request.params.n
+                event.request.tracks.clear()  # which name it in turn: nobody would free the two but the collector
         for mine in by_mailbox.values():
             try:
                 mine[0].request.mailbox.put(mine)

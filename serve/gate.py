@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import cast, get_args
 
 import msgspec
@@ -19,6 +19,7 @@ from phalanx.serve.exchange import Exchange
 from phalanx.serve.metrics import Refusal
 from phalanx.serve.service import Service
 from phalanx.serve.tracing import Tracing, Value
+from phalanx.serve.turnstile import Turnstile
 
 access_log = logging.getLogger("phalanx.access")
 
@@ -36,6 +37,7 @@ class Gate:
         self._app = app
         self._service = service
         self._tracing = tracing
+        self._turnstile = Turnstile()
         self._num_open = 0  # requests for work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,8 +55,14 @@ class Gate:
         try:
             try:
                 self._admit(exchange, headers, works)
-                body = await self._body(headers, receive)
-                await _while_connected(self._app, scope, receive, body, answer, exchange)
+                replay = _Replay(await self._body(headers, receive))
+                if works:
+                    await self._turnstile.wait()
+                    await _while_connected(self._app(scope, replay.receive, answer.send), receive, exchange)
+                else:  # an answer takes no time: there is nothing to be cancelled
+                    await self._app(scope, replay.receive, answer.send)
+            except ClientGoneError:
+                exchange.disconnected = True
             except ApiError as error:
                 await self._refuse(error, scope, receive, answer)
             except Exception as error:  # a bug, after which the server goes on
@@ -181,25 +189,28 @@ class ClientGoneError(Exception):
     """The client was cut off: there is nobody to answer."""
 
 
-async def _while_connected(
-    app: ASGIApp, scope: Scope, receive: Receive, body: bytes, answer: _AnswerChannel, exchange: Exchange
-) -> None:
-    """Runs the application on a body that has come, and cancels it when the client goes."""
-    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-    forever = asyncio.Event()
+class _Replay:
+    """Where the application reads a body that has come."""
 
-    async def replay() -> Message:
-        if pending:
-            return pending.pop()
-        await forever.wait()
+    def __init__(self, body: bytes) -> None:
+        self._pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive(self) -> Message:
+        if self._pending:
+            return self._pending.pop()
+        await asyncio.Event().wait()  # a client that goes is not the application's to notice
         return {"type": "http.disconnect"}
+
+
+async def _while_connected(answering: Awaitable[None], receive: Receive, exchange: Exchange) -> None:
+    """Does the work of answering, and cancels it when the client goes."""
+
+    async def run() -> None:
+        await answering
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-
-    async def run() -> None:
-        await app(scope, replay, answer.send)
 
     work = asyncio.create_task(run())
     watch = asyncio.create_task(gone())
@@ -212,8 +223,6 @@ async def _while_connected(
     except asyncio.CancelledError:
         if not exchange.disconnected:  # it is the server that ends
             raise
-    except ClientGoneError:
-        exchange.disconnected = True
     finally:
         work.cancel()
         watch.cancel()

@@ -24,6 +24,8 @@ KEEP_ALIVE_S = 75  # longer than the balancers in front keep a connection that i
 LAST_WORDS_S = 5.0  # for answers that were cut short to be sent
 MAX_PIPELINED = 16  # requests that may wait on one connection for the answer to another
 LOOK_S = 0.05
+BACKLOG = 2048  # connections that the system keeps until they are accepted
+ACCEPTS = 16  # of them that are, in a round of the event loop
 HEAD_TIMEOUT_S = 30.0  # for the headers of a request to come
 MAX_HEAD_BYTES = 64 << 10
 MAX_WAITING = 1024  # completions, for each replica
@@ -79,7 +81,7 @@ class HttpServer(uvicorn.Server):
                 log_config=None,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                backlog=2048,
+                backlog=ACCEPTS,
             )
         )
         self._front = front
@@ -91,6 +93,8 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(BACKLOG)  # more than asyncio would accept at once
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -125,7 +125,9 @@ def test_an_escape_that_python_does_not_know_is_taken_as_it_is() -> None:
     assert PYTHONIC.parse(r"[f(a='\d')]").tool_calls[0].arguments == r'{"a": "\\d"}'
 
 
-@pytest.mark.parametrize("call", ["f(1)", "f(*x)", "f(**x)", "f(a=1)(b=2)", "1(a=1)", "f..g()", "f(", "f()\0", "f() x"])
+@pytest.mark.parametrize(
+    "call", ["f(1)", "f(*x)", 'f(**{"a": 1})', "f(a=1)(b=2)", "1(a=1)", "f..g()", "f(", "f()\0", "f() x"]
+)
 def test_what_is_no_call_with_keywords_is_content(call: str) -> None:
     assert PYTHONIC.parse(f"[{call}]") == Parsed(f"[{call}]", ())
 
@@ -173,7 +175,7 @@ def test_special_tokens_are_shown_where_the_marks_are_among_them(
 
 def test_special_tokens_that_are_no_marks_are_left_out_of_content_and_arguments() -> None:
     special = ["[THINK]", "</s>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"]
-    parsed = MISTRAL.parse('Hm[THINK][TH.[TOOL_CALLS]f[ARGS]{"a": "b</s>"}', special)
+    parsed = MISTRAL.parse('Hm[THINK][TH.[TOOL_CALLS]f[CALL_ID]x[ARGS]{"a": "b</s>"}', special)
     assert parsed.content == "Hm[TH."
     assert [(call.name, call.arguments) for call in parsed.tool_calls] == [("f", '{"a": "b"}')]
 

@@ -1,6 +1,6 @@
 """What HTTP costs over the engine alone: throughput of many requests, and the time to the first token of one.
 
-    python benchmarks/http.py [CONFIG] [--rounds 7] [--scale 1.0] [--json FILE]
+    python benchmarks/http_overhead.py [CONFIG] [--rounds 7] [--scale 1.0] [--json FILE]
 
 One process holds the engine and its server. Rounds alternate: the engine's own callers, then a client in a process of
 its own over HTTP, with the same requests (W2, streamed; then single requests of W1's prompts). The client takes the
@@ -155,7 +155,7 @@ def main() -> None:
     if arguments.json is not None:
         report = {
             "benchmark": "http",
-            "command": f"benchmarks/http.py {arguments.config} --rounds {arguments.rounds} --scale {arguments.scale:g}",
+            "command": f"benchmarks/http_overhead.py {arguments.config} --rounds {arguments.rounds} --scale {arguments.scale:g}",
             "processor": processor(),
             "cores": this_machine().num_cores,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
