@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -155,7 +156,7 @@ def main() -> None:
     if arguments.json is not None:
         report = {
             "benchmark": "http",
-            "command": f"benchmarks/http_overhead.py {arguments.config} --rounds {arguments.rounds} --scale {arguments.scale:g}",
+            "command": " ".join(["benchmarks/http_overhead.py", *sys.argv[1:]]),
             "processor": processor(),
             "cores": this_machine().num_cores,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -196,7 +196,7 @@ class Engine:
         return events
 
     def _abort(self, request: Request, error: Exception | None) -> list[Event]:
-        open_tracks = [track for track in request.tracks if track.finish_reason is None]
+        open_tracks = [track for track in request.tracks if track.name in self._tracks]  # none of one that was refused
         if not open_tracks:
             return []
         self._num_aborted += 1

@@ -14,7 +14,7 @@ import msgspec
 from phalanx.engine.messages import Chunk, NewSequence, Sampling, StepPlan, StepResult, TokenLogprobs
 from phalanx.engine.pages import PagePool, PrefixPage
 from phalanx.engine.sequence import ScheduledSequence
-from phalanx.errors import RequestError
+from phalanx.errors import ContextLengthError, RequestError
 
 Ending = Literal["stop", "length"]
 
@@ -180,13 +180,13 @@ class Scheduler:
             raise RequestError("the prompt has no tokens; give at least one")
         length = num_prompt + max_tokens
         if length > limits.max_length:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {num_prompt} tokens and asks for {max_tokens} more, {length} in all, but at most "
                 f"{limits.max_length} fit; shorten the prompt, lower max_tokens or raise model.max_length"
             )
         capacity = limits.num_pages * limits.page_size
         if length > capacity:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt and its new tokens are {length} tokens, but the KV cache holds {capacity}; "
                 f"raise engine.kv_cache or shorten the request"
             )

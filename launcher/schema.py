@@ -251,9 +251,7 @@ class ServeSection(Section):
     tool_format: Literal["auto", "hermes", "llama", "mistral", "pythonic", "none"] = Field(
         default="auto", description="How the model writes tool calls. auto: as its chat template shows it."
     )
-    max_body: SizeBytes = Field(
-        default=4 * 2**20, description="Largest body of a request.", json_schema_extra=_SIZE_FIELD
-    )
+    max_body: SizeBytes = Field(default=2**20, description="Largest body of a request.", json_schema_extra=_SIZE_FIELD)
     body_timeout_s: float = Field(default=30.0, gt=0, description="Seconds the body of a request may take to come.")
     request_timeout_s: float = Field(
         default=600.0, gt=0, description="Seconds a request may take, waiting included; it ends with what there is."

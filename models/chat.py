@@ -41,7 +41,7 @@ def render_chat(
         )
     if not messages:
         raise RequestError("a conversation needs at least one message")
-    compiled = _compile(template)
+    compiled = compile_template(template)
     try:
         return compiled.render(
             messages=[dict(message) for message in messages],
@@ -55,14 +55,22 @@ def render_chat(
         raise
     except jinja2.exceptions.SecurityError as error:
         raise ModelError(f"the chat template does what the sandbox forbids: {error}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise RequestError(
             f"the chat template cannot render these messages: {type(error).__name__}: {error}"
         ) from error
 
 
 @lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
+def compile_template(template: str) -> jinja2.Template:
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

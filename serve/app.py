@@ -138,8 +138,7 @@ async def _told(request: Request, error: Exception) -> Response:
         told = ApiError(error.status_code, words, code=code)
     else:
         told = _front(request).service.refusal(error)
-    Exchange.of(request).refusal = told.reason
-    response = told.response()
+    response = Exchange.of(request).refused(told).response()
     if isinstance(error, HTTPException) and error.headers:
         response.headers.update(error.headers)
     return response

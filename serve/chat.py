@@ -41,7 +41,7 @@ async def chat(service: Service, exchange: Exchange, wanted: ChatRequest) -> Res
     generation = Generation(service, exchange, [prompt], params, wanted.priority or 0)
     answer = _Answer(service, exchange, wanted, generation, tool_format)
     if wanted.stream:
-        return EventStream(answer.chunks(), service.refusal)
+        return EventStream(answer.chunks(), lambda error: exchange.refused(service.refusal(error)))
     return JsonResponse(await answer.whole())
 
 

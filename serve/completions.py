@@ -37,7 +37,7 @@ async def complete(service: Service, exchange: Exchange, wanted: CompletionReque
     generation = Generation(service, exchange, prompts, params, wanted.priority or 0)
     answer = _Answer(service, exchange, wanted, generation)
     if wanted.stream:
-        return EventStream(answer.chunks(), service.refusal)
+        return EventStream(answer.chunks(), lambda error: exchange.refused(service.refusal(error)))
     return JsonResponse(await answer.whole())
 
 
@@ -61,8 +61,8 @@ async def _prompts(service: Service, wanted: CompletionRequest) -> list[list[int
     given = wanted.prompt
     items: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
     texts = [each for each in items if isinstance(each, str)]
-    for text in texts:
-        service.check_size(len(text))
+    for each in items:
+        service.check_size(len(each), tokens=not isinstance(each, str))
     special = wanted.add_special_tokens is not False
     encode = service.engine.tokenizer.encode
     return await service.beside(
@@ -74,6 +74,7 @@ class _Answer:
     """What one request is answered, put together from what the engine brings."""
 
     def __init__(self, service: Service, exchange: Exchange, wanted: CompletionRequest, generation: Generation) -> None:
+        self._service = service
         self._wanted = wanted
         self._generation = generation
         self._tokenizer = service.engine.tokenizer
@@ -88,11 +89,21 @@ class _Answer:
         }
 
     async def whole(self) -> Completion:
-        choices = [choice for output in await self._generation.outputs() for choice in self._choices(output)]
+        outputs = await self._generation.outputs()
+        wanted = self._wanted
+        # Log-probabilities of a long prompt take longer than the event loop should.
+        named = wanted.echo or wanted.logprobs is not None or wanted.prompt_logprobs is not None
+        weight = sum(len(each.prompt_token_ids) * len(each.completions) for each in outputs) * 32 if named else 0
+        choices = await self._service.beside(
+            weight, lambda: [choice for output in outputs for choice in self._choices(output)]
+        )
         return {**self._head, "choices": choices, "usage": self._generation.usage(self._drops)}
 
     def _choices(self, output: RequestOutput) -> list[CompletionChoice]:
         wanted, n = self._wanted, len(output.completions)
+        if output.prompt_logprobs is not None and len(output.prompt_logprobs) < len(output.prompt_token_ids) - 1:
+            raise self._generation.cut_off()  # a part of them would pass for all
+        echoed = self._echoed(output.request) if wanted.echo else ""
         choices = []
         for index, completion in enumerate(output.completions):
             choice = self._choice(
@@ -101,7 +112,6 @@ class _Answer:
                 () if self._drops else completion.token_ids,
                 completion.finish_reason,
             )
-            echoed = self._echoed(output.request) if wanted.echo else ""
             choice["text"] = echoed + choice["text"]
             if wanted.logprobs is not None:
                 found = [] if self._drops else list(completion.logprobs or ())

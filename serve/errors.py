@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from starlette.responses import JSONResponse, Response
 
 from phalanx.engine.sampling_params import SamplingParams
-from phalanx.errors import ModelError, PhalanxError, QueueFullError, RequestError
+from phalanx.errors import ContextLengthError, ModelError, PhalanxError, QueueFullError, RequestError
 from phalanx.serve.answers import Error
 
 logger = logging.getLogger(__name__)
@@ -81,16 +81,25 @@ def as_api_error(error: Exception, retry_after_s: float) -> ApiError:
     match error:
         case ApiError():
             return error
-        case RequestError():
+        case ContextLengthError():
+            return ApiError(400, str(error), param="prompt", code="context_length_exceeded")
+        case RequestError() | ModelError():  # the latter of a template, which is tried on messages
             return ApiError(400, str(error), param=_param(str(error)))
         case QueueFullError():
             return ApiError(429, str(error), code="queue_full", retry_after_s=retry_after_s)
-        case ModelError():
-            return ApiError(400, str(error))  # of a template, which is tried on messages
         case PhalanxError():
-            return ApiError(503, str(error), code="engine_failed")
+            return ApiError(503, first_line(error), code="engine_failed")
     logger.error("a request failed by a bug", exc_info=error)
     return ApiError(500, f"the server failed on this request: {type(error).__name__}; its log has more")
+
+
+def first_line(error: Exception) -> str:
+    """What is told of a failure to those who need not see its traceback."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+class ClientGoneError(Exception):
+    """The client went away, or was cut off: there is nobody to answer."""
 
 
 def body_error(error: ValidationError, fields: Collection[str]) -> ApiError:

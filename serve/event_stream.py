@@ -13,7 +13,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from phalanx.serve.errors import ApiError
+from phalanx.serve.errors import ApiError, ClientGoneError
 
 SILENCE_S = 15.0  # proxies take a connection that says nothing for longer as dead
 DONE = b"data: [DONE]\n\n"
@@ -54,6 +54,8 @@ class EventStream(Response):
                 async for chunk in self._chunks:
                     async with self._turn:
                         await self._write(send, chunk)
+        except ClientGoneError:
+            raise
         except Exception as error:
             refusal = self._refusal(error)
             beat.cancel()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from phalanx.serve.errors import ApiError
 from phalanx.serve.tracing import Span, Value
 
 
@@ -36,6 +37,11 @@ class Exchange:
     finish_reasons: list[str] = field(default_factory=list)
     span: Span = field(default_factory=Span)
     trace: dict[str, Value] = field(default_factory=dict)  # what the span says at its end
+
+    def refused(self, error: ApiError) -> ApiError:
+        """Takes note of what the client is told instead of what it asked for."""
+        self.refusal = error.reason
+        return error
 
     @classmethod
     def of(cls, request: Request) -> Exchange:

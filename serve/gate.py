@@ -14,7 +14,7 @@ import msgspec
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phalanx.serve.errors import ApiError
+from phalanx.serve.errors import ApiError, ClientGoneError
 from phalanx.serve.exchange import Exchange
 from phalanx.serve.metrics import Refusal
 from phalanx.serve.service import Service
@@ -27,7 +27,7 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 ABORT = "phalanx.abort"  # extension of the scope: cuts the connection off
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/version", "/")  # for probes, scrapers and browsers without a key
 REASONS: dict[int, Refusal] = {401: "unauthorized", 404: "not_found", 405: "not_found", 413: "too_large"}
-WORK_PATHS = ("/v1/completions", "/v1/chat/completions")
+WORK_PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 
 
 class Gate:
@@ -38,7 +38,6 @@ class Gate:
         self._service = service
         self._tracing = tracing
         self._turnstile = Turnstile()
-        self._num_open = 0  # requests for work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,25 +50,39 @@ class Gate:
         works = exchange.path in WORK_PATHS and exchange.method == "POST"
         if works:
             exchange.span = self._tracing.start(f"POST {exchange.path}", headers, _trace_of(exchange))
-        self._num_open += works
+        self._service.num_requests += works
         try:
             try:
-                self._admit(exchange, headers, works)
-                replay = _Replay(await self._body(headers, receive))
-                if works:
-                    await self._turnstile.wait()
-                    await _while_connected(self._app(scope, replay.receive, answer.send), receive, exchange)
-                else:  # an answer takes no time: there is nothing to be cancelled
-                    await self._app(scope, replay.receive, answer.send)
+                await self._answer(exchange, headers, works, scope, receive, answer)
             except ClientGoneError:
                 exchange.disconnected = True
-            except ApiError as error:
-                await self._refuse(error, scope, receive, answer)
-            except Exception as error:  # a bug, after which the server goes on
-                await self._refuse(self._service.refusal(error), scope, receive, answer)
         finally:
-            self._num_open -= works
+            self._service.num_requests -= works
             self._close(exchange)
+
+    async def _answer(
+        self,
+        exchange: Exchange,
+        headers: Headers,
+        works: bool,
+        scope: Scope,
+        receive: Receive,
+        answer: _AnswerChannel,
+    ) -> None:
+        try:
+            self._admit(exchange, headers, works)
+            replay = _Replay(await self._body(headers, receive))
+            if works:
+                await self._turnstile.wait()
+                await _while_connected(lambda: self._app(scope, replay.receive, answer.send), receive, exchange)
+            else:  # an answer takes no time: there is nothing to be cancelled
+                await self._app(scope, replay.receive, answer.send)
+        except ClientGoneError:
+            raise
+        except ApiError as error:
+            await self._refuse(error, scope, receive, answer)
+        except Exception as error:  # a bug, after which the server goes on
+            await self._refuse(self._service.refusal(error), scope, receive, answer)
 
     def _admit(self, exchange: Exchange, headers: Headers, works: bool) -> None:
         """Raises ApiError for a request that is not to be looked into."""
@@ -90,10 +103,10 @@ class Gate:
                 )
         if works and service.draining:
             raise ApiError(503, "the server is stopping; send the request to another", code="draining", retry_after_s=1)
-        if works and service.max_open is not None and self._num_open > service.max_open:
+        if works and service.max_open is not None and service.num_requests > service.max_open:
             raise ApiError(
                 429,
-                f"{self._num_open} requests are open, more than the {service.max_open} that may run or wait "
+                f"{service.num_requests} requests are open, more than the {service.max_open} that may run or wait "
                 "(engine.max_sequences, engine.max_waiting); try again later",
                 code="queue_full",
                 retry_after_s=service.retry_after_s,
@@ -132,11 +145,11 @@ class Gate:
             ) from None
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, answer: _AnswerChannel) -> None:
+        exchange: Exchange = scope["state"]["exchange"]
         if answer.started:  # with half of an answer out, nothing better can be said
             answer.cut_off()
             return
-        answer.refused(error)
-        response = error.response()
+        response = exchange.refused(error).response()
         # What is left of a body that was not taken cannot be told from the next request.
         response.headers["connection"] = "close"
         await response(scope, receive, answer.send)
@@ -150,7 +163,9 @@ class Gate:
             metrics.disconnected()
         else:
             metrics.answered(exchange.path, exchange.status or 500, seconds)
-        error = exchange.refusal or ("disconnected" if exchange.disconnected else None)
+        # By OpenTelemetry's conventions a refusal with a status of its own is no error of the server's.
+        broken = exchange.refusal if exchange.status == 200 else None
+        error = broken or ("disconnected" if exchange.disconnected else None)
         exchange.span.end(exchange.status or 499, exchange.trace, error=error)
         if service.settings.access_log:
             access_log.info("%s", _line(exchange, seconds))
@@ -169,9 +184,6 @@ class _AnswerChannel:
     def started(self) -> bool:
         return self._exchange.status is not None
 
-    def refused(self, error: ApiError) -> None:
-        self._exchange.refusal = error.reason
-
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._exchange.status = message["status"]
@@ -183,10 +195,6 @@ class _AnswerChannel:
             self._exchange.refusal = "stalled"
             self.cut_off()
             raise ClientGoneError from None
-
-
-class ClientGoneError(Exception):
-    """The client was cut off: there is nobody to answer."""
 
 
 class _Replay:
@@ -202,11 +210,11 @@ class _Replay:
         return {"type": "http.disconnect"}
 
 
-async def _while_connected(answering: Awaitable[None], receive: Receive, exchange: Exchange) -> None:
+async def _while_connected(answering: Callable[[], Awaitable[None]], receive: Receive, exchange: Exchange) -> None:
     """Does the work of answering, and cancels it when the client goes."""
 
     async def run() -> None:
-        await answering
+        await answering()
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":

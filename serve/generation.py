@@ -60,7 +60,8 @@ class Generation:
         """
         service, loop = self._service, asyncio.get_running_loop()
         request_id = service.open_call()
-        limit = loop.call_later(service.settings.request_timeout_s, self._time_out, request_id)
+        left_s = self._exchange.began_s + service.settings.request_timeout_s - time.perf_counter()
+        limit = loop.call_later(max(0.0, left_s), self._time_out, request_id)
         stream = service.engine.stream(self.prompts, self.params, request_id=request_id, priority=self._priority)
         try:
             async with aclosing(stream):
@@ -76,7 +77,7 @@ class Generation:
             )
         finally:
             limit.cancel()
-            service.close_call(request_id)
+            service.close_call(request_id, self._exchange.output_tokens > 0)
 
     async def outputs(self) -> list[RequestOutput]:
         """All of it, in order of the prompts."""
@@ -99,7 +100,7 @@ class Generation:
         self._timed_out = True
         self._service.abort(request_id)
 
-    def _cut_off(self) -> ApiError:
+    def cut_off(self) -> ApiError:
         """What a client is told that waited in vain."""
         if self._timed_out:
             limit_s = self._service.settings.request_timeout_s
@@ -109,13 +110,13 @@ class Generation:
                 "again when less is going on, or raise the limit",
                 code="timeout",
             )
-        return ApiError(503, "the server is stopping; send the request to another", code="draining")
+        return ApiError(503, "the server is stopping; send the request to another", code="draining", retry_after_s=1)
 
     def _note(self, delta: Delta) -> None:
         now_s, metrics, exchange = time.perf_counter(), self._service.metrics, self._exchange
         if not delta.token_ids:
             if delta.finish_reason == "abort" and not exchange.output_tokens:
-                raise self._cut_off()
+                raise self.cut_off()
             return
         place = delta.request, delta.completion
         last_s = self._last_s.get(place)

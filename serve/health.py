@@ -9,6 +9,7 @@ from collections.abc import Callable
 from phalanx.engine.sampling_params import SamplingParams
 from phalanx.errors import PhalanxError, QueueFullError
 from phalanx.launcher.async_engine import AsyncEngine
+from phalanx.serve.errors import first_line
 
 FRESH_S = 10.0  # a step that was done so lately proves that the ranks work
 STALLED_S = 30.0  # a step that takes longer is taken for stuck
@@ -28,7 +29,7 @@ class Health:
         """Why no token could be produced now, or None where one could."""
         engine = self._engine
         if engine.failure is not None:
-            return str(engine.failure)
+            return first_line(engine.failure)
         now_s, stalled = self._clock_s(), []
         idle = False
         for stats, last_s, failure in zip(engine.replica_stats(), engine.last_results_s, engine.failures, strict=True):
@@ -58,5 +59,5 @@ class Health:
         except TimeoutError:
             return f"the ranks, which were idle, did not draw a token within {PROBE_S:g} s"
         except PhalanxError as error:
-            return str(error)
+            return first_line(error)
         return None

@@ -31,9 +31,9 @@ class ApiKeys:
     def name_of(self, key: str) -> str | None:
         """What a key is called in logs, or None for one that is not in the file. Takes as long for either."""
         self._look()
-        digest = _digest(key)
+        digest = _digest(key.encode("latin-1", "replace"))  # the bytes that came in the header
         known = None
-        for name, each in self._digests.items():
+        for name, each in self._digests:
             if hmac.compare_digest(digest, each):
                 known = name
         return known
@@ -57,17 +57,19 @@ class ApiKeys:
             raise PhalanxError(f"the API keys cannot be read: {error}; see serve.api_keys") from None
         return found.st_mtime_ns, found.st_ino, found.st_size
 
-    def _read(self) -> dict[str, bytes]:
+    def _read(self) -> list[tuple[str, bytes]]:
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise PhalanxError(f"the API keys cannot be read: {error}; see serve.api_keys") from None
-        digests = [_digest(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        digests = [
+            _digest(line.strip().encode()) for line in lines if line.strip() and not line.lstrip().startswith("#")
+        ]
         if not digests:
             raise PhalanxError(f"{self._path} has no API key in it; write one a line, or set serve.api_keys to null")
-        return {digest.hex()[:8]: digest for digest in digests}
+        return [(digest.hex()[:8], digest) for digest in digests]
 
 
-def _digest(key: str) -> bytes:
+def _digest(key: bytes) -> bytes:
     """Of equal length for all keys, so that comparing them takes the same time for each."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(key).digest()

@@ -110,7 +110,7 @@ class HttpServer(uvicorn.Server):
         if service.draining:
             return
         service.draining = True
-        logger.info("stopping: %d requests are being finished, new ones are refused", service.num_open)
+        logger.info("stopping: %d requests are being finished, new ones are refused", service.num_requests)
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     def hurry(self) -> None:
@@ -121,11 +121,11 @@ class HttpServer(uvicorn.Server):
     async def _drain(self) -> None:
         service = self._front.service
         until_s = time.monotonic() + service.settings.drain_timeout_s
-        while service.num_open and time.monotonic() < until_s and not self._hurried:
+        while service.num_requests and time.monotonic() < until_s and not self._hurried:
             await asyncio.sleep(LOOK_S)
-        service.abort_all()
         until_s = time.monotonic() + LAST_WORDS_S
-        while service.num_open and time.monotonic() < until_s:
+        while service.num_requests and time.monotonic() < until_s:
+            service.abort_all()
             await asyncio.sleep(LOOK_S)
         self.should_exit = True
         self.config.timeout_graceful_shutdown = int(LAST_WORDS_S)

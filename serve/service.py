@@ -19,7 +19,7 @@ from phalanx.errors import PhalanxError
 from phalanx.launcher.async_engine import AsyncEngine
 from phalanx.serve.answers import Status
 from phalanx.serve.conversation import Conversation
-from phalanx.serve.errors import ApiError, as_api_error
+from phalanx.serve.errors import ApiError, as_api_error, first_line
 from phalanx.serve.keys import ApiKeys
 from phalanx.serve.metrics import Metrics
 from phalanx.serve.protocol import GenerationRequest
@@ -47,10 +47,10 @@ class Service:
         if self.settings.chat_template is not None:
             self.chat_template = _read(Path(self.settings.chat_template))
         name = self.settings.tool_format
-        self.tool_format: ToolFormat | None = None if name == "none" else parser_for(self.chat_template, name)
+        self.tool_format: ToolFormat | None = parser_for(self.chat_template, name)
         self.knows_tools = knows_tools(self.chat_template)
-        # Those that end a text are not part of it.
-        self.special_texts = engine.tokenizer.special_texts - {engine.tokenizer.eos_token}
+        ends = (engine.tokenizer.token_bytes(token, False) for token in engine.tokenizer.eos_token_ids)
+        self.special_texts = engine.tokenizer.special_texts - {end.decode("utf-8", "replace") for end in ends}
         self.fingerprint = f"phalanx-{__version__}"
         self.grammars = Grammars(engine.tokenizer, engine.vocab_size, engine.tokenizer.eos_token_ids)
         self.metrics = Metrics(
@@ -62,7 +62,8 @@ class Service:
         )
         self._texts = ThreadPoolExecutor(2, "phalanx-texts")
         self._compiling = ThreadPoolExecutor(1, "phalanx-grammars")
-        self._compiling.submit(self.grammars.prepare)  # half a second, which the first request would wait for
+        self._compiling.submit(self._prepare)
+        self.num_requests = 0  # over HTTP, whatever they are at
         self._calls: set[str] = set()
         self._numbers = itertools.count()
         self._ended_s: deque[float] = deque(maxlen=64)
@@ -110,13 +111,15 @@ class Service:
         """Whether calls of a form can be read only with special tokens in the text."""
         return form is not None and form.needs_special_tokens(self.engine.tokenizer.special_texts)
 
-    def check_size(self, num_characters: int) -> None:
-        """Raises ApiError for a text that is too long whatever its tokens are, before they are looked for."""
-        if num_characters > self.max_prompt_bytes:
+    def check_size(self, size: int, *, tokens: bool = False) -> None:
+        """Raises ApiError for a prompt of so many characters that is too long whatever its tokens are, before they are
+        looked for; or for one of so many tokens.
+        """
+        if size > (self.max_length if tokens else self.max_prompt_bytes):
             raise ApiError(
                 400,
-                f"the prompt has {num_characters} characters, which are more than {self.max_length} tokens, the most "
-                "that fit (model.max_length); shorten it",
+                f"the prompt has {size} {'tokens' if tokens else 'characters'}, but at most {self.max_length} tokens "
+                "fit (model.max_length); shorten it",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -177,9 +180,11 @@ class Service:
         self._calls.add(request_id)
         return request_id
 
-    def close_call(self, request_id: str) -> None:
+    def close_call(self, request_id: str, served: bool) -> None:
+        """served: whether tokens came of it."""
         self._calls.discard(request_id)
-        self._ended_s.append(time.monotonic())
+        if served:
+            self._ended_s.append(time.monotonic())
 
     def abort(self, request_id: str) -> None:
         self.engine.end_calls(request_id)
@@ -199,6 +204,8 @@ class Service:
 
     def refusal(self, error: Exception) -> ApiError:
         """What a client is told of an error."""
+        if error in self.engine.failures:  # be it a bug: it is not this request's
+            return ApiError(503, f"the engine has failed: {first_line(error)}", code="engine_failed")
         return as_api_error(error, self.retry_after_s)
 
     # ---- what goes on ----
@@ -227,6 +234,11 @@ class Service:
             ],
             "replicas": [asdict(stats) for stats in engine.replica_stats()],
         }
+
+    def _prepare(self) -> None:
+        """What takes half a second, and the first requests would wait for."""
+        self.grammars.prepare()
+        _ = self.max_prompt_bytes
 
     def close(self) -> None:
         self._texts.shutdown(wait=False, cancel_futures=True)

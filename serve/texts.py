@@ -17,6 +17,7 @@ async def tokenize(service: Service, wanted: TokenizeRequest) -> Tokenized:
     tokenizer = service.engine.tokenizer
     if wanted.prompt is not None:
         text, special = wanted.prompt, wanted.add_special_tokens is not False
+        service.check_size(len(text))
         tokens = await service.beside(len(text), lambda: tokenizer.encode(text, special))
     else:
         tokens = await service.chat_tokens(Conversation.of(wanted, wanted.tools))

@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from phalanx.errors import RequestError
-from phalanx.models.chat import _compile
+from phalanx.models.chat import compile_template
 from phalanx.serve import tool_grammars as grammars
 from phalanx.serve.tool_parser import ToolParser
 from phalanx.serve.tool_reader import Reading
@@ -144,4 +144,4 @@ def knows_tools(chat_template: str | None) -> bool:
 
     if chat_template is None:
         return False
-    return "tools" in find_undeclared_variables(_compile(chat_template).environment.parse(chat_template))
+    return "tools" in find_undeclared_variables(compile_template(chat_template).environment.parse(chat_template))

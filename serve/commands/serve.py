@@ -53,12 +53,12 @@ def serve(
             console = Console(stderr=True, highlight=False)
             told = f"serving [bold]{front.service.model_name}[/] at [bold]{url_of(bound)}[/]"
             server = HttpServer(front, on_start=lambda: console.print(told))
-            # What is there by now stays. A collection that walked it would hold up everything for 0.2 s of work, and one
-            # of all that 500 streams hold for 0.1 s; requests leave no cycles behind, so that those hardly find anything.
+            # What is there by now stays. A collection that walked it would hold up everything for 0.2 s, and one of all
+            # that 500 streams hold for 0.1 s. Requests leave no cycles behind, so that it would hardly find anything.
             gc.collect()
             gc.freeze()
             gc.set_threshold(*COLLECTIONS)
-            # The event loop gives up Python's lock at each write, and would wait 5 ms for it beside a thread that computes.
+            # The event loop gives up Python's lock at each write, and would get it back after 5 ms of another thread.
             sys.setswitchinterval(SWITCH_S)
             server.run(sockets=[bound])
             front.close()

@@ -70,6 +70,10 @@ class RequestError(PhalanxError, ValueError):
     exit_code = 2
 
 
+class ContextLengthError(RequestError):
+    """A prompt that, with the tokens asked for, is longer than the model or the KV cache allows."""
+
+
 class QueueFullError(PhalanxError):
     """A request refused because too many are waiting. It may be sent again later."""
 

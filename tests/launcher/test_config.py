@@ -306,7 +306,7 @@ def test_a_slip_is_answered_with_what_was_probably_meant(
             "engine.zebra",
             "max_sequences, max_batch_tokens, max_waiting, kv_cache, kv_cache_share, page_size, prefix_cache, seed",
         ),
-        ({"serve": {"port": 65536}}, "serve.port", "65535"),
+        ({"serve": {"port": 65536}}, "serve.port", "below 65536"),
         ({"model": {"path": ""}}, "model.path", "text"),
         ({"model": 3}, "model", "path, dtype, revision, max_length"),
         ({"model": ["tiny"]}, "model", "path, dtype, revision, max_length"),
