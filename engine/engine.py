@@ -58,9 +58,10 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises RequestError, naming the remedy, for a request that cannot be served."""
         self._scheduler.check(len(request.prompt_token_ids), request.params.max_tokens)
-        for token in request.prompt_token_ids:
-            if not 0 <= token < self._vocab_size:
-                raise RequestError(f"prompt token {token} is not in the vocabulary (0 to {self._vocab_size - 1})")
+        prompt, end = request.prompt_token_ids, self._vocab_size
+        if min(prompt) < 0 or max(prompt) >= end:  # at the speed of C: prompts are long, and callers have event loops
+            token = next(token for token in prompt if not 0 <= token < end)
+            raise RequestError(f"prompt token {token} is not in the vocabulary (0 to {end - 1})")
         check_tokens(request.params, self._vocab_size)
 
     def check_room(self, num_open: int, count: int) -> None:

@@ -253,9 +253,9 @@ def new_request(
             raise RequestError("a text prompt needs a tokenizer; give token ids")
         token_ids = tuple(tokenizer.encode(prompt))
     else:
-        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+        if not isinstance(prompt, Sequence) or not all(issubclass(kind, int) for kind in set(map(type, prompt))):
             raise RequestError(f"a prompt is text or a list of token ids, found {prompt!r:.80}")
-        token_ids = tuple(int(token) for token in prompt)
+        token_ids = tuple(map(int, prompt))
     if params.stop and tokenizer is None:
         raise RequestError("stop strings need a tokenizer; use stop_token_ids")
     stop_tokens = set(params.stop_token_ids)

@@ -12,7 +12,7 @@ import pytest
 from tests.serve.live import Live
 from tests.serve.streams import Asked, bytes_of
 
-from phalanx.serve.server import MAX_PIPELINED
+from phalanx.serve.connection import MAX_PIPELINED
 
 LONG = {"prompt": [5, 6, 7], "max_tokens": 240, "ignore_eos": True, "n": 4}
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.serve.fuzzing import Fuzzed, fuzzed_server, tries
 
-from phalanx.serve import server as http_server
+from phalanx.serve import connection as http_connection
 
 BODY = b'{"prompt": [5], "max_tokens": 1}'
 GET = b"GET /version HTTP/1.1"
@@ -184,14 +184,14 @@ def test_no_odd_key_opens_the_door(fuzzed: Fuzzed, key: bytes) -> None:
 def test_a_head_that_does_not_come_is_not_waited_for(
     fuzzed: Fuzzed, monkeypatch: pytest.MonkeyPatch, data: bytes
 ) -> None:
-    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_connection, "HEAD_TIMEOUT_S", 0.2)
     monkeypatch.setattr(fuzzed.server.server.config, "timeout_keep_alive", 0.2)
     assert fuzzed.raw(data) == b""
     assert fuzzed.raw(request(GET, close=False) + data).startswith(b"HTTP/1.1 200")
 
 
 def test_a_slow_head_does_not_cut_off_the_answer_before_it(fuzzed: Fuzzed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.001)
+    monkeypatch.setattr(http_connection, "HEAD_TIMEOUT_S", 0.001)
     body = json.dumps({"prompt": [5], "max_tokens": 60, "ignore_eos": True}).encode()
     found = fuzzed.raw(request(POST, body=body, close=False) + b"GET /version")
     assert b'"finish_reason":"length"' in found
