@@ -2,9 +2,9 @@
 
     python benchmarks/http_overhead.py [CONFIG] [--rounds 7] [--scale 1.0] [--json FILE]
 
-One process holds the engine and its server. Rounds alternate: the engine's own callers, then a client in a process of
-its own over HTTP, with the same requests (W2, streamed; then single requests of W1's prompts). The client takes the
-same cores as the server and the ranks, and is part of what is measured.
+One process holds the engine and its server. The same work goes to the engine's own callers and, from a client in a
+process of its own, over HTTP, in turns: W2 as a whole, streamed, then single requests with the prompt of W1, one here
+and one there. The client takes the same cores as the server and the ranks, and is part of what is measured.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
 from phalanx.launcher.async_engine import AsyncEngine
+from phalanx.launcher.bench.jobs import scaled
 from phalanx.launcher.bench.report import processor
 from phalanx.launcher.bench.rounds import play, turned
 from phalanx.launcher.bench.workloads import RequestShape, workload
@@ -37,66 +39,70 @@ from phalanx.serve.app import HttpFront
 from phalanx.serve.bench.client import HttpClient, RequestForm
 from phalanx.serve.server import HttpServer, bind, url_of, with_bounds
 
-NUM_SINGLE = 10  # requests one after another, for the time to the first token
+NUM_SINGLE = 10  # pairs of single requests in a round
 SINGLE_TOKENS = 4
 
 
-class Reading(NamedTuple):
-    """Of one round. tokens_per_s: of many requests. first_token_s: median of single ones. client_cpu_s: of the many."""
+class Answered(NamedTuple):
+    """What came of requests that were sent at once. first_token_s: of each. cpu_s: that the client's process took."""
 
-    tokens_per_s: float
-    first_token_s: float
+    elapsed_s: float
+    first_token_s: list[float]
+    cpu_s: float
+
+
+class Round(NamedTuple):
+    """tokens_per_s: of W2, by the engine alone and over HTTP. first_token_s: of single requests, in pairs."""
+
+    tokens_per_s: tuple[float, float]
+    first_token_s: list[tuple[float, float]]
     client_cpu_s: float
 
 
-def shapes_of(number: int, scale: float, vocab_size: int) -> tuple[list[RequestShape], list[RequestShape]]:
-    """Many requests, and single ones, with other prompts each round."""
-
-    def scaled(shape: RequestShape, max_tokens: int) -> RequestShape:
-        return shape._replace(prompt=shape.prompt[: max(1, round(len(shape.prompt) * scale))], max_tokens=max_tokens)
-
-    many = [
-        scaled(turned(shape, number), max(1, round(shape.max_tokens * scale)))
-        for shape in workload("W2", vocab_size=vocab_size)
-    ]
-    [single] = workload("W1", vocab_size=vocab_size)
-    return many, [scaled(turned(single, NUM_SINGLE * number + each), SINGLE_TOKENS) for each in range(NUM_SINGLE)]
+def many_of(number: int, scale: float, vocab_size: int) -> list[RequestShape]:
+    """W2, with other prompts for each number."""
+    return [scaled(turned(shape, number), scale) for shape in workload("W2", vocab_size=vocab_size)]
 
 
-async def direct(engine: AsyncEngine, many: Sequence[RequestShape], single: Sequence[RequestShape]) -> Reading:
+def single_of(number: int, scale: float, vocab_size: int) -> list[RequestShape]:
+    """One request, with another prompt for each number."""
+    [shape] = workload("W1", vocab_size=vocab_size)
+    return [scaled(turned(shape, number), scale)._replace(max_tokens=SINGLE_TOKENS)]
+
+
+async def direct(engine: AsyncEngine, shapes: Sequence[RequestShape]) -> Answered:
     began_s = time.perf_counter()
-    await play(engine, many)
-    elapsed_s = time.perf_counter() - began_s
-    first = [(await play(engine, [shape]))[0].token_s[0] for shape in single]
-    return Reading(sum(shape.max_tokens for shape in many) / elapsed_s, statistics.median(first), 0.0)
+    played = await play(engine, shapes)
+    return Answered(time.perf_counter() - began_s, [each.token_s[0] for each in played], 0.0)
 
 
-async def over_http(url: str, many: Sequence[RequestShape], single: Sequence[RequestShape]) -> Reading:
-    async with HttpClient(url) as client:
-        form = RequestForm((await client.models())[0])
+async def over_http(client: HttpClient, form: RequestForm, shapes: Sequence[RequestShape]) -> Answered:
+    async def first_token_s(shape: RequestShape) -> float:
+        body = form.body(shape)
+        began_s = time.perf_counter()
+        answer = await client.complete(form.path, body)
+        if answer.failure is not None:
+            raise RuntimeError(f"a request failed: {answer.failure}")
+        return answer.chunk_s[0] - began_s
 
-        async def first_token_s(shape: RequestShape) -> float:
-            body = form.body(shape)
-            began_s = time.perf_counter()
-            answer = await client.complete(form.path, body)
-            if answer.failure is not None:
-                raise RuntimeError(f"a request failed: {answer.failure}")
-            return answer.chunk_s[0] - began_s
-
-        cpu_s, began_s = time.process_time(), time.perf_counter()
-        await asyncio.gather(*(first_token_s(shape) for shape in many))
-        elapsed_s, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
-        first = [await first_token_s(shape) for shape in single]
-    return Reading(sum(shape.max_tokens for shape in many) / elapsed_s, statistics.median(first), cpu_s)
+    cpu_s, began_s = time.process_time(), time.perf_counter()
+    first = await asyncio.gather(*(first_token_s(shape) for shape in shapes))
+    return Answered(time.perf_counter() - began_s, first, time.process_time() - cpu_s)
 
 
 def client_main(connection: Connection, url: str) -> None:
-    """The client's process: a round for each pair of workloads that comes."""
-    while (shapes := connection.recv()) is not None:
-        connection.send(asyncio.run(over_http(url, *shapes)))
+    """The client's process: sends each list of requests that comes."""
+
+    async def serve() -> None:
+        async with HttpClient(url) as client:
+            form = RequestForm((await client.models())[0])
+            while (shapes := connection.recv()) is not None:
+                connection.send(await over_http(client, form, shapes))
+
+    asyncio.run(serve())
 
 
-async def measure(engine: AsyncEngine, rounds: int, scale: float, console: Console) -> list[tuple[Reading, Reading]]:
+async def measure(engine: AsyncEngine, rounds: int, scale: float, console: Console) -> list[Round]:
     loop = asyncio.get_running_loop()
     with bind("127.0.0.1", 0) as bound:
         front = HttpFront(engine)
@@ -105,22 +111,36 @@ async def measure(engine: AsyncEngine, rounds: int, scale: float, console: Conso
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         client = multiprocessing.get_context("spawn").Process(target=client_main, args=(theirs, url_of(bound)))
         client.start()
-        readings = []
+
+        async def remote(shapes: Sequence[RequestShape]) -> Answered:
+            ours.send(shapes)
+            return await loop.run_in_executor(None, ours.recv)
+
+        vocab_size, found = engine.vocab_size, []
         for number in range(rounds + 1):  # the first warms up
-            inside = await direct(engine, *shapes_of(2 * number, scale, engine.vocab_size))
-            ours.send(shapes_of(2 * number + 1, scale, engine.vocab_size))
-            outside = await loop.run_in_executor(None, ours.recv)
-            readings.append((inside, outside))
+            many = [many_of(2 * number + side, scale, vocab_size) for side in (0, 1)]
+            num_tokens = sum(shape.max_tokens for shape in many[0])
+            if number % 2:
+                inside, outside = await direct(engine, many[0]), await remote(many[1])
+            else:
+                outside, inside = await remote(many[0]), await direct(engine, many[1])
+            pairs = []
+            for place in range(2 * NUM_SINGLE * number, 2 * NUM_SINGLE * (number + 1), 2):
+                alone = await direct(engine, single_of(place, scale, vocab_size))
+                served = await remote(single_of(place + 1, scale, vocab_size))
+                pairs.append((alone.first_token_s[0], served.first_token_s[0]))
+            speeds = num_tokens / inside.elapsed_s, num_tokens / outside.elapsed_s
+            found.append(Round(speeds, pairs, outside.cpu_s))
+            alone_ms, served_ms = (1e3 * statistics.median(each) for each in zip(*pairs, strict=True))
             console.print(
-                f"round {number}: {inside.tokens_per_s:.1f} and {outside.tokens_per_s:.1f} tokens/s, "
-                f"{inside.first_token_s * 1e3:.1f} and {outside.first_token_s * 1e3:.1f} ms"
+                f"round {number}: {speeds[0]:.1f} and {speeds[1]:.1f} tokens/s, {alone_ms:.1f} and {served_ms:.1f} ms"
             )
         ours.send(None)
         client.join()
         server.hurry()
         await serving
         front.close()
-    return readings[1:]
+    return found[1:]
 
 
 def main() -> None:
@@ -133,25 +153,18 @@ def main() -> None:
     config = with_bounds(load_config(arguments.config))
     config = config.model_copy(update={"serve": config.serve.model_copy(update={"access_log": False})})
     with closing(AsyncEngine.from_config(config, ranks_apart=True)) as engine:
-        readings = asyncio.run(measure(engine, arguments.rounds, arguments.scale, Console(stderr=True)))
+        found = uvloop.run(measure(engine, arguments.rounds, arguments.scale, Console(stderr=True)))
         described = {"model": config.model.path, "layout": str(engine.plan.layout), "dtype": engine.plan.dtype}
-    inside, outside = (list(each) for each in zip(*readings, strict=True))
-    ratios = [http.tokens_per_s / engine_alone.tokens_per_s for engine_alone, http in readings]
-    added_ms = [(http.first_token_s - engine_alone.first_token_s) * 1e3 for engine_alone, http in readings]
+    speeds = [statistics.median(each.tokens_per_s[side] for each in found) for side in (0, 1)]
+    ratio = statistics.median(each.tokens_per_s[1] / each.tokens_per_s[0] for each in found)
+    pairs = [pair for each in found for pair in each.first_token_s]
+    first_ms = [1e3 * statistics.median(pair[side] for pair in pairs) for side in (0, 1)]
+    added_ms = 1e3 * statistics.median(served - alone for alone, served in pairs)
+    client_cpu_s = statistics.median(each.client_cpu_s for each in found)
     table = Table("medians", "engine alone", "over HTTP", "difference", box=None)
-    table.add_row(
-        "tokens/s, W2",
-        f"{statistics.median(each.tokens_per_s for each in inside):.1f}",
-        f"{statistics.median(each.tokens_per_s for each in outside):.1f}",
-        f"x {statistics.median(ratios):.3f}",
-    )
-    table.add_row(
-        "ms to the first token, W1",
-        f"{statistics.median(each.first_token_s for each in inside) * 1e3:.1f}",
-        f"{statistics.median(each.first_token_s for each in outside) * 1e3:.1f}",
-        f"{statistics.median(added_ms):+.1f}",
-    )
-    table.add_row("client's CPU seconds, W2", "", f"{statistics.median(each.client_cpu_s for each in outside):.2f}", "")
+    table.add_row("tokens/s, W2", f"{speeds[0]:.1f}", f"{speeds[1]:.1f}", f"x {ratio:.3f}")
+    table.add_row("ms to the first token, W1", f"{first_ms[0]:.1f}", f"{first_ms[1]:.1f}", f"{added_ms:+.1f}")
+    table.add_row("client's CPU seconds, W2", "", f"{client_cpu_s:.2f}", "")
     Console().print(table)
     if arguments.json is not None:
         report = {
@@ -161,10 +174,12 @@ def main() -> None:
             "cores": this_machine().num_cores,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             **described,
-            "throughput_ratio": statistics.median(ratios),
-            "added_first_token_ms": statistics.median(added_ms),
-            "engine_alone": [each._asdict() for each in inside],
-            "over_http": [each._asdict() for each in outside],
+            "throughput_ratio": ratio,
+            "added_first_token_ms": added_ms,
+            "tokens_per_s": {"engine_alone": speeds[0], "over_http": speeds[1]},
+            "first_token_ms": {"engine_alone": first_ms[0], "over_http": first_ms[1]},
+            "client_cpu_s": client_cpu_s,
+            "rounds": [each._asdict() for each in found],
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -335,7 +335,11 @@ class Served:
             mailbox=mailbox,
             now_s=time.perf_counter(),
         )
-        driver.engine.check(request)
+        try:
+            driver.engine.check(request)
+        except RequestError:
+            request.tracks.clear()  # which name it in turn: nobody would free the two but the collector
+            raise
         return request
 
     def close(self) -> None:

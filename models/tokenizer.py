@@ -48,6 +48,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self._special = frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
         self._to_bytes, self.strips_leading_space = _byte_decoder(backend, source)
+        self._bytes: dict[int, bytes] = {}  # of tokens, as far as they have been asked for
 
     @property
     def vocab_size(self) -> int:
@@ -92,8 +93,11 @@ class Tokenizer:
         """The bytes that one token stands for: part of a character, or several. Empty for a token without text."""
         if skip_special_tokens and token in self._special:
             return b""
-        content = self._backend.id_to_token(token)
-        return b"" if content is None else self._to_bytes(content)
+        known = self._bytes.get(token)
+        if known is None:
+            content = self._backend.id_to_token(token)
+            known = self._bytes[token] = b"" if content is None else self._to_bytes(content)
+        return known
 
     def stream(self, skip_special_tokens: bool = True, continuation: bool = False) -> TextStream:
         """A new `TextStream`."""

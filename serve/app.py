@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -18,14 +18,14 @@ from phalanx.launcher.async_engine import AsyncEngine
 from phalanx.serve import answers
 from phalanx.serve.chat import chat
 from phalanx.serve.completions import complete
-from phalanx.serve.errors import ApiError, JsonResponse, body_error
+from phalanx.serve.errors import ApiError, JsonResponse
 from phalanx.serve.exchange import Exchange
 from phalanx.serve.gate import Gate
 from phalanx.serve.health import Health
 from phalanx.serve.page_files import page_routes
 from phalanx.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from phalanx.serve.request_reader import RequestReader
 from phalanx.serve.service import Service
-from phalanx.serve.texts import detokenize, tokenize
 from phalanx.serve.tracing import Tracing
 
 REFUSALS = {
@@ -42,7 +42,6 @@ REFUSALS = {
 ANY_REFUSALS = (401, 408, 413)  # of every path
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
-RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
 def create_app(engine: AsyncEngine) -> ASGIApp:
@@ -122,14 +121,6 @@ def _refusals(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": answers.Error, "description": REFUSALS[status]} for status in statuses}
 
 
-async def _read(request: Request, wanted: type[RequestT]) -> RequestT:
-    """A body as one of the models: straight from its bytes, and with every problem at once."""
-    try:
-        return wanted.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise body_error(error, wanted.model_fields) from None
-
-
 async def _told(request: Request, error: Exception) -> Response:
     """What a client is told of an error."""
     if isinstance(error, HTTPException):
@@ -163,23 +154,24 @@ Front = Annotated[HttpFront, Depends(_front_given)]
 
 async def completions(request: Request, front: Front) -> Response:
     """Completes prompts."""
-    wanted = await _read(request, CompletionRequest)
-    return await complete(front.service, Exchange.of(request), wanted)
+    read = await front.service.read(RequestReader.completion, await request.body())
+    return await complete(front.service, Exchange.of(request), read.wanted, read.prompts)
 
 
 async def chat_completions(request: Request, front: Front) -> Response:
     """Goes on with a conversation."""
-    return await chat(front.service, Exchange.of(request), await _read(request, ChatRequest))
+    read = await front.service.read(RequestReader.chat, await request.body())
+    return await chat(front.service, Exchange.of(request), read.wanted, read.prompt)
 
 
-async def tokenize_(request: Request, front: Front) -> Response:
+async def tokenize(request: Request, front: Front) -> Response:
     """The tokens of a prompt, or of a conversation."""
-    return JsonResponse(await tokenize(front.service, await _read(request, TokenizeRequest)))
+    return JsonResponse(await front.service.read(RequestReader.tokenize, await request.body()))
 
 
-async def detokenize_(request: Request, front: Front) -> Response:
+async def detokenize(request: Request, front: Front) -> Response:
     """The text of tokens."""
-    return JsonResponse(await detokenize(front.service, await _read(request, DetokenizeRequest)))
+    return JsonResponse(await front.service.read(RequestReader.detokenize, await request.body()))
 
 
 async def models(front: Front) -> Response:
@@ -232,8 +224,8 @@ async def metrics(request: Request, front: Front) -> Response:
 POSTS: tuple[tuple[str, Handler, type[BaseModel], type, type | None], ...] = (
     ("/v1/completions", completions, CompletionRequest, answers.Completion, answers.Completion),
     ("/v1/chat/completions", chat_completions, ChatRequest, answers.Chat, answers.ChatChunk),
-    ("/tokenize", tokenize_, TokenizeRequest, answers.Tokenized, None),
-    ("/detokenize", detokenize_, DetokenizeRequest, answers.Detokenized, None),
+    ("/tokenize", tokenize, TokenizeRequest, answers.Tokenized, None),
+    ("/detokenize", detokenize, DetokenizeRequest, answers.Detokenized, None),
 )
 GETS: tuple[tuple[str, Handler, type, tuple[int, ...]], ...] = (
     ("/v1/models", models, answers.Models, (200,)),

@@ -12,7 +12,6 @@ from phalanx.engine.messages import TokenLogprobs
 from phalanx.engine.request import Delta, RequestOutput
 from phalanx.engine.request import FinishReason as EngineReason
 from phalanx.serve.answers import Chat, ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, FinishReason, ToolCall
-from phalanx.serve.conversation import Conversation
 from phalanx.serve.errors import ApiError, JsonResponse
 from phalanx.serve.event_stream import DONE, EventStream, event
 from phalanx.serve.exchange import Exchange
@@ -27,13 +26,11 @@ from phalanx.serve.tool_parser import Pieces, ToolDelta, ToolParser
 from phalanx.serve.tool_schema import constrained_schema
 
 
-async def chat(service: Service, exchange: Exchange, wanted: ChatRequest) -> Response:
-    """The answer to a request, whole or as a stream. Raises ApiError and PhalanxError for one that cannot be served."""
-    service.check_model(wanted.model)
-    _check(wanted)
-    tools = wanted.tools if wanted.tool_choice != "none" else None
-    conversation = Conversation.of(wanted, tools)
-    prompt = await service.chat_tokens(conversation)
+async def chat(service: Service, exchange: Exchange, wanted: ChatRequest, prompt: list[int]) -> Response:
+    """The answer to a request, whole or as a stream. Raises ApiError and PhalanxError for one that cannot be served.
+
+    prompt: its conversation in token ids.
+    """
     max_tokens = wanted.max_completion_tokens or wanted.max_tokens or max(1, service.max_length - len(prompt))
     exchange.streamed = bool(wanted.stream)
     guide, tool_format = await _tools(service, wanted)
@@ -43,18 +40,6 @@ async def chat(service: Service, exchange: Exchange, wanted: ChatRequest) -> Res
     if wanted.stream:
         return EventStream(answer.chunks(), lambda error: exchange.refused(service.refusal(error)))
     return JsonResponse(await answer.whole())
-
-
-def _check(wanted: ChatRequest) -> None:
-    """Fields that do not go together."""
-    if wanted.top_logprobs is not None and not wanted.logprobs:
-        raise ApiError(400, "top_logprobs is given without logprobs; set logprobs to true", param="top_logprobs")
-    if wanted.max_tokens == 0:
-        raise ApiError(400, "max_tokens is 0; allowed: at least 1", param="max_tokens")
-    if wanted.max_completion_tokens is not None and wanted.max_tokens not in (None, wanted.max_completion_tokens):
-        raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
-    if wanted.tool_choice not in (None, "none", "auto") and not wanted.tools:
-        raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
 
 
 async def _tools(service: Service, wanted: ChatRequest) -> tuple[MakeGuide | None, ToolFormat | None]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
 from starlette.responses import Response
 
 from phalanx.engine.messages import TokenLogprobs
 from phalanx.engine.request import Delta, RequestOutput
 from phalanx.serve.answers import Completion, CompletionChoice, FinishReason
-from phalanx.serve.errors import ApiError, JsonResponse
+from phalanx.serve.errors import JsonResponse
 from phalanx.serve.event_stream import DONE, EventStream, event
 from phalanx.serve.exchange import Exchange
 from phalanx.serve.generation import Generation
@@ -22,13 +21,16 @@ from phalanx.serve.sampling import sampling_params
 from phalanx.serve.service import Service
 
 DEFAULT_TOKENS = 16  # as OpenAI has it, or as many as fit
+SHORT_PROMPTS = 128  # tokens whose log-probabilities are put down in about a millisecond
 
 
-async def complete(service: Service, exchange: Exchange, wanted: CompletionRequest) -> Response:
-    """The answer to a request, whole or as a stream. Raises ApiError and PhalanxError for one that cannot be served."""
-    service.check_model(wanted.model)
-    _check(wanted)
-    prompts = await _prompts(service, wanted)
+async def complete(
+    service: Service, exchange: Exchange, wanted: CompletionRequest, prompts: list[list[int]]
+) -> Response:
+    """The answer to a request, whole or as a stream. Raises ApiError and PhalanxError for one that cannot be served.
+
+    prompts: those of the request in token ids.
+    """
     max_tokens = wanted.max_tokens
     if max_tokens is None:
         max_tokens = max(1, min(DEFAULT_TOKENS, service.max_length - max(map(len, prompts))))
@@ -39,35 +41,6 @@ async def complete(service: Service, exchange: Exchange, wanted: CompletionReque
     if wanted.stream:
         return EventStream(answer.chunks(), lambda error: exchange.refused(service.refusal(error)))
     return JsonResponse(await answer.whole())
-
-
-def _check(wanted: CompletionRequest) -> None:
-    """Fields that do not go together."""
-    if wanted.best_of is not None and wanted.best_of != (wanted.n or 1):
-        raise ApiError(400, f"best_of is {wanted.best_of}; allowed: as many as n ({wanted.n or 1})", param="best_of")
-    if wanted.max_tokens == 0 and not wanted.echo:
-        raise ApiError(400, "max_tokens is 0; allowed: at least 1, or 0 together with echo", param="max_tokens")
-    if wanted.stream and (wanted.prompt_logprobs is not None or (wanted.echo and wanted.logprobs is not None)):
-        raise ApiError(
-            400,
-            "log-probabilities of the prompt do not come in a stream; leave out stream, or ask for neither echo "
-            "with logprobs nor prompt_logprobs",
-            param="stream",
-        )
-
-
-async def _prompts(service: Service, wanted: CompletionRequest) -> list[list[int]]:
-    """In token ids."""
-    given = wanted.prompt
-    items: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
-    texts = [each for each in items if isinstance(each, str)]
-    for each in items:
-        service.check_size(len(each), tokens=not isinstance(each, str))
-    special = wanted.add_special_tokens is not False
-    encode = service.engine.tokenizer.encode
-    return await service.beside(
-        sum(map(len, texts)), lambda: [encode(each, special) if isinstance(each, str) else each for each in items]
-    )
 
 
 class _Answer:
@@ -93,10 +66,12 @@ class _Answer:
         wanted = self._wanted
         # Log-probabilities of a long prompt take longer than the event loop should.
         named = wanted.echo or wanted.logprobs is not None or wanted.prompt_logprobs is not None
-        weight = sum(len(each.prompt_token_ids) * len(each.completions) for each in outputs) * 32 if named else 0
-        choices = await self._service.beside(
-            weight, lambda: [choice for output in outputs for choice in self._choices(output)]
-        )
+        weight = sum(len(each.prompt_token_ids) * len(each.completions) for each in outputs) if named else 0
+
+        def make() -> list[CompletionChoice]:
+            return [choice for output in outputs for choice in self._choices(output)]
+
+        choices = make() if weight <= SHORT_PROMPTS else await self._service.beside(make)
         return {**self._head, "choices": choices, "usage": self._generation.usage(self._drops)}
 
     def _choices(self, output: RequestOutput) -> list[CompletionChoice]:

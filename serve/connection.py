@@ -7,6 +7,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from phalanx.serve.exchange import Exchange
 from phalanx.serve.gate import ABORT
 
 MAX_PIPELINED = 16  # requests that may wait on one connection for the answer to another
@@ -15,12 +16,20 @@ MAX_HEAD_BYTES = 64 << 10
 
 
 class Connection(HttpToolsProtocol):
-    """Bounds what uvicorn leaves open, the head of a request, and lets the application cut a connection off."""
+    """Bounds what uvicorn leaves open, the head of a request and how long a client may read nothing of an answer, and
+    lets the application cut a connection off.
+    """
 
     _in_head = False
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
     _running: RequestResponseCycle | None = None
+
+    def __init__(self, *arguments: Any, stalled_client_s: float, **options: Any) -> None:
+        """stalled_client_s: after which a client that does not read what is sent is cut off. The rest is uvicorn's."""
+        super().__init__(*arguments, **options)
+        self._stalled_client_s = stalled_client_s
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -29,6 +38,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._end_head()
+        self._end_stall()
         # uvicorn tells only the request that came last, which may be one that waits behind it.
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
@@ -65,6 +75,14 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():  # there is nothing to change to, and the parser reads no further
             self.cycle.keep_alive = False
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self._stalled_client_s, self._stalled)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._end_stall()
+
     @property
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -82,6 +100,17 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _end_stall(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def _stalled(self) -> None:
+        exchange = self._running and self._running.scope["state"].get("exchange")
+        if isinstance(exchange, Exchange):
+            exchange.refusal = "stalled"
+        self.transport.abort()
 
     def _head_late(self) -> None:
         if self._is_idle:

@@ -46,7 +46,7 @@ class Gate:
         headers = Headers(scope=scope)
         exchange = Exchange(_request_id(headers), scope["method"], scope["path"], _client(scope))
         scope.setdefault("state", {})["exchange"] = exchange
-        answer = _AnswerChannel(send, exchange, self._service.settings.stalled_client_s, _abort_of(scope))
+        answer = _AnswerChannel(send, exchange, _abort_of(scope))
         works = exchange.path in WORK_PATHS and exchange.method == "POST"
         if works:
             exchange.span = self._tracing.start(f"POST {exchange.path}", headers, _trace_of(exchange))
@@ -115,14 +115,9 @@ class Gate:
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """All of it. Raises ApiError where it is too large, or takes too long to come."""
         settings = self._service.settings
-        too_large = ApiError(
-            413,
-            f"the body is larger than {settings.max_body} bytes, the most that is taken (serve.max_body)",
-            code="too_large",
-        )
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > settings.max_body:
-            raise too_large
+            raise _too_large(settings.max_body)
         parts, size = [], 0
         try:
             async with asyncio.timeout(settings.body_timeout_s):
@@ -133,7 +128,7 @@ class Gate:
                     part = message.get("body", b"")
                     size += len(part)
                     if size > settings.max_body:
-                        raise too_large
+                        raise _too_large(settings.max_body)
                     parts.append(part)
                     if not message.get("more_body", False):
                         return b"".join(parts)
@@ -172,12 +167,11 @@ class Gate:
 
 
 class _AnswerChannel:
-    """Where a response goes: it takes note of it, and cuts off a client that does not read it."""
+    """Where a response goes: takes note of it."""
 
-    def __init__(self, send: Send, exchange: Exchange, limit_s: float, abort: Callable[[], None]) -> None:
+    def __init__(self, send: Send, exchange: Exchange, abort: Callable[[], None]) -> None:
         self._send = send
         self._exchange = exchange
-        self._limit_s = limit_s
         self.cut_off = abort
 
     @property
@@ -188,13 +182,7 @@ class _AnswerChannel:
         if message["type"] == "http.response.start":
             self._exchange.status = message["status"]
             message["headers"] = [*message["headers"], (b"x-request-id", self._exchange.request_id.encode())]
-        try:
-            async with asyncio.timeout(self._limit_s):
-                await self._send(message)
-        except TimeoutError:
-            self._exchange.refusal = "stalled"
-            self.cut_off()
-            raise ClientGoneError from None
+        await self._send(message)
 
 
 class _Replay:
@@ -234,6 +222,12 @@ async def _while_connected(answering: Callable[[], Awaitable[None]], receive: Re
     finally:
         work.cancel()
         watch.cancel()
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413, f"the body is larger than {limit} bytes, the most that is taken (serve.max_body)", code="too_large"
+    )
 
 
 def _request_id(headers: Headers) -> str:

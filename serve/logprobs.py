@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from phalanx.engine.messages import TokenLogprobs
 from phalanx.models.tokenizer import Tokenizer
 from phalanx.serve.answers import ChatLogprobs, CompletionLogprobs, TokenLogprob
+
+if TYPE_CHECKING:
+    from phalanx.engine.messages import TokenLogprobs  # with torch, which the process that reads requests does without
 
 LEAST = -9999.0  # in place of minus infinity, which JSON does not have
 

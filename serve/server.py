@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -23,6 +24,8 @@ LAST_WORDS_S = 5.0  # for answers that were cut short to be sent
 LOOK_S = 0.05
 BACKLOG = 2048  # connections that the system keeps until they are accepted
 ACCEPTS = 16  # of them that are, in a round of the event loop
+QUIET_TICKS = 50  # of 0.1 s
+QUIET_REQUESTS = 8
 MAX_WAITING = 1024  # completions, for each replica
 
 
@@ -64,12 +67,19 @@ class HttpServer(uvicorn.Server):
     what is left ends with what there is of it. A second signal cuts that short.
     """
 
-    def __init__(self, front: HttpFront, *, on_start: Callable[[], None] = lambda: None) -> None:
-        """on_start: called once it can be reached."""
+    def __init__(
+        self,
+        front: HttpFront,
+        *,
+        on_start: Callable[[], object] = lambda: None,
+        on_quiet: Callable[[], object] = lambda: None,
+    ) -> None:
+        """on_start: called once it can be reached. on_quiet: called now and then while there is little to do."""
         super().__init__(
             uvicorn.Config(
                 front.app,
-                http=Connection,
+                loop="uvloop",
+                http=partial(Connection, stalled_client_s=front.service.settings.stalled_client_s),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 access_log=False,
@@ -83,6 +93,7 @@ class HttpServer(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         self._hurried = False
         self._on_start = on_start
+        self._on_quiet = on_quiet
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -91,6 +102,11 @@ class HttpServer(uvicorn.Server):
         for each in sockets or ():
             each.listen(BACKLOG)  # more than asyncio would accept at once
         self._on_start()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % QUIET_TICKS == 0 and self._front.service.num_requests <= QUIET_REQUESTS:
+            self._on_quiet()
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None:  # it has not begun yet

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,17 +17,18 @@ from phalanx.engine.grammar import Grammars
 from phalanx.errors import PhalanxError
 from phalanx.launcher.async_engine import AsyncEngine
 from phalanx.serve.answers import Status
-from phalanx.serve.conversation import Conversation
 from phalanx.serve.errors import ApiError, as_api_error, first_line
 from phalanx.serve.keys import ApiKeys
 from phalanx.serve.metrics import Metrics
 from phalanx.serve.protocol import GenerationRequest
+from phalanx.serve.reader_process import ReaderProcess
+from phalanx.serve.request_reader import Read, RequestReader
 from phalanx.serve.sampling import MakeGuide, is_guided, make_guide
 from phalanx.serve.tool_calls import JSON, ToolFormat, knows_tools, parser_for
 
 T = TypeVar("T")
 
-SHORT_TEXT = 4096  # characters that are encoded in about a millisecond: a thread would cost as much
+SHORT_BODY = 8 << 10  # bytes that are read in about a millisecond; passing them on would cost half as much
 MAX_RETRY_S = 60.0
 
 
@@ -60,9 +60,18 @@ class Service:
             layout=str(engine.plan.layout),
             endpoints=endpoints,
         )
-        self._texts = ThreadPoolExecutor(2, "phalanx-texts")
+        self._reader = RequestReader(
+            engine.tokenizer,
+            chat_template=self.chat_template,
+            model_name=self.model_name,
+            max_length=self.max_length,
+            vocab_size=engine.vocab_size,
+        )
+        self._reader_process = ReaderProcess(self._reader)
+        self._reading = ThreadPoolExecutor(1, "phalanx-reading")
+        self._threads = ThreadPoolExecutor(2, "phalanx-texts")
         self._compiling = ThreadPoolExecutor(1, "phalanx-grammars")
-        self._compiling.submit(self._prepare)
+        self._compiling.submit(self.grammars.prepare)
         self.num_requests = 0  # over HTTP, whatever they are at
         self._calls: set[str] = set()
         self._numbers = itertools.count()
@@ -83,25 +92,6 @@ class Service:
             return None
         return self.engine.config.parallel.replicas * (limits.max_sequences + limits.max_waiting)
 
-    @cached_property
-    def max_prompt_bytes(self) -> int:
-        """A text that is longer cannot fit the model: no token stands for more than the longest one's bytes."""
-        tokenizer = self.engine.tokenizer
-        longest = max(
-            len(tokenizer.token_bytes(token, skip_special_tokens=False)) for token in range(tokenizer.vocab_size)
-        )
-        return 2 * longest * self.max_length  # a tokenizer's normalizer may shorten what it reads
-
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError for a model that is not served here."""
-        if name is not None and name != self.model_name:
-            raise ApiError(
-                404,
-                f"the model {name[:100]!a} is not served here; allowed: {self.model_name!r}",
-                param="model",
-                code="model_not_found",
-            )
-
     @property
     def forced_format(self) -> ToolFormat:
         """What calls are read by that a request forces on the model."""
@@ -110,19 +100,6 @@ class Service:
     def shows_special_tokens(self, form: ToolFormat | None) -> bool:
         """Whether calls of a form can be read only with special tokens in the text."""
         return form is not None and form.needs_special_tokens(self.engine.tokenizer.special_texts)
-
-    def check_size(self, size: int, *, tokens: bool = False) -> None:
-        """Raises ApiError for a prompt of so many characters that is too long whatever its tokens are, before they are
-        looked for; or for one of so many tokens.
-        """
-        if size > (self.max_length if tokens else self.max_prompt_bytes):
-            raise ApiError(
-                400,
-                f"the prompt has {size} {'tokens' if tokens else 'characters'}, but at most {self.max_length} tokens "
-                "fit (model.max_length); shorten it",
-                param="prompt",
-                code="context_length_exceeded",
-            )
 
     def check_count(self, count: int) -> None:
         """Raises ApiError for more completions than may ever be open, before any is made ready."""
@@ -136,26 +113,15 @@ class Service:
 
     # ---- work beside the event loop ----
 
-    async def beside(self, num_characters: int, work: Callable[[], T]) -> T:
-        """Does work on a text of this length without keeping the event loop from other requests."""
-        if num_characters <= SHORT_TEXT:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._texts, work)
+    async def read(self, method: Read[T], body: bytes) -> T:
+        """What a method of the reader makes of a body. Raises ApiError and PhalanxError as it does."""
+        if len(body) <= SHORT_BODY:
+            return method(self._reader, body)
+        return await asyncio.get_running_loop().run_in_executor(self._reading, self._reader_process.read, method, body)
 
-    async def chat_tokens(self, conversation: Conversation) -> list[int]:
-        """Token ids of a conversation in the model's template."""
-        num_characters = conversation.num_characters
-        self.check_size(num_characters)
-        return await self.beside(
-            num_characters,
-            lambda: self.engine.chat_prompt(
-                conversation.messages,
-                template=self.chat_template,
-                tools=conversation.tools,
-                add_generation_prompt=conversation.add_generation_prompt,
-                **conversation.settings,
-            ),
-        )
+    async def beside(self, work: Callable[[], T]) -> T:
+        """Does work that takes long, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def guide(self, wanted: GenerationRequest) -> MakeGuide | None:
         """What holds the text to the form that a request asks for, None where it asks for none."""
@@ -235,13 +201,14 @@ class Service:
             "replicas": [asdict(stats) for stats in engine.replica_stats()],
         }
 
-    def _prepare(self) -> None:
-        """What takes half a second, and the first requests would wait for."""
-        self.grammars.prepare()
-        _ = self.max_prompt_bytes
+    def prepare(self) -> None:
+        """Begins what the first requests would wait for."""
+        self._reading.submit(self._reader_process.start)
 
     def close(self) -> None:
-        self._texts.shutdown(wait=False, cancel_futures=True)
+        self._reading.shutdown(wait=False, cancel_futures=True)
+        self._reader_process.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._compiling.shutdown(wait=False, cancel_futures=True)
         self.grammars.close()
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import logging
 
 SWITCH_S = 0.0005
-COLLECTIONS = (20_000, 50, 1_000)
+COLLECTION_OBJECTS = 1_000_000  # that are new when a collection does not wait for a quiet moment
 
 
 def serve(
@@ -50,14 +50,16 @@ def serve(
         with closing(engine):
             progress.show_startup(engine.startup, engine.plan)
             front = HttpFront(engine)
+            front.service.prepare()
             console = Console(stderr=True, highlight=False)
             told = f"serving [bold]{front.service.model_name}[/] at [bold]{url_of(bound)}[/]"
-            server = HttpServer(front, on_start=lambda: console.print(told))
-            # What is there by now stays. A collection that walked it would hold up everything for 0.2 s, and one of all
-            # that 500 streams hold for 0.1 s. Requests leave no cycles behind, so that it would hardly find anything.
+            server = HttpServer(front, on_start=lambda: console.print(told), on_quiet=gc.collect)
+            # What is there by now stays: a collection that walked it would hold up everything for 0.2 s. Even one of
+            # what is new takes 0.1 s where that is hundreds of long prompts. Requests leave no cycles behind, on none
+            # of their ways out that are known, so that what others may is left until there is little to walk.
             gc.collect()
             gc.freeze()
-            gc.set_threshold(*COLLECTIONS)
+            gc.set_threshold(COLLECTION_OBJECTS)
             # The event loop gives up Python's lock at each write, and would get it back after 5 ms of another thread.
             sys.setswitchinterval(SWITCH_S)
             server.run(sockets=[bound])

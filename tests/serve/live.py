@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import uvloop
 from tests.tiny_models import TINY_MODELS, make
 
 from phalanx.launcher.async_engine import AsyncEngine
@@ -73,7 +74,7 @@ def live(sections: dict[str, Any], timeout_s: float = 60.0) -> Iterator[Live]:
         try:
             front = HttpFront(engine)
             server = HttpServer(front)
-            loop = asyncio.new_event_loop()
+            loop = uvloop.new_event_loop()
             thread = threading.Thread(target=loop.run_until_complete, args=[server.serve([bound])], name="server")
             thread.start()
             while thread.is_alive() and not server.started:

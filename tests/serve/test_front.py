@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 from tests.serve.live import Live, live, sections
+from tests.serve.streams import Asked, bytes_of
 
 import phalanx
 from phalanx.errors import PhalanxError
@@ -323,3 +324,19 @@ def test_a_port_that_is_taken_is_told_at_the_start() -> None:
         taken.listen()
         with pytest.raises(PhalanxError, match="--port"):
             bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_client_that_reads_nothing_is_cut_off(tmp_path: Path) -> None:
+    asked = Asked("/v1/completions", {"prompt": [5], "max_tokens": 240, "n": 16, "logprobs": 20, "ignore_eos": True})
+    with live(sections(tmp_path, stalled_client_s=0.2)) as server, httpx2.Client(base_url=server.url) as http:
+        url = httpx2.URL(server.url)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((url.host, url.port))
+            client.settimeout(60)
+            client.sendall(bytes_of(Asked(asked.path, {**asked.body, "stream": True})))
+            soon(lambda: 'phalanx_requests_refused_total{reason="stalled"} 1.0' in http.get("/metrics").text)
+            received = b"".join(iter(lambda: client.recv(1 << 20), b""))
+        assert b"data: " in received
+        assert b"[DONE]" not in received
+        assert http.get("/health").status_code == 200
