@@ -39,7 +39,7 @@ from phalanx.serve.app import HttpFront
 from phalanx.serve.bench.client import HttpClient, RequestForm
 from phalanx.serve.server import HttpServer, bind, url_of, with_bounds
 
-NUM_SINGLE = 10  # pairs of single requests in a round
+NUM_SINGLE = 20  # pairs of single requests in a round
 SINGLE_TOKENS = 4
 
 
@@ -126,8 +126,11 @@ async def measure(engine: AsyncEngine, rounds: int, scale: float, console: Conso
                 outside, inside = await remote(many[0]), await direct(engine, many[1])
             pairs = []
             for place in range(2 * NUM_SINGLE * number, 2 * NUM_SINGLE * (number + 1), 2):
-                alone = await direct(engine, single_of(place, scale, vocab_size))
-                served = await remote(single_of(place + 1, scale, vocab_size))
+                shapes = [single_of(place + side, scale, vocab_size) for side in (0, 1)]
+                if place % 4:
+                    alone, served = await direct(engine, shapes[0]), await remote(shapes[1])
+                else:
+                    served, alone = await remote(shapes[0]), await direct(engine, shapes[1])
                 pairs.append((alone.first_token_s[0], served.first_token_s[0]))
             speeds = num_tokens / inside.elapsed_s, num_tokens / outside.elapsed_s
             found.append(Round(speeds, pairs, outside.cpu_s))

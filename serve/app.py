@@ -10,7 +10,7 @@ from fastapi import Depends, FastAPI, Request
 from pydantic import BaseModel, TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from phalanx import __version__
 from phalanx.errors import PhalanxError
@@ -78,7 +78,7 @@ class HttpFront:
         for kind in (ApiError, PhalanxError, HTTPException):
             api.add_exception_handler(kind, _told)
         api.add_exception_handler(Exception, _passed_on)
-        self.app: ASGIApp = Gate(api, self.service, self.tracing)
+        self.app: ASGIApp = Gate(_Shortcut(api), self.service, self.tracing)
 
     def close(self) -> None:
         self.service.close()
@@ -101,6 +101,29 @@ class _Api(FastAPI):
             document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
             self.openapi_schema = document
         return self.openapi_schema
+
+
+class _Shortcut:
+    """Hands what is posted straight to its handler. FastAPI's way there takes a third of a millisecond for a request,
+    and four more calls for each token; all else goes that way.
+    """
+
+    def __init__(self, api: FastAPI) -> None:
+        self._api = api
+        self._handlers = {post[0]: post[1] for post in POSTS}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handler = self._handlers.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if handler is None:
+            await self._api(scope, receive, send)
+            return
+        scope["app"] = self._api
+        request = Request(scope, receive)
+        try:
+            response = await handler(request, _front(request))
+        except (ApiError, PhalanxError) as error:
+            response = await _told(request, error)
+        await response(scope, receive, send)
 
 
 def _body_of(wanted: type[BaseModel]) -> dict[str, Any]:

@@ -24,8 +24,7 @@ LAST_WORDS_S = 5.0  # for answers that were cut short to be sent
 LOOK_S = 0.05
 BACKLOG = 2048  # connections that the system keeps until they are accepted
 ACCEPTS = 16  # of them that are, in a round of the event loop
-QUIET_TICKS = 50  # of 0.1 s
-QUIET_REQUESTS = 8
+IDLE_TICKS = 50  # of 0.1 s
 MAX_WAITING = 1024  # completions, for each replica
 
 
@@ -72,9 +71,9 @@ class HttpServer(uvicorn.Server):
         front: HttpFront,
         *,
         on_start: Callable[[], object] = lambda: None,
-        on_quiet: Callable[[], object] = lambda: None,
+        on_idle: Callable[[], object] = lambda: None,
     ) -> None:
-        """on_start: called once it can be reached. on_quiet: called now and then while there is little to do."""
+        """on_start: called once it can be reached. on_idle: called now and then while there is nothing to do."""
         super().__init__(
             uvicorn.Config(
                 front.app,
@@ -93,7 +92,7 @@ class HttpServer(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         self._hurried = False
         self._on_start = on_start
-        self._on_quiet = on_quiet
+        self._on_idle = on_idle
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -104,8 +103,8 @@ class HttpServer(uvicorn.Server):
         self._on_start()
 
     async def on_tick(self, counter: int) -> bool:
-        if counter % QUIET_TICKS == 0 and self._front.service.num_requests <= QUIET_REQUESTS:
-            self._on_quiet()
+        if counter % IDLE_TICKS == 0 and not self._front.service.num_requests:
+            self._on_idle()
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

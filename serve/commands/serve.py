@@ -53,10 +53,10 @@ def serve(
             front.service.prepare()
             console = Console(stderr=True, highlight=False)
             told = f"serving [bold]{front.service.model_name}[/] at [bold]{url_of(bound)}[/]"
-            server = HttpServer(front, on_start=lambda: console.print(told), on_quiet=gc.collect)
+            server = HttpServer(front, on_start=lambda: console.print(told), on_idle=gc.collect)
             # What is there by now stays: a collection that walked it would hold up everything for 0.2 s. Even one of
             # what is new takes 0.1 s where that is hundreds of long prompts. Requests leave no cycles behind, on none
-            # of their ways out that are known, so that what others may is left until there is little to walk.
+            # of their ways out that are known, so that what others may is left until nothing is going on.
             gc.collect()
             gc.freeze()
             gc.set_threshold(COLLECTION_OBJECTS)
