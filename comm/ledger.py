@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 
 class LedgerEntry(NamedTuple):
     """One finished operation. Times are on this rank, in microseconds.
 
-    step: as given to `begin_step`, -1 before the first. seq: number of the operation in its group (see `Communicator`).
-    num_bytes: of the tensor operated on, the longer one where input and result differ. started_us: on the ledger's
-    clock. waited_us: blocked in starting or in `wait`: the exposed part. total_us: from the start until `wait`
-    returned; an asynchronous operation that ended before it was waited for ended somewhere within.
+    step, layer: as given to `begin_step` and `layer`, -1 before the first and outside of layers. seq: number of the
+    operation in its group (see `Communicator`). num_bytes: of the tensor operated on, the longer one where input and
+    result differ. started_us: on the ledger's clock. waited_us: blocked in starting or in `wait`: the exposed part.
+    total_us: from the start until `wait` returned; an asynchronous operation that ended before it was waited for ended
+    somewhere within.
     """
 
     step: int
+    layer: int
     seq: int
     group: str
     op: str
@@ -41,18 +44,32 @@ class OpTotals(NamedTuple):
     hidden_us: float
 
 
+class CommTotals(NamedTuple):
+    """Sums over operations of one kind in one layer, -1 for what belongs to none, in microseconds and bytes."""
+
+    layer: int
+    op: str
+    num_ops: int
+    num_bytes: int
+    exposed_us: float
+    hidden_us: float
+
+
 class Ledger:
     """The last `capacity` operations of one rank, over all its groups.
 
-    clock_s: the clock, in seconds. Recording takes well under a microsecond, so it is always on.
+    clock_s: the clock, in seconds. layer: of the model, that operations recorded from now on belong to; -1 for none.
+    Recording takes well under a microsecond, so it is always on.
     """
 
     def __init__(self, capacity: int = 16384, clock_s: Callable[[], float] = time.perf_counter) -> None:
         self.clock_s = clock_s
         self.step = -1
+        self.layer = -1
         self.num_recorded = 0
+        self._num_taken = 0
         # Plain tuples: making a NamedTuple runs Python code, which is slow with cold caches, as between two layers.
-        self._entries: deque[tuple[int, int, str, str, int, float, float, float]] = deque(maxlen=capacity)
+        self._entries: deque[tuple[int, int, int, str, str, int, float, float, float]] = deque(maxlen=capacity)
 
     def begin_step(self, step: int) -> None:
         """Operations recorded from now on belong to `step`."""
@@ -63,7 +80,7 @@ class Ledger:
     ) -> None:
         """Writes down an operation. started_s, ended_s: by the ledger's clock. waited_s: seconds that it blocked."""
         self.num_recorded += 1
-        self._entries.append((self.step, seq, group, op, num_bytes, started_s, waited_s, ended_s))
+        self._entries.append((self.step, self.layer, seq, group, op, num_bytes, started_s, waited_s, ended_s))
 
     @property
     def num_dropped(self) -> int:
@@ -73,10 +90,26 @@ class Ledger:
     def entries(self, step: int | None = None) -> list[LedgerEntry]:
         """The operations held, in the order they ended; of one step only where `step` is given."""
         return [
-            LedgerEntry(of, seq, group, op, size, start_s * 1e6, waited_s * 1e6, (end_s - start_s) * 1e6)
-            for of, seq, group, op, size, start_s, waited_s, end_s in self._entries
+            LedgerEntry(of, layer, seq, group, op, size, start_s * 1e6, waited_s * 1e6, (end_s - start_s) * 1e6)
+            for of, layer, seq, group, op, size, start_s, waited_s, end_s in self._entries
             if step is None or of == step
         ]
+
+    def take(self) -> tuple[CommTotals, ...]:
+        """Totals of what was recorded since the last call, by layer and operation; of no more than is still held."""
+        totals: dict[tuple[int, str], list[float]] = {}
+        num_new = min(self.num_recorded - self._num_taken, len(self._entries))
+        self._num_taken = self.num_recorded
+        for _, layer, _, _, op, size, start_s, waited_s, end_s in islice(reversed(self._entries), num_new):
+            sums = totals.setdefault((layer, op), [0, 0, 0.0, 0.0])
+            sums[0] += 1
+            sums[1] += size
+            sums[2] += waited_s
+            sums[3] += end_s - start_s - waited_s
+        return tuple(
+            CommTotals(layer, op, int(count), int(size), exposed_s * 1e6, hidden_s * 1e6)
+            for (layer, op), (count, size, exposed_s, hidden_s) in totals.items()
+        )
 
     def summary(self, step: int | None = None) -> dict[str, OpTotals]:
         """Totals by operation over the entries held; of one step only where `step` is given."""

@@ -8,8 +8,9 @@ from typing import Protocol
 
 import msgspec
 
+from phalanx.engine.comm_book import CommBook
 from phalanx.engine.guide import next_mask
-from phalanx.engine.messages import StageReport, StepPlan, StepResult
+from phalanx.engine.messages import CommReport, StageReport, StepPlan, StepResult
 from phalanx.engine.request import Event, Request, Track
 from phalanx.engine.sampling_params import check_tokens, completion_seed, sampling_for
 from phalanx.engine.scheduler import Limits, Scheduler, Stepped
@@ -24,7 +25,7 @@ class Executor(Protocol):
     def submit(self, plan: StepPlan) -> None:
         """Sends a step to every rank. Returns without waiting for it."""
 
-    def receive(self, timeout_s: float) -> StepResult | StageReport | None:
+    def receive(self, timeout_s: float) -> StepResult | StageReport | CommReport | None:
         """The next message, or None if none came in time or `wake` was called. Raises RankFailedError as soon as a rank
         has failed.
         """
@@ -45,6 +46,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._clock_s = clock_s
         self.timeline = Timeline(limits.num_stages, clock_s)
+        self.comm_book = CommBook()
         self.last_result_s = clock_s()  # when a step was last known to be done
         self._rate = Rate(clock_s)
         self._tracks: dict[int, Track] = {}  # unfinished ones, by the names of their sequences
@@ -121,8 +123,11 @@ class Engine:
         """Sends what can run, waits for one message, and returns what it brought."""
         self._submit()
         message = self._executor.receive(timeout_s)
-        while isinstance(message, StageReport):
-            self.timeline.add(message)
+        while isinstance(message, StageReport | CommReport):
+            if isinstance(message, StageReport):
+                self.timeline.add(message)
+            else:
+                self.comm_book.add(message)
             message = self._executor.receive(0.0)
         if message is None:
             return []

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from phalanx.comm.ledger import CommTotals
 from phalanx.models.checkpoint import TensorEntry
 from phalanx.models.config import DecoderConfig
 from phalanx.parallel.layout import Layout
@@ -196,6 +197,14 @@ class StageReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
     sent_s: float
 
 
+class CommReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What a rank's transfers took since its last report. last_step: the latest step that is in it."""
+
+    rank: int
+    last_step: int
+    totals: tuple[CommTotals, ...]
+
+
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """How far a starting rank is. part: `imports`, `rendezvous`, `weights`, `warmup`. In bytes for `weights`."""
 
@@ -233,4 +242,4 @@ class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 ToRank = StepPlan | Shutdown
-ToEngine = StepResult | StageReport | Progress | RankReady | RankFailed
+ToEngine = StepResult | StageReport | CommReport | Progress | RankReady | RankFailed

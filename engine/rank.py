@@ -26,6 +26,7 @@ from phalanx.engine.feedback import TokenReceiver, TokenSender
 from phalanx.engine.kv_budget import free_device_bytes, num_pages_for
 from phalanx.engine.messages import (
     Chunk,
+    CommReport,
     KVMeasure,
     NewSequence,
     Progress,
@@ -224,12 +225,12 @@ class Rank:
 
     def serve(self, channel: RankChannel) -> None:
         """Runs steps until the engine says `Shutdown`."""
+        self.ledger.take()  # what the warm-up took is no part of it
         times: list[StageStep] = []
-        reports = self._place.tensor_rank == 0
         while True:
             message = channel.receive(REPORT_S if times else None)
             if times and (message is None or times[-1].ended_s - times[0].started_s > MOST_REPORTED_S):
-                channel.send(StageReport(self._place.stage, tuple(times), time.perf_counter()))
+                self._tell(channel, times)
                 times = []
             if isinstance(message, Shutdown):
                 return
@@ -237,8 +238,14 @@ class Rank:
                 ran = self.run(message)
                 if ran.result is not None:
                     channel.send(ran.result)
-                if reports:
-                    times.append(ran.times)
+                times.append(ran.times)
+
+    def _tell(self, channel: RankChannel, times: list[StageStep]) -> None:
+        """What was done lately: by the stage, as its first rank tells it, and by this rank's transfers."""
+        if self._place.tensor_rank == 0:
+            channel.send(StageReport(self._place.stage, tuple(times), time.perf_counter()))
+        if self._spec.layout.num_ranks > 1:
+            channel.send(CommReport(self._spec.rank, times[-1].step, self.ledger.take()))
 
     def ready(self) -> RankReady:
         return RankReady(
@@ -271,9 +278,9 @@ class Rank:
 def run_rank(spec: RankSpec) -> None:
     """Starts a rank and serves steps until the engine says `Shutdown`.
 
-    Reports `Progress`, then `RankReady`, then a `StepResult` a step (the first rank of the last stage) and a
-    `StageReport` now and then (the first rank of each stage) over the engine's channel. A failure is reported there as
-    `RankFailed` and raised. Blocks; the caller's process is the rank.
+    Reports `Progress`, then `RankReady`, then a `StepResult` a step (the first rank of the last stage) and now and then
+    a `StageReport` (the first rank of each stage) and a `CommReport` over the engine's channel. A failure is reported
+    there as `RankFailed` and raised. Blocks; the caller's process is the rank.
     """
     with RankChannel(spec.engine, spec.rank, spec.secret) as channel:
         try:

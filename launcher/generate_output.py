@@ -9,11 +9,15 @@ from dataclasses import asdict
 from typing import Any
 
 import msgspec
+from rich.console import Console
 
 from phalanx.engine.request import Completion, RequestOutput
 from phalanx.engine.sampling_params import SamplingParams
+from phalanx.launcher.comm_view import CommUse, comm_table, comm_words
 from phalanx.launcher.llm import LLM
 from phalanx.launcher.served import Prompt
+
+REPORTS_S = 2.0  # for what ranks tell of their last steps, a moment after they are idle
 
 
 def print_as_text(llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
@@ -45,6 +49,22 @@ def print_as_text(llm: LLM, prompts: Sequence[Prompt], params: Sequence[Sampling
                 _title(prompts, *order[shown])
         sys.stdout.flush()
     print(_figures(outputs, time.perf_counter() - started), file=sys.stderr)
+    for use in _comm(llm):
+        console = Console(stderr=True, highlight=False)
+        console.print("communication", comm_table(use), *comm_words(use), sep="\n")
+
+
+def _comm(llm: LLM) -> list[CommUse]:
+    """What transfers took, by replica; nothing where there are none, or the ranks do not tell in time."""
+    until_s = time.perf_counter() + REPORTS_S
+    while not llm.comm_is_told():
+        if time.perf_counter() > until_s:
+            return []
+        time.sleep(0.01)
+    uses = [
+        CommUse.of(totals, stats.steps) for totals, stats in zip(llm.comm_totals(), llm.replica_stats(), strict=True)
+    ]
+    return [use for use in uses if use.ops]
 
 
 def print_as_json(llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
@@ -70,6 +90,7 @@ def print_as_json(llm: LLM, prompts: Sequence[Prompt], params: Sequence[Sampling
                 "output_tokens": _num_tokens(outputs),
                 "elapsed_s": elapsed,
                 "output_tokens_per_s": _num_tokens(outputs) / elapsed,
+                "communication": [use.to_json() for use in _comm(llm)],
             }
         }
     )

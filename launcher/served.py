@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from phalanx.engine.comm_book import RankTotals
 from phalanx.engine.driver import EngineDriver
 from phalanx.engine.engine import Engine
 from phalanx.engine.messages import Progress, RankReady, StageStep
@@ -234,6 +235,16 @@ class Served:
     def stage_steps(self, since_s: float = float("-inf")) -> list[list[list[StageStep]]]:
         """By replica and stage: when each worked on which step, on the clock of `time.perf_counter`; the last 8192."""
         return [driver.engine.timeline.steps(since_s) for driver in self._drivers]
+
+    def comm_totals(self) -> list[RankTotals]:
+        """By replica and rank: what transfers took since the start. Ranks report twice a second, and once idle."""
+        return [driver.engine.comm_book.totals() for driver in self._drivers]
+
+    def comm_is_told(self) -> bool:
+        """Whether all ranks have reported all steps that were planned so far."""
+        return self.plan.layout.num_ranks == 1 or all(
+            driver.engine.comm_book.last_step >= driver.engine.stats().steps - 1 for driver in self._drivers
+        )
 
     def end_calls(self, name: str) -> None:
         """Ends every prompt of the call of this name. Nothing where it has ended."""

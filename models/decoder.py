@@ -107,6 +107,8 @@ class Decoder:
         self, config: DecoderConfig, stage: Stage, tensor_rank: int, comm: Communicator, weights: Weights
     ) -> None:
         self.norm_eps = config.norm_eps
+        self._ledger = comm.ledger
+        self._first_layer = stage.layers.start
         self.embed = None
         if stage.first:
             self.embed = VocabParallelEmbedding(weights["embed"], stage.vocab[tensor_rank], comm)
@@ -125,8 +127,12 @@ class Decoder:
         """
         x_TH = x if self.embed is None else self.embed(x)
         table = rope_table(batch.positions, self.frequencies, x_TH.dtype)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+        for number, (layer, keys, values) in enumerate(
+            zip(self.layers, cache.keys, cache.values, strict=True), start=self._first_layer
+        ):
+            self._ledger.layer = number
             x_TH = layer(x_TH, table, batch, keys, values)
+        self._ledger.layer = -1
         return x_TH
 
     def logits(self, x_TH: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from phalanx.engine.messages import StageStep
+from phalanx.launcher.comm_view import CommUse
 
 
 class RequestReading(NamedTuple):
@@ -50,7 +51,8 @@ class LatencyLimits(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Round:
     """requests: one a request of the workload, in order. stages: by replica and stage, the steps of this round.
-    cached_tokens: tokens of prompts that the prefix cache held. steps, preemptions: of all replicas.
+    cached_tokens: tokens of prompts that the prefix cache held. steps, preemptions: of all replicas. comm: what
+    transfers took, by replica; empty where a replica is one rank.
     """
 
     requests: tuple[RequestReading, ...]
@@ -58,6 +60,7 @@ class Round:
     cached_tokens: int
     preemptions: int
     steps: int
+    comm: tuple[CommUse, ...] = ()
 
     @property
     def elapsed_s(self) -> float:

@@ -110,6 +110,7 @@ class BenchReport:
             "elapsed_s": taken.elapsed_s,
             "stage_busy": [busy_shares(stages) for stages in taken.stages],
             "steps": taken.steps,
+            "communication": [use.to_json() for use in taken.comm],
             "preemptions": taken.preemptions,
             "prompt_tokens_cached": taken.cached_tokens,
             "requests": [_request(request) for request in taken.requests],

@@ -13,6 +13,7 @@ from phalanx.launcher.bench.jobs import title
 from phalanx.launcher.bench.memory import PeakMemory
 from phalanx.launcher.bench.report import BenchReport, JobResult
 from phalanx.launcher.bench.stages import busy_shares
+from phalanx.launcher.comm_view import comm_table, comm_words
 from phalanx.launcher.sizes import format_bytes
 
 
@@ -24,6 +25,8 @@ def report_view(report: BenchReport) -> RenderableType:
     ]
     for result in report.results:
         parts += [Text(), _title(report, result), _table(report, result)]
+        for use in result.rounds[-1].comm:
+            parts += [Text(), comm_table(use), *map(Text, comm_words(use))]
     return Group(*parts, Text(), _costs(report))
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+from phalanx.engine.comm_book import RankTotals, between
 from phalanx.engine.messages import StageStep
 from phalanx.engine.request import Delta
 from phalanx.engine.sampling_params import SamplingParams
@@ -14,6 +15,7 @@ from phalanx.engine.stats import EngineStats
 from phalanx.launcher.async_engine import AsyncEngine
 from phalanx.launcher.bench.readings import RequestReading, Round
 from phalanx.launcher.bench.workloads import RequestShape
+from phalanx.launcher.comm_view import CommUse
 
 REPORTS_S = 120.0  # for what stages report late: an idle engine looks twice a second
 POLL_S = 0.02
@@ -30,16 +32,17 @@ async def measure(
     """
     on_round(0)
     await play(engine, [shape._replace(arrival_s=0.0) for shape in requests])
-    played, stats = [], [engine.replica_stats()]
+    played, stats, comm = [], [engine.replica_stats()], [await _comm_totals(engine)]
     for number in range(1, num_rounds + 1):
         on_round(number)
         played.append(await play(engine, [turned(shape, number) for shape in requests]))
         stats.append(engine.replica_stats())
+        comm.append(await _comm_totals(engine))
     async with asyncio.timeout(REPORTS_S):
         steps = await _all_steps(engine)
     return [
-        _round(readings, before, after, steps)
-        for readings, before, after in zip(played, stats, stats[1:], strict=False)
+        _round(readings, stats[number : number + 2], comm[number : number + 2], steps)
+        for number, readings in enumerate(played)
     ]
 
 
@@ -85,15 +88,27 @@ async def _all_steps(engine: AsyncEngine) -> list[list[list[StageStep]]]:
         await asyncio.sleep(POLL_S)
 
 
+async def _comm_totals(engine: AsyncEngine) -> list[RankTotals]:
+    """By replica: what transfers took so far; waits until all ranks have told."""
+    async with asyncio.timeout(REPORTS_S):
+        while not engine.comm_is_told():
+            await asyncio.sleep(POLL_S)
+    return engine.comm_totals()
+
+
 def _round(
     readings: Sequence[RequestReading],
-    before: Sequence[EngineStats],
-    after: Sequence[EngineStats],
+    stats: Sequence[Sequence[EngineStats]],
+    comm: Sequence[Sequence[RankTotals]],
     stages: Sequence[Sequence[Sequence[StageStep]]],
 ) -> Round:
-    """before, after: of each replica. stages: all steps of all rounds."""
+    """stats, comm: of each replica, before the round and after it. stages: all steps of all rounds."""
+    before, after = stats
     numbers = [range(start.steps, end.steps) for start, end in zip(before, after, strict=True)]
     start, end = EngineStats.together(before), EngineStats.together(after)
+    uses = [
+        CommUse.of(between(*totals), len(mine)) for totals, mine in zip(zip(*comm, strict=True), numbers, strict=True)
+    ]
     return Round(
         requests=tuple(readings),
         stages=tuple(
@@ -103,4 +118,5 @@ def _round(
         cached_tokens=end.prompt_tokens_cached - start.prompt_tokens_cached,
         preemptions=end.preemptions - start.preemptions,
         steps=end.steps - start.steps,
+        comm=tuple(use for use in uses if use.ops),
     )

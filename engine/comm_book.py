@@ -1,0 +1,63 @@
+"""What the transfers of every rank took, summed up from what the ranks report."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from phalanx.comm.ledger import CommTotals
+from phalanx.engine.messages import CommReport
+
+RankTotals = Mapping[int, tuple[CommTotals, ...]]
+"""By rank: one a layer and operation, in the order of layers; -1 is what belongs to none."""
+
+
+class CommBook:
+    """Sums since the start. May be read from any thread."""
+
+    def __init__(self) -> None:
+        self._totals: dict[int, dict[tuple[int, str], CommTotals]] = {}
+        self._last_steps: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, report: CommReport) -> None:
+        with self._lock:
+            self._last_steps[report.rank] = report.last_step
+            totals = self._totals.setdefault(report.rank, {})
+            for each in report.totals:
+                key = each.layer, each.op
+                totals[key] = _sum(totals.get(key), each)
+
+    @property
+    def last_step(self) -> int:
+        """The latest step that all ranks which report have told of; -1 where none has."""
+        with self._lock:
+            return min(self._last_steps.values(), default=-1)
+
+    def totals(self) -> RankTotals:
+        with self._lock:
+            return {rank: tuple(totals[key] for key in sorted(totals)) for rank, totals in sorted(self._totals.items())}
+
+
+def between(before: RankTotals, after: RankTotals) -> RankTotals:
+    """What came between two readings of a book."""
+    found = {}
+    for rank, totals in after.items():
+        known = {(each.layer, each.op): each for each in before.get(rank, ())}
+        differences = (_sum(known.get((each.layer, each.op)), each, sign=-1) for each in totals)
+        found[rank] = tuple(each for each in differences if each.num_ops)
+    return found
+
+
+def _sum(one: CommTotals | None, other: CommTotals, sign: int = 1) -> CommTotals:
+    """The other and `sign` times the one."""
+    if one is None:
+        return other
+    return CommTotals(
+        other.layer,
+        other.op,
+        num_ops=other.num_ops + sign * one.num_ops,
+        num_bytes=other.num_bytes + sign * one.num_bytes,
+        exposed_us=other.exposed_us + sign * one.exposed_us,
+        hidden_us=other.hidden_us + sign * one.hidden_us,
+    )

@@ -1,0 +1,103 @@
+"""What transfers between ranks took, as figures and as a table."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rich.table import Table
+
+from phalanx.engine.comm_book import RankTotals
+
+SMALLEST_GAP = 0.1  # of a step's exposed time, from which a rank is said to keep others waiting
+
+
+@dataclass(frozen=True, slots=True)
+class OpUse:
+    """What one kind of operation took on a rank and in a step, in the mean over ranks."""
+
+    op: str
+    per_step: float
+    bytes_per_step: float
+    exposed_us_per_step: float
+    hidden_us_per_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class CommUse:
+    """Transfers of a replica over a number of steps, in microseconds and bytes of a step.
+
+    ops: by operation. layers: number of each layer and what was exposed in it, in the mean over its ranks; -1 for what
+    belongs to none. ranks: what each rank waited; who waits least is whom the others wait for.
+    """
+
+    steps: int
+    ops: tuple[OpUse, ...]
+    layers: tuple[tuple[int, float], ...]
+    ranks: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, totals: RankTotals, steps: int) -> CommUse:
+        """totals: of `steps` steps."""
+        steps = max(1, steps)
+        sums: dict[str, list[float]] = {}
+        layers, ranks, layer_ranks = defaultdict[int, float](float), defaultdict[int, float](float), Counter[int]()
+        for rank, found in totals.items():
+            layer_ranks.update({each.layer for each in found})
+            for each in found:
+                values = sums.setdefault(each.op, [0.0] * 4)
+                for place, value in enumerate(each[2:]):
+                    values[place] += value / steps / len(totals)
+                layers[each.layer] += each.exposed_us / steps
+                ranks[rank] += each.exposed_us / steps
+        return cls(
+            steps=steps,
+            ops=tuple(OpUse(op, *values) for op, values in sums.items()),
+            layers=tuple((layer, layers[layer] / layer_ranks[layer]) for layer in sorted(layers)),
+            ranks=tuple(sorted(ranks.items())),
+        )
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @property
+    def exposed_us(self) -> float:
+        """Of a step, in the mean over ranks."""
+        return sum(use.exposed_us_per_step for use in self.ops)
+
+
+def comm_table(use: CommUse) -> Table:
+    """By operation, the layers that wait most, and the rank that the others wait for."""
+    table = Table("of a step, mean of ranks", box=None)
+    for name in ("times", "KB", "exposed, us", "hidden, us"):
+        table.add_column(name, justify="right")
+    for each in use.ops:
+        table.add_row(
+            each.op,
+            f"{each.per_step:.1f}",
+            f"{each.bytes_per_step / 1e3:,.1f}",
+            f"{each.exposed_us_per_step:,.0f}",
+            f"{each.hidden_us_per_step:,.0f}",
+        )
+    return table
+
+
+def comm_words(use: CommUse) -> Sequence[str]:
+    """What the table does not show."""
+    words = []
+    layers = [(exposed_us, layer) for layer, exposed_us in use.layers if layer >= 0]
+    if layers:
+        least, most = min(layers), max(layers)
+        mean_us = sum(exposed_us for exposed_us, _ in layers) / len(layers)
+        words.append(
+            f"exposed in a layer: {mean_us:,.0f} us; least {least[0]:,.0f} in layer {least[1]}, most {most[0]:,.0f} in "
+            f"layer {most[1]}"
+        )
+    waits = sorted((waited_us, rank) for rank, waited_us in use.ranks)
+    if len(waits) > 1 and waits[1][0] - waits[0][0] > SMALLEST_GAP * use.exposed_us:
+        words.append(
+            f"the others waited for rank {waits[0][1]}: it waited {waits[0][0]:,.0f} us a step itself, they "
+            f"{waits[1][0]:,.0f} to {waits[-1][0]:,.0f}"
+        )
+    return words

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from phalanx.comm.ledger import CommTotals
+from phalanx.launcher.comm_view import CommUse, comm_table, comm_words
+
+TOTALS = {
+    0: (CommTotals(-1, "recv", 10, 1000, 500.0, 0.0), CommTotals(0, "all_reduce", 20, 4000, 900.0, 100.0)),
+    1: (CommTotals(0, "all_reduce", 20, 4000, 100.0, 300.0), CommTotals(1, "all_reduce", 20, 4000, 300.0, 0.0)),
+}
+
+
+def test_figures_are_of_a_step_and_the_mean_of_ranks() -> None:
+    use = CommUse.of(TOTALS, 10)
+    ops = {each.op: each for each in use.ops}
+    assert (ops["recv"].per_step, ops["recv"].exposed_us_per_step) == (0.5, 25.0)
+    assert ops["all_reduce"].per_step == 3.0
+    assert ops["all_reduce"].bytes_per_step == pytest.approx(600.0)
+    assert ops["all_reduce"].exposed_us_per_step == pytest.approx(65.0)
+    assert ops["all_reduce"].hidden_us_per_step == pytest.approx(20.0)
+    assert use.exposed_us == pytest.approx(90.0)
+    assert use.layers == ((-1, 50.0), (0, 50.0), (1, 30.0))
+    assert use.ranks == ((0, 140.0), (1, 40.0))
+
+
+def test_the_words_name_the_layer_and_the_rank_that_cost_most() -> None:
+    layers, rank = comm_words(CommUse.of(TOTALS, 10))
+    assert "most 50 in layer 0" in layers
+    assert "least 30 in layer 1" in layers
+    assert "waited for rank 1: it waited 40 us a step itself, they 140 to 140" in rank
+
+
+def test_ranks_that_wait_alike_are_not_accused() -> None:
+    even = {0: TOTALS[1], 1: TOTALS[1]}
+    assert len(comm_words(CommUse.of(even, 10))) == 1
+
+
+def test_the_table_has_a_row_for_each_operation() -> None:
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(comm_table(CommUse.of(TOTALS, 10)))
+    rows = [line.split() for line in capture.get().splitlines()]
+    assert ["recv", "0.5", "0.1", "25", "0"] in rows
+    assert ["all_reduce", "3.0", "0.6", "65", "20"] in rows
