@@ -185,15 +185,16 @@ def _create_nccl(spec: GroupSpec) -> Communicator:
 
 
 def _create_shm(spec: GroupSpec) -> Communicator:
-    from phalanx.comm.shm import ShmCommunicator
+    from phalanx.comm.shm_native import create_shm
 
-    return ShmCommunicator(spec)
+    return create_shm(spec, find_native().library)
 
 
 def _create_shm_torch(spec: GroupSpec) -> Communicator:
-    from phalanx.comm.shm import ShmTorchCommunicator
+    """Without the native library even where it is built: for tests and comparisons."""
+    from phalanx.comm.shm_native import create_shm
 
-    return ShmTorchCommunicator(spec)
+    return create_shm(spec, None)
 
 
 def _probe_single(device: str, size: int) -> Probe:

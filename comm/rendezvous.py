@@ -88,9 +88,7 @@ def host_store_at(rendezvous: str) -> Store | None:
         listener = socket.create_server((place.host, place.port), family=_family(place.host), backlog=1024)
     except OSError:
         return None
-    return TCPStore(
-        place.host, place.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    return TCPStore(place.host, place.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _family(host: str) -> socket.AddressFamily:

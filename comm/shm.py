@@ -10,14 +10,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import ClassVar, NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 
 from phalanx.comm.board import Call
-from phalanx.comm.communicator import FUSED, Communicator, Handle, ReduceOp
+from phalanx.comm.communicator import Communicator, Handle, ReduceOp
 from phalanx.comm.group import GroupSpec
-from phalanx.comm.native import find_native
 from phalanx.comm.rendezvous import meet
 from phalanx.comm.shm_calls import (
     ALL_GATHER,
@@ -25,14 +24,9 @@ from phalanx.comm.shm_calls import (
     BARRIER,
     BROADCAST,
     NARROW,
-    NORMED,
     REDUCE_SCATTER,
     SEND,
     WINDOW,
-    Failure,
-    NativeCalls,
-    as_error,
-    core_for_each,
     signature,
     unlike_error,
 )
@@ -65,13 +59,12 @@ class ShmCommunicator(Communicator):
     """
 
     backend = "shm"
-    use_native: ClassVar[bool] = True
 
     def __init__(self, spec: GroupSpec) -> None:
         if spec.store is None:
             raise CommError(f"group {spec.name!r}: a group of {spec.size} needs a store to meet on")
         meet(spec.store, spec.name, spec.rank, spec.size, spec.timeout_s)
-        segment = share_segment(spec, spec.store)
+        self._segment = segment = share_segment(spec, spec.store)
         self._waiter = Waiter(segment, spec.rank, spec.name)
         super().__init__(spec)
         rank, ranks = self.rank, range(self.size)
@@ -93,11 +86,6 @@ class ShmCommunicator(Communicator):
         self._sends = [Stream(self._waiter, self._helper) for _ in ranks]
         self._receives = [Stream(self._waiter, self._helper) for _ in ranks]
         self._num_posted_slots = [0] * self.size
-        library = find_native().library if self.use_native else None
-        self._native: NativeCalls | None = None
-        if library is not None:
-            may_spin = core_for_each(spec, spec.store)
-            self._native = NativeCalls(library, segment, rank, self._waiter.pidfds, may_spin, spec.timeout_s)
         self._rings_to = [segment.ring(rank, other) for other in ranks]
         self._rings_from = [segment.ring(other, rank) for other in ranks]
         self._produced_to = [segment.produced(rank, other) for other in ranks]
@@ -107,54 +95,11 @@ class ShmCommunicator(Communicator):
 
     # ---- starting ----
 
-    def fused_all_reduce_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._native is None or self._collectives.queue or x.dtype not in NORMED or not x.nbytes:
-            return super().fused_all_reduce_rms_norm(x, residual, weight, eps)
-        self._check_norm(x, residual, weight)
-        sums = torch.empty_like(residual)
-        call = self._number(FUSED, x.nbytes)
-        self._run_native(call, self._native.all_reduce_rms_norm, x, sums, residual, weight, eps)
-        return x, sums
-
     def _run(
         self, call: Call, result: Result, async_op: bool, start: Callable[..., Work], *arguments: object
     ) -> Result | Handle[Result]:
-        native = None if async_op or self._native is None else getattr(self._native, call[0], None)
-        if native is not None and (call[3] or not arguments) and not self._stream(call).queue:
-            self._run_native(call, native, *arguments)
-            return result
         self._in_background = async_op
         return super()._run(call, result, async_op, start, *arguments)
-
-    def _run_native(self, call: Call, native: Callable[..., Failure | None], *arguments: object) -> None:
-        """Makes a blocking call whole. Nothing of its stream is under way, so that it is the next one there."""
-        self._num_open += 1
-        self._board.waiting = call
-        started_s = self._clock_s()
-        try:
-            failure = native(*arguments)
-            if failure is not None:
-                self._explain(call, failure)
-        finally:
-            self._board.waiting = None
-        self._num_open -= 1
-        ended_s = self._clock_s()
-        self.ledger.record(call[1], self.group, call[0], call[3], started_s, ended_s - started_s, ended_s)
-
-    def _explain(self, call: Call, failure: Failure) -> NoReturn:
-        error = as_error(failure)
-        if error is None:
-            self._give_up(call)
-        self._fail(call, error)
-
-    def _stream(self, call: Call) -> Stream:
-        """The transfers that must end before this one."""
-        op, _, peer, _ = call
-        if peer is None:
-            return self._collectives
-        return self._sends[peer] if op == "send" else self._receives[peer]
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
         if x.nbytes <= SMALL_BYTES:
@@ -221,7 +166,7 @@ class ShmCommunicator(Communicator):
         call = signature(ALL_REDUCE, x)
         yield self._all, self._publish(slots, call)
         self._confirm(slots, call)
-        _combine(x, views, op)
+        self._combine(x, views, op)
 
     def _all_reduce_whole(self, x: torch.Tensor, op: ReduceOp) -> Steps:
         """Of two ranks: each reads all of the other's. Sharing the sums out would save nothing, and cost a round."""
@@ -233,7 +178,7 @@ class ShmCommunicator(Communicator):
             self._part(slots, self.rank, x.dtype, 0, len(part)).copy_(part)
             yield self._all, self._publish(slots, call)
             self._confirm(slots, call)
-            _combine(part, [part, self._part(slots, other, x.dtype, 0, len(part))], op)
+            self._combine(part, [part, self._part(slots, other, x.dtype, 0, len(part))], op)
 
     def _all_reduce_shared(self, x: torch.Tensor, op: ReduceOp) -> Steps:
         """Each rank sums its share of a part, then all collect the shares. The sum takes the place, in the rank's own
@@ -256,7 +201,7 @@ class ShmCommunicator(Communicator):
                 mine if rank == self.rank else self._part(slots, rank, x.dtype, start, stop)
                 for rank in range(self.size)
             ]
-            _combine(own[start:stop], shares, op)
+            self._combine(own[start:stop], shares, op)
             mine.copy_(own[start:stop])
             yield self._all, self._publish(slots, call)
             for rank in self._others:
@@ -301,7 +246,7 @@ class ShmCommunicator(Communicator):
                     else self._part(slots, rank, x.dtype, start, start + count)
                     for rank in range(self.size)
                 ]
-                _combine(output[done : done + count], parts, "sum")
+                self._combine(output[done : done + count], parts, "sum")
 
     def _broadcast(self, x: torch.Tensor, root: int, call: int) -> Steps:
         for done, size, small in _rounds(len(x), SMALL_BYTES, LARGE_BYTES):
@@ -387,6 +332,26 @@ class ShmCommunicator(Communicator):
         views[x.shape, x.dtype] = made
         return made
 
+    def _combine(self, out: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
+        """The sum or maximum of `parts`, in their order. `out` may be one of the first two, of more than two none."""
+        if len(parts) == 1:
+            out.copy_(parts[0])
+            return
+        first, second, *rest = parts
+        if op == "max":
+            torch.maximum(first, second, out=out)
+            for part in rest:
+                torch.maximum(out, part, out=out)
+        elif rest and out.dtype in NARROW:
+            total = first.float()
+            for part in parts[1:]:
+                total += part
+            out.copy_(total)
+        else:
+            torch.add(first, second, out=out)
+            for part in rest:
+                out += part
+
     def _abort(self) -> None:
         self._waiter.abort()
 
@@ -395,36 +360,16 @@ class ShmCommunicator(Communicator):
         self._helper.stop()
         self._waiter.close()
         # The memory goes with the last reference to it.
-        self._native = None
-        del self._waiter, self._collectives, self._sends, self._receives, self._words, self._typed, self._views
-
-
-class ShmTorchCommunicator(ShmCommunicator):
-    """The same over torch alone: what ranks without the native library do, by a name, for tests and comparisons."""
-
-    backend = "shm-torch"
-    use_native = False
-
-
-def _combine(out: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
-    """The sum or maximum of `parts`, in their order. `out` may be one of the first two, of more than two none."""
-    if len(parts) == 1:
-        out.copy_(parts[0])
-        return
-    first, second, *rest = parts
-    if op == "max":
-        torch.maximum(first, second, out=out)
-        for part in rest:
-            torch.maximum(out, part, out=out)
-    elif rest and out.dtype in NARROW:
-        total = first.float()
-        for part in parts[1:]:
-            total += part
-        out.copy_(total)
-    else:
-        torch.add(first, second, out=out)
-        for part in rest:
-            out += part
+        del (
+            self._segment,
+            self._waiter,
+            self._collectives,
+            self._sends,
+            self._receives,
+            self._words,
+            self._typed,
+            self._views,
+        )
 
 
 def _rounds(total: int, small: int, large: int) -> Iterator[tuple[int, int, bool]]:

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "copy.hpp"
+
 namespace phalanx {
 
 Group::Group(uintptr_t address, const Layout& layout, int rank, std::vector<int> pidfds, bool may_spin, int64_t window,
@@ -79,7 +81,7 @@ Outcome Group::all_reduce(char* x, size_t num_bytes, int dtype, bool max, double
   if (num_bytes <= segment_.at.small_bytes) {
     Outcome outcome = next_small(deadline);
     if (!outcome) return outcome;
-    std::memcpy(slots_[size_t(rank_)].data, x, num_bytes);
+    copy_out(slots_[size_t(rank_)].data, x, num_bytes);
     outcome = meet(call, deadline);
     if (!outcome) return outcome;
     for (int rank = 0; rank < size_; rank++) inputs_[size_t(rank)] = rank == rank_ ? x : slots_[size_t(rank)].data;
@@ -99,7 +101,7 @@ Outcome Group::all_reduce(char* x, size_t num_bytes, int dtype, bool max, double
 Outcome Group::reduce_whole(char* x, size_t count, int dtype, Combine combine, int64_t call, Deadline& deadline) {
   Outcome outcome = next_large(deadline);
   if (!outcome) return outcome;
-  std::memcpy(slots_[size_t(rank_)].data, x, count * item_bytes(dtype));
+  copy_out(slots_[size_t(rank_)].data, x, count * item_bytes(dtype));
   outcome = meet(call, deadline);
   if (!outcome) return outcome;
   const int other = 1 - rank_;
@@ -116,16 +118,16 @@ Outcome Group::reduce_shared(char* x, size_t count, int dtype, Combine combine, 
   if (!outcome) return outcome;
   const size_t start = bound(rank_), stop = bound(rank_ + 1);
   char* own = slots_[size_t(rank_)].data;
-  std::memcpy(own, x, start);
-  std::memcpy(own + stop, x + stop, count * item - stop);
+  copy_out(own, x, start);
+  copy_out(own + stop, x + stop, count * item - stop);
   outcome = meet(call, deadline);
   if (!outcome) return outcome;
   for (int rank = 0; rank < size_; rank++) {
     inputs_[size_t(rank)] = (rank == rank_ ? x : slots_[size_t(rank)].data) + start;
   }
+  combine(x + start, inputs_.data(), size_, (stop - start) / item);
   // The sum takes the place, in the rank's own slot, of the one share there that no other rank reads.
-  combine(own + start, inputs_.data(), size_, (stop - start) / item);
-  std::memcpy(x + start, own + start, stop - start);
+  copy_out(own + start, x + start, stop - start);
   outcome = meet(call, deadline);
   if (!outcome) return outcome;
   for (int rank = 0; rank < size_; rank++) {
@@ -155,7 +157,7 @@ Outcome Group::all_gather(char* output, const char* x, const std::vector<size_t>
     auto held = [&](size_t rank) { return counts[rank] > done ? std::min(step, counts[rank] - done) : 0; };
     Outcome outcome = next(small, deadline);
     if (!outcome) return outcome;
-    std::memcpy(slots_[own].data, x + std::min(done, counts[own]), held(own));
+    copy_out(slots_[own].data, x + std::min(done, counts[own]), held(own));
     outcome = meet(call, deadline);
     if (!outcome) return outcome;
     for (size_t rank = 0; rank < counts.size(); rank++) {
@@ -182,7 +184,7 @@ Outcome Group::reduce_scatter(char* output, const char* x, const std::vector<siz
     if (!outcome) return outcome;
     for (size_t rank = 0; rank < ranks; rank++) {
       if (rank == own || held(rank) == 0) continue;
-      std::memcpy(slots_[own].data + rank * step * item, x + (starts[rank] + done) * item, held(rank) * item);
+      copy_out(slots_[own].data + rank * step * item, x + (starts[rank] + done) * item, held(rank) * item);
     }
     outcome = meet(call, deadline);
     if (!outcome) return outcome;
@@ -206,7 +208,7 @@ Outcome Group::broadcast(char* x, size_t num_bytes, int dtype, int root, double 
     Outcome outcome = next(small, deadline);
     if (!outcome) return outcome;
     char* data = slots_[size_t(root)].data;
-    if (root == rank_) std::memcpy(data, x + done, part);
+    if (root == rank_) copy_out(data, x + done, part);
     publish(call);
     if (root == rank_) continue;
     outcome = waiter_.until(root_epoch, root, epoch(), deadline);
@@ -237,7 +239,7 @@ Outcome Group::send(const char* x, size_t num_bytes, int dtype, int to, double t
     Outcome outcome = waiter_.until(consumed, to, count + 1 - int64_t(segment_.at.num_ring), deadline);
     if (!outcome) return outcome;
     Slot slot = segment_.ring(rank_, to, size_t(count) % segment_.at.num_ring);
-    std::memcpy(slot.data, x + done, std::min(step, num_bytes - done));
+    copy_out(slot.data, x + done, std::min(step, num_bytes - done));
     *slot.header = call;
     waiter_.raise_for(to, produced, count + 1);
   }

@@ -1,0 +1,34 @@
+// Copies into memory that another core reads next.
+#pragma once
+#include <emmintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace phalanx {
+
+// From this size on data goes past the caches. A plain copy first fetches each line from the reader's cache, where the
+// last round left it, and leaves it dirty in the writer's, where the reader has to fetch it from: on 2 Zen 4 cores
+// exchanging 128 KB takes 26 to 65 us by plain copies and 15 us by streaming ones. Below, the way to memory takes longer.
+constexpr size_t kStreamBytes = 4096;
+
+inline void copy_out(char* to, const char* from, size_t num_bytes) {
+  if (num_bytes < kStreamBytes) {
+    if (num_bytes > 0) std::memcpy(to, from, num_bytes);
+    return;
+  }
+  const size_t head = size_t(-reinterpret_cast<uintptr_t>(to)) % 64;
+  std::memcpy(to, from, head);
+  size_t i = head;
+  for (; i + 64 <= num_bytes; i += 64) {
+    for (size_t part = 0; part < 64; part += 16) {
+      __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + part));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + part), value);
+    }
+  }
+  std::memcpy(to + i, from + i, num_bytes - i);
+  _mm_sfence();  // streaming stores are the ones that x86-64 does not keep in order
+}
+
+}  // namespace phalanx
