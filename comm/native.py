@@ -23,9 +23,9 @@ def find_native() -> Native:
     except ModuleNotFoundError as error:
         if error.name not in (None, "phalanx._native"):
             raise
-        return Native(None, "the native library is not built; `make setup` where a C++ compiler is builds it")
+        return Native(None, "the native library is not built; install a C++ compiler, then Phalanx anew")
     except ImportError as error:
         if "cannot import name" in str(error):
-            return Native(None, "the native library is not built; `make setup` where a C++ compiler is builds it")
+            return Native(None, "the native library is not built; install a C++ compiler, then Phalanx anew")
         return Native(None, f"the native library does not load ({error}); install Phalanx anew")
     return Native(_native, f"native library, {_native.instruction_set}")

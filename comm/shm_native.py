@@ -83,7 +83,7 @@ class NativeShmCommunicator(ShmCommunicator):
     def fused_all_reduce_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._collectives.queue or x.dtype not in _NORMED or not x.nbytes:
+        if self._stopped or self._collectives.queue or x.dtype not in _NORMED or not x.nbytes:
             return super().fused_all_reduce_rms_norm(x, residual, weight, eps)
         self._check_norm(x, residual, weight)
         residual_sum = torch.empty_like(residual)
