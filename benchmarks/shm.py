@@ -70,14 +70,11 @@ def serve_phalanx(rank: int, size: int, rendezvous: str) -> None:
                 total = shm.all_reduce(x) + residual
                 return rms_norm(total, weight, 1e-5), total
 
-            if way in comms:
-                comm = comms[way]
+            def alone(x: torch.Tensor = x, way: str = way) -> object:
+                return comms[way].all_reduce(x)
 
-                def call(x: torch.Tensor = x, comm: Any = comm) -> object:
-                    return comm.all_reduce(x)
-            else:
-                call = fused if way == "fused" else apart
-            print(json.dumps(reading_us(call, shm.barrier, num_calls((rows, columns)))), flush=True)
+            calls: dict[str, Callable[[], object]] = {"fused": fused, "apart": apart}
+            print(json.dumps(reading_us(calls.get(way, alone), shm.barrier, num_calls((rows, columns)))), flush=True)
 
 
 def serve_peer(rank: int, size: int, rendezvous: str) -> None:

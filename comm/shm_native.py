@@ -15,6 +15,7 @@ from phalanx.comm.communicator import FUSED, Handle, ReduceOp
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.shm import ShmCommunicator
 from phalanx.comm.shm_calls import DTYPE_CODES, WINDOW, unlike_error
+from phalanx.comm.shm_segment import RING_BYTES
 from phalanx.comm.shm_stream import Stream
 from phalanx.comm.work import Work
 from phalanx.errors import CommError
@@ -164,6 +165,7 @@ class NativeShmCommunicator(ShmCommunicator):
         return self._group.send(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], to, self.timeout_s)
 
     def _native_recv(self, x: torch.Tensor, source: int) -> Failure | None:
+        self._num_posted_slots[source] += -(-x.nbytes // RING_BYTES)
         return self._group.recv(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], source, self.timeout_s)
 
     def _combine(self, out: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "reduce.hpp"
+
 namespace phalanx {
 
 // From this size on data goes past the caches. A plain copy first fetches each line from the reader's cache, where the
@@ -20,14 +22,9 @@ inline void copy_out(char* to, const char* from, size_t num_bytes) {
   }
   const size_t head = size_t(-reinterpret_cast<uintptr_t>(to)) % 64;
   std::memcpy(to, from, head);
-  size_t i = head;
-  for (; i + 64 <= num_bytes; i += 64) {
-    for (size_t part = 0; part < 64; part += 16) {
-      __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + part));
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + part), value);
-    }
-  }
-  std::memcpy(to + i, from + i, num_bytes - i);
+  const size_t lines = (num_bytes - head) / 64, done = head + lines * 64;
+  kernels().stream(to + head, from + head, lines);
+  std::memcpy(to + done, from + done, num_bytes - done);
   _mm_sfence();  // streaming stores are the ones that x86-64 does not keep in order
 }
 

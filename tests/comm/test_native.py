@@ -136,7 +136,9 @@ def rank_fused(comm: Communicator, store: Store, dtype: str, shapes: list[list[i
             wanted = rms_norm(total + residual, weight, 1e-5)
             # One step of the dtype; in float32 also those of the sum of squares, whose order is another one.
             num_steps = 4 if kind == torch.float32 else 1
-            steps = num_steps * torch.finfo(kind).eps * wanted.abs().float().clamp(min=torch.finfo(kind).smallest_normal)
+            steps = (
+                num_steps * torch.finfo(kind).eps * wanted.abs().float().clamp(min=torch.finfo(kind).smallest_normal)
+            )
             assert normed.dtype == kind
             assert bool(((normed.float() - wanted.float()).abs() <= steps).all()), shape
     return True
