@@ -187,14 +187,13 @@ def _create_nccl(spec: GroupSpec) -> Communicator:
 def _create_shm(spec: GroupSpec) -> Communicator:
     from phalanx.comm.shm_native import create_shm
 
-    return create_shm(spec, find_native().library)
+    return create_shm(spec)
 
 
 def _create_shm_torch(spec: GroupSpec) -> Communicator:
-    """Without the native library even where it is built: for tests and comparisons."""
     from phalanx.comm.shm_native import create_shm
 
-    return create_shm(spec, None)
+    return create_shm(spec, forced_torch=True)
 
 
 def _probe_single(device: str, size: int) -> Probe:

@@ -13,6 +13,7 @@ import torch
 from phalanx.comm.board import Call
 from phalanx.comm.communicator import FUSED, Handle, ReduceOp
 from phalanx.comm.group import GroupSpec
+from phalanx.comm.native import find_native
 from phalanx.comm.shm import ShmCommunicator
 from phalanx.comm.shm_calls import DTYPE_CODES, WINDOW, unlike_error
 from phalanx.comm.shm_segment import RING_BYTES
@@ -185,9 +186,18 @@ def _core_for_each(spec: GroupSpec) -> bool:
     return len(cores) >= spec.size
 
 
-def create_shm(spec: GroupSpec, library: ModuleType | None) -> ShmCommunicator:
-    """One rank's end of a group, with the native library or, where `library` is None, without."""
+class ShmTorchCommunicator(ShmCommunicator):
+    """Without the library even where it is built: for tests and comparisons."""
+
+    backend = "shm-torch"
+
+
+def create_shm(spec: GroupSpec, *, forced_torch: bool = False) -> ShmCommunicator:
+    """One rank's end of a group, with the native library where it is built and nothing else is asked for."""
     if spec.store is None:
         raise CommError(f"group {spec.name!r}: a group of {spec.size} needs a store to meet on")
     spec.store.set(f"cores/{spec.rank}", json.dumps(sorted(os.sched_getaffinity(0))))
+    if forced_torch:
+        return ShmTorchCommunicator(spec)
+    library = find_native().library
     return ShmCommunicator(spec) if library is None else NativeShmCommunicator(spec, library)
