@@ -13,9 +13,12 @@ from phalanx.comm.board import Call, RankStatus, WaitBoard
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
 from phalanx.errors import CommError
+from phalanx.kernels.rms_norm import rms_norm
 
 ReduceOp = Literal["sum", "max"]
 Result = TypeVar("Result")
+
+FUSED = "fused_all_reduce_rms_norm"
 
 DTYPES = frozenset(
     (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int8, torch.uint8)
@@ -109,6 +112,20 @@ class Communicator(ABC):
             raise CommError(f"all_reduce in group {self.group!r}: op must be 'sum' or 'max', found {op!r}")
         call = self._number("all_reduce", x.nbytes)
         return self._run(call, x, async_op, self._start_all_reduce, x, op)
+
+    def fused_all_reduce_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed, residual_sum) of `x` [..., N], whose sum over the ranks is added to `residual`, of the same shape
+        and dtype, and normalised by `weight` [N]: `rms_norm(sum(x) + residual, weight, eps)`, each step rounded to the
+        dtype. One operation, with one number. `x` belongs to it: afterwards its memory holds anything, perhaps a
+        result. `residual` and `weight` are the same on all ranks, and left as they were.
+        """
+        self._check_norm(x, residual, weight)
+        call = self._number(FUSED, x.nbytes)
+        self._run(call, x, False, self._start_all_reduce, x, "sum")
+        residual_sum = x + residual
+        return rms_norm(residual_sum, weight, eps), residual_sum
 
     @overload
     def all_gather(
@@ -302,6 +319,20 @@ class Communicator(ABC):
                 f"0, found {list(sizes)}"
             )
         return x.shape[0]
+
+    def _check_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+        for tensor in (x, residual, weight):
+            self._check_tensor(FUSED, tensor)
+        if x.dim() == 0 or residual.shape != x.shape or weight.shape != x.shape[-1:]:
+            raise CommError(
+                f"{FUSED} in group {self.group!r}: x [..., N] needs a residual of its shape and a weight [N], found "
+                f"{list(x.shape)}, {list(residual.shape)} and {list(weight.shape)}"
+            )
+        if residual.dtype != x.dtype or weight.dtype != x.dtype:
+            raise CommError(
+                f"{FUSED} in group {self.group!r}: x, residual and weight must be of one dtype, found {x.dtype}, "
+                f"{residual.dtype} and {weight.dtype}"
+            )
 
     def _check_rank(self, op: str, name: str, rank: int) -> None:
         if not 0 <= rank < self.size:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.ledger import Ledger
 from phalanx.comm.machine import find_apart, find_obstacle, own_seat
-from phalanx.comm.rendezvous import connect_store, local_address, parse_rendezvous
+from phalanx.comm.native import find_native
+from phalanx.comm.rendezvous import connect_store, host_store_at, local_address, parse_rendezvous
 from phalanx.errors import CommError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class _Backend(NamedTuple):
 
 
 _backends: dict[str, _Backend] = {}
+_SHARED = "memory that processes of one machine share"
 
 
 def register_backend(
@@ -111,11 +113,13 @@ def create_communicator(
 ) -> Communicator:
     """Joins a group of ranks and returns this rank's end of it, once all have come.
 
-    backend: `auto` or a registered name. rank: 0 to `size` - 1. rendezvous: `host:port` or `file://` of a store, or a
-    store that is open already (several groups share it best); not needed in a group of one. group: a name of its own on
-    that store. device: `cpu`, `cuda` or `cuda:N`, where the tensors live. interface: network interface to be reached
-    at; None for the one that leads to the store. timeout_s: longest wait for the other ranks, now and in each
-    operation. ledger: where operations are written; None for a new one, `communicator.ledger`.
+    backend: `auto` or a registered name. rank: 0 to `size` - 1. rendezvous: where the ranks meet; not needed in a group
+    of one. `file:///path` is a new file that all ranks see; `tcp://host:port` a port of rank 0's machine, where rank 0
+    opens a store if none is open there; `host:port` a store that is open already; or such a store itself (several
+    groups share it best). group: a name of its own on that store. device: `cpu`, `cuda` or `cuda:N`, where the tensors
+    live. interface: network interface to be reached at; None for the one that leads to the store. timeout_s: longest
+    wait for the other ranks, now and in each operation. ledger: where operations are written; None for a new one,
+    `communicator.ledger`.
 
     Raises CommError where the backend cannot serve, the store cannot be reached, or ranks are missing.
     """
@@ -133,7 +137,11 @@ def create_communicator(
         raise CommError(f"group {group!r} of {size} ranks needs a rendezvous: host:port, file:///path or an open store")
     from torch._C._distributed_c10d import PrefixStore
 
-    store = connect_store(rendezvous, timeout_s) if isinstance(rendezvous, str) else rendezvous
+    if isinstance(rendezvous, str):
+        may_host = rank == 0 and rendezvous.startswith("tcp://")
+        store = (host_store_at(rendezvous) if may_host else None) or connect_store(rendezvous, timeout_s)
+    else:
+        store = rendezvous
     towards = parse_rendezvous(rendezvous).host if isinstance(rendezvous, str) else _host_of(rendezvous)
     address = local_address(towards, interface)
     prefix = f"phalanx/{group}"
@@ -177,9 +185,15 @@ def _create_nccl(spec: GroupSpec) -> Communicator:
 
 
 def _create_shm(spec: GroupSpec) -> Communicator:
-    from phalanx.comm.shm import ShmCommunicator
+    from phalanx.comm.shm_native import create_shm
 
-    return ShmCommunicator(spec)
+    return create_shm(spec)
+
+
+def _create_shm_torch(spec: GroupSpec) -> Communicator:
+    from phalanx.comm.shm_native import create_shm
+
+    return create_shm(spec, forced_torch=True)
 
 
 def _probe_single(device: str, size: int) -> Probe:
@@ -214,13 +228,23 @@ def _probe_nccl(device: str, size: int) -> Probe:
 
 
 def _probe_shm(device: str, size: int) -> Probe:
+    probe = _probe_shm_torch(device, size)
+    if not probe.usable:
+        return probe
+    native = find_native()
+    how = native.told if native.library is not None else f"pure torch: {native.told}"
+    return Probe(True, f"{_SHARED} ({how})")
+
+
+def _probe_shm_torch(device: str, size: int) -> Probe:
     if find_spec("torch") is None:
         return Probe(False, "torch is not installed")
     obstacle = find_obstacle(device)
-    return Probe(False, obstacle) if obstacle else Probe(True, "memory that processes of one machine share")
+    return Probe(False, obstacle) if obstacle else Probe(True, f"{_SHARED} (pure torch)")
 
 
 register_backend("single", _create_single, _probe_single, priority=100)
 register_backend("shm", _create_shm, _probe_shm, priority=30, shares_memory=True)
+register_backend("shm-torch", _create_shm_torch, _probe_shm_torch, priority=5, shares_memory=True)
 register_backend("nccl", _create_nccl, _probe_nccl, priority=20)
 register_backend("gloo", _create_gloo, _probe_gloo, priority=10)

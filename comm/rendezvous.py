@@ -61,8 +61,7 @@ def host_store(address: str) -> tuple[Store, str]:
     """
     from torch._C._distributed_c10d import TCPStore
 
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(_family(address), socket.SOCK_STREAM)
     try:
         listener.bind((address, 0))
         listener.listen(1024)
@@ -76,6 +75,24 @@ def host_store(address: str) -> tuple[Store, str]:
     # The store takes over the open socket, so no other process can take the port in between.
     store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, join_host_port(address, port)
+
+
+def host_store_at(rendezvous: str) -> Store | None:
+    """Opens a store at `host:port`; None where that is no address of this machine, or is in use."""
+    from torch._C._distributed_c10d import TCPStore
+
+    place = parse_rendezvous(rendezvous)
+    assert place.host is not None
+    assert place.port is not None
+    try:
+        listener = socket.create_server((place.host, place.port), family=_family(place.host), backlog=1024)
+    except OSError:
+        return None
+    return TCPStore(place.host, place.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def connect_store(rendezvous: str | Rendezvous, timeout_s: float = 60.0) -> Store:

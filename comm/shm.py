@@ -15,9 +15,21 @@ from typing import TypeVar
 import torch
 
 from phalanx.comm.board import Call
-from phalanx.comm.communicator import DTYPES, Communicator, Handle, ReduceOp
+from phalanx.comm.communicator import Communicator, Handle, ReduceOp
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.rendezvous import meet
+from phalanx.comm.shm_calls import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    BARRIER,
+    BROADCAST,
+    NARROW,
+    REDUCE_SCATTER,
+    SEND,
+    WINDOW,
+    signature,
+    unlike_error,
+)
 from phalanx.comm.shm_segment import (
     LARGE_BYTES,
     NUM_LARGE,
@@ -35,16 +47,7 @@ from phalanx.errors import CommError
 
 Result = TypeVar("Result")
 
-# Rounds of small collectives that a rank may have published without having read the others' slots of the first. When a
-# rank publishes round k, the others have published k - WINDOW, so they have read all up to k - 2 * WINDOW.
-WINDOW = NUM_SMALL // 2
 _MAX_VIEWS = 64  # of a slot; a decode step uses one or two shapes
-
-_OPS = ("", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "send")
-_ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER, _BROADCAST, _BARRIER, _SEND = range(1, 7)
-_DTYPES = sorted(DTYPES, key=str)
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 class ShmCommunicator(Communicator):
@@ -61,7 +64,7 @@ class ShmCommunicator(Communicator):
         if spec.store is None:
             raise CommError(f"group {spec.name!r}: a group of {spec.size} needs a store to meet on")
         meet(spec.store, spec.name, spec.rank, spec.size, spec.timeout_s)
-        segment = share_segment(spec, spec.store)
+        self._segment = segment = share_segment(spec, spec.store)
         self._waiter = Waiter(segment, spec.rank, spec.name)
         super().__init__(spec)
         rank, ranks = self.rank, range(self.size)
@@ -71,9 +74,8 @@ class ShmCommunicator(Communicator):
         self._small = [segment.small(number) for number in range(NUM_SMALL)]
         self._large = [segment.large(number) for number in range(NUM_LARGE)]
         self._views: list[dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]]] = [{} for _ in self._small]
-        self._next_large = 0
-        self._epoch = 0
         self._epoch_word = segment.epoch(rank)
+        self._large_rounds = segment.large_rounds(rank)
         self._all = Watch(tuple(segment.epoch(other) for other in self._others), self._others)
         self._one = [Watch((segment.epoch(other),), (other,)) for other in ranks]
         self._in_background = False  # the operation being started is asynchronous
@@ -83,8 +85,6 @@ class ShmCommunicator(Communicator):
         self._collectives = Stream(self._waiter, self._helper)
         self._sends = [Stream(self._waiter, self._helper) for _ in ranks]
         self._receives = [Stream(self._waiter, self._helper) for _ in ranks]
-        self._num_sent_slots = [0] * self.size
-        self._num_received_slots = [0] * self.size
         self._num_posted_slots = [0] * self.size
         self._rings_to = [segment.ring(rank, other) for other in ranks]
         self._rings_from = [segment.ring(other, rank) for other in ranks]
@@ -111,7 +111,7 @@ class ShmCommunicator(Communicator):
     def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
         row_bytes = output.nbytes // output.shape[0]
         counts = [rows * row_bytes for rows in sizes or [x.shape[0]] * self.size]
-        steps = self._all_gather(_bytes(output), _bytes(x), counts, _signature(_ALL_GATHER, output))
+        steps = self._all_gather(_bytes(output), _bytes(x), counts, signature(ALL_GATHER, output))
         return self._collect(steps, one_round=max(counts) <= SMALL_BYTES)
 
     def _start_reduce_scatter(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
@@ -121,23 +121,23 @@ class ShmCommunicator(Communicator):
         return self._collect(steps, one_round=self.size * max(counts) * x.itemsize <= SMALL_BYTES)
 
     def _start_broadcast(self, x: torch.Tensor, root: int) -> Work:
-        steps = self._broadcast(_bytes(x), root, _signature(_BROADCAST, x, root))
+        steps = self._broadcast(_bytes(x), root, signature(BROADCAST, x, root))
         return self._collect(steps, one_round=x.nbytes <= SMALL_BYTES)
 
     def _start_barrier(self) -> Work:
         return self._collect(self._meet(), one_round=True)
 
     def _start_send(self, x: torch.Tensor, to: int) -> Work:
-        steps = self._send(_bytes(x), to, _signature(_SEND, x))
+        steps = self._send(_bytes(x), to, signature(SEND, x))
         stream = self._sends[to]
         return stream.add(steps, begin=not stream.queue, hand_over=self._in_background)
 
     def _start_recv(self, x: torch.Tensor, source: int) -> Work:
-        steps = self._recv(_bytes(x), source, _signature(_SEND, x))
+        steps = self._recv(_bytes(x), source, signature(SEND, x))
         stream = self._receives[source]
         self._num_posted_slots[source] += -(-x.nbytes // RING_BYTES)
         # Whoever sends what was posted must be able to put it all down, even while this rank waits for something else.
-        exceeds = self._num_posted_slots[source] - self._num_received_slots[source] > NUM_RING
+        exceeds = self._num_posted_slots[source] - self._words[self._consumed_from[source]] > NUM_RING
         return stream.add(steps, begin=not stream.queue, hand_over=self._in_background and exceeds)
 
     def _collect(self, steps: Steps, *, one_round: bool) -> Work:
@@ -152,34 +152,39 @@ class ShmCommunicator(Communicator):
 
     # ---- collectives ----
 
+    @property
+    def _epoch(self) -> int:
+        """Rounds that this rank has published; in shared memory, where the native library counts them too."""
+        return self._words[self._epoch_word]
+
     def _all_reduce_small(self, x: torch.Tensor, op: ReduceOp) -> Steps:
         yield self._all, self._epoch + 1 - WINDOW
         number = (self._epoch + 1) % NUM_SMALL
         slots = self._small[number]
         views = self._views[number].get((x.shape, x.dtype)) or self._make_views(number, x)
         views[self.rank].copy_(x)
-        signature = _signature(_ALL_REDUCE, x)
-        yield self._all, self._publish(slots, signature)
-        self._confirm(slots, signature)
-        _combine(x, views, op)
+        call = signature(ALL_REDUCE, x)
+        yield self._all, self._publish(slots, call)
+        self._confirm(slots, call)
+        self._combine(x, views, op)
 
     def _all_reduce_whole(self, x: torch.Tensor, op: ReduceOp) -> Steps:
         """Of two ranks: each reads all of the other's. Sharing the sums out would save nothing, and cost a round."""
         (other,) = self._others
-        signature = _signature(_ALL_REDUCE, x)
+        call = signature(ALL_REDUCE, x)
         for part in torch.split(x, LARGE_BYTES // x.itemsize):
             yield self._all, self._epoch
             slots = self._large_slots()
             self._part(slots, self.rank, x.dtype, 0, len(part)).copy_(part)
-            yield self._all, self._publish(slots, signature)
-            self._confirm(slots, signature)
-            _combine(part, [part, self._part(slots, other, x.dtype, 0, len(part))], op)
+            yield self._all, self._publish(slots, call)
+            self._confirm(slots, call)
+            self._combine(part, [part, self._part(slots, other, x.dtype, 0, len(part))], op)
 
     def _all_reduce_shared(self, x: torch.Tensor, op: ReduceOp) -> Steps:
         """Each rank sums its share of a part, then all collect the shares. The sum takes the place, in the rank's own
         slot, of the one share there that no other rank reads.
         """
-        signature = _signature(_ALL_REDUCE, x)
+        call = signature(ALL_REDUCE, x)
         for part in torch.split(x, LARGE_BYTES // x.itemsize):
             yield self._all, self._epoch
             slots = self._large_slots()
@@ -189,21 +194,21 @@ class ShmCommunicator(Communicator):
             own = self._part(slots, self.rank, x.dtype, 0, count)
             own[:start].copy_(part[:start])
             own[stop:].copy_(part[stop:])
-            yield self._all, self._publish(slots, signature)
-            self._confirm(slots, signature)
+            yield self._all, self._publish(slots, call)
+            self._confirm(slots, call)
             mine = part[start:stop]
             shares = [
                 mine if rank == self.rank else self._part(slots, rank, x.dtype, start, stop)
                 for rank in range(self.size)
             ]
-            _combine(own[start:stop], shares, op)
+            self._combine(own[start:stop], shares, op)
             mine.copy_(own[start:stop])
-            yield self._all, self._publish(slots, signature)
+            yield self._all, self._publish(slots, call)
             for rank in self._others:
                 start, stop = bounds[rank], bounds[rank + 1]
                 part[start:stop].copy_(self._part(slots, rank, x.dtype, start, stop))
 
-    def _all_gather(self, output: torch.Tensor, x: torch.Tensor, counts: list[int], signature: int) -> Steps:
+    def _all_gather(self, output: torch.Tensor, x: torch.Tensor, counts: list[int], call: int) -> Steps:
         """counts: bytes of each rank."""
         starts = [0, *accumulate(counts)]
         output[starts[self.rank] : starts[self.rank + 1]].copy_(x)
@@ -212,8 +217,8 @@ class ShmCommunicator(Communicator):
             slots = self._small_slots() if small else self._large_slots()
             if (count := min(size, counts[self.rank] - done)) > 0:
                 self._part(slots, self.rank, torch.uint8, 0, count).copy_(x[done : done + count])
-            yield self._all, self._publish(slots, signature)
-            self._confirm(slots, signature)
+            yield self._all, self._publish(slots, call)
+            self._confirm(slots, call)
             for rank in self._others:
                 if (count := min(size, counts[rank] - done)) > 0:
                     start = starts[rank] + done
@@ -221,7 +226,7 @@ class ShmCommunicator(Communicator):
 
     def _reduce_scatter(self, output: torch.Tensor, x: torch.Tensor, counts: list[int]) -> Steps:
         """counts: elements of each rank. A slot holds a section for each rank."""
-        signature = _signature(_REDUCE_SCATTER, x)
+        call = signature(REDUCE_SCATTER, x)
         starts = [0, *accumulate(counts)]
         limits = [limit // (x.itemsize * self.size) for limit in (SMALL_BYTES, LARGE_BYTES)]
         for done, size, small in _rounds(max(counts), *limits):
@@ -231,8 +236,8 @@ class ShmCommunicator(Communicator):
                 if (count := min(size, counts[rank] - done)) > 0:
                     section = self._part(slots, self.rank, x.dtype, rank * size, rank * size + count)
                     section.copy_(x[starts[rank] + done :][:count])
-            yield self._all, self._publish(slots, signature)
-            self._confirm(slots, signature)
+            yield self._all, self._publish(slots, call)
+            self._confirm(slots, call)
             if (count := min(size, counts[self.rank] - done)) > 0:
                 start = self.rank * size
                 parts = [
@@ -241,9 +246,9 @@ class ShmCommunicator(Communicator):
                     else self._part(slots, rank, x.dtype, start, start + count)
                     for rank in range(self.size)
                 ]
-                _combine(output[done : done + count], parts, "sum")
+                self._combine(output[done : done + count], parts, "sum")
 
-    def _broadcast(self, x: torch.Tensor, root: int, signature: int) -> Steps:
+    def _broadcast(self, x: torch.Tensor, root: int, call: int) -> Steps:
         for done, size, small in _rounds(len(x), SMALL_BYTES, LARGE_BYTES):
             yield self._all, self._epoch + 1 - WINDOW if small else self._epoch
             slots = self._small_slots() if small else self._large_slots()
@@ -251,42 +256,42 @@ class ShmCommunicator(Communicator):
             data = self._part(slots, root, torch.uint8, 0, len(part))
             if root == self.rank:
                 data.copy_(part)
-                self._publish(slots, signature)
+                self._publish(slots, call)
             else:
-                yield self._one[root], self._publish(slots, signature)
-                self._confirm(slots, signature, (root,))
+                yield self._one[root], self._publish(slots, call)
+                self._confirm(slots, call, (root,))
                 part.copy_(data)
 
     def _meet(self) -> Steps:
         yield self._all, self._epoch + 1 - WINDOW
         slots = self._small_slots()
-        yield self._all, self._publish(slots, _BARRIER)
-        self._confirm(slots, _BARRIER)
+        yield self._all, self._publish(slots, BARRIER)
+        self._confirm(slots, BARRIER)
 
     # ---- between two ranks ----
 
-    def _send(self, x: torch.Tensor, to: int, signature: int) -> Steps:
+    def _send(self, x: torch.Tensor, to: int, call: int) -> Steps:
         for part in torch.split(x, RING_BYTES):
-            count = self._num_sent_slots[to]
+            count = self._words[self._produced_to[to]]
             yield self._room[to], count + 1 - NUM_RING
             number = count % NUM_RING
             start = self._rings_to[to].data[number]
             self._typed[torch.uint8][start : start + len(part)].copy_(part)
-            self._words[self._rings_to[to].headers[number]] = signature
-            self._words[self._produced_to[to]] = self._num_sent_slots[to] = count + 1
+            self._words[self._rings_to[to].headers[number]] = call
+            self._words[self._produced_to[to]] = count + 1
             self._waiter.wake_if_awaiting(to)
 
-    def _recv(self, x: torch.Tensor, source: int, signature: int) -> Steps:
+    def _recv(self, x: torch.Tensor, source: int, call: int) -> Steps:
         for part in torch.split(x, RING_BYTES):
-            count = self._num_received_slots[source]
+            count = self._words[self._consumed_from[source]]
             yield self._arrivals[source], count + 1
             number = count % NUM_RING
             header = self._words[self._rings_from[source].headers[number]]
-            if header != signature:
-                raise RuntimeError(f"rank {source} sent {_told(header)}, this rank expects {_told(signature)}")
+            if header != call:
+                raise unlike_error(source, header, call)
             start = self._rings_from[source].data[number]
             part.copy_(self._typed[torch.uint8][start : start + len(part)])
-            self._words[self._consumed_from[source]] = self._num_received_slots[source] = count + 1
+            self._words[self._consumed_from[source]] = count + 1
             self._waiter.wake_if_awaiting(source)
 
     # ---- rounds ----
@@ -295,26 +300,23 @@ class ShmCommunicator(Communicator):
         return self._small[(self._epoch + 1) % NUM_SMALL]
 
     def _large_slots(self) -> Slots:
-        self._next_large = (self._next_large + 1) % NUM_LARGE
-        return self._large[self._next_large]
+        self._words[self._large_rounds] = number = self._words[self._large_rounds] + 1
+        return self._large[number % NUM_LARGE]
 
-    def _publish(self, slots: Slots, signature: int) -> int:
+    def _publish(self, slots: Slots, call: int) -> int:
         """Announces what this rank has put into its slot; the epoch that the others will have done the same at."""
         words = self._words
-        words[slots.headers[self.rank]] = signature
-        words[self._epoch_word] = self._epoch = epoch = self._epoch + 1
+        words[slots.headers[self.rank]] = call
+        words[self._epoch_word] = epoch = self._epoch + 1
         self._waiter.wake_all_awaiting()
         return epoch
 
-    def _confirm(self, slots: Slots, signature: int, ranks: tuple[int, ...] | None = None) -> None:
+    def _confirm(self, slots: Slots, call: int, ranks: tuple[int, ...] | None = None) -> None:
         """Raises RuntimeError where another rank has made another call in this round."""
         words, headers = self._words, slots.headers
         for rank in self._others if ranks is None else ranks:
-            if words[headers[rank]] != signature:
-                raise RuntimeError(
-                    f"rank {rank} called {_told(words[headers[rank]])}, this rank {_told(signature)}: the ranks do not "
-                    "make the same calls"
-                )
+            if words[headers[rank]] != call:
+                raise unlike_error(rank, words[headers[rank]], call)
 
     def _part(self, slots: Slots, rank: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         """Elements of a rank's slot."""
@@ -330,6 +332,26 @@ class ShmCommunicator(Communicator):
         views[x.shape, x.dtype] = made
         return made
 
+    def _combine(self, out: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
+        """The sum or maximum of `parts`, in their order. `out` may be one of the first two, of more than two none."""
+        if len(parts) == 1:
+            out.copy_(parts[0])
+            return
+        first, second, *rest = parts
+        if op == "max":
+            torch.maximum(first, second, out=out)
+            for part in rest:
+                torch.maximum(out, part, out=out)
+        elif rest and out.dtype in NARROW:
+            total = first.float()
+            for part in parts[1:]:
+                total += part
+            out.copy_(total)
+        else:
+            torch.add(first, second, out=out)
+            for part in rest:
+                out += part
+
     def _abort(self) -> None:
         self._waiter.abort()
 
@@ -338,28 +360,16 @@ class ShmCommunicator(Communicator):
         self._helper.stop()
         self._waiter.close()
         # The memory goes with the last reference to it.
-        del self._waiter, self._collectives, self._sends, self._receives, self._words, self._typed, self._views
-
-
-def _combine(out: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
-    """The sum or maximum of `parts`, in their order. `out` may be one of the first two, of more than two none."""
-    if len(parts) == 1:
-        out.copy_(parts[0])
-        return
-    first, second, *rest = parts
-    if op == "max":
-        torch.maximum(first, second, out=out)
-        for part in rest:
-            torch.maximum(out, part, out=out)
-    elif rest and out.dtype in _NARROW:
-        total = first.float()
-        for part in parts[1:]:
-            total += part
-        out.copy_(total)
-    else:
-        torch.add(first, second, out=out)
-        for part in rest:
-            out += part
+        del (
+            self._segment,
+            self._waiter,
+            self._collectives,
+            self._sends,
+            self._receives,
+            self._words,
+            self._typed,
+            self._views,
+        )
 
 
 def _rounds(total: int, small: int, large: int) -> Iterator[tuple[int, int, bool]]:
@@ -373,17 +383,3 @@ def _rounds(total: int, small: int, large: int) -> Iterator[tuple[int, int, bool
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     return x.view(-1).view(torch.uint8)
-
-
-def _signature(op: int, x: torch.Tensor, root: int = 0) -> int:
-    """What the ranks must agree about, in 63 bits."""
-    return ((x.nbytes << 16 | root) << 3 | _DTYPE_CODES[x.dtype]) << 3 | op
-
-
-def _told(signature: int) -> str:
-    op, dtype = _OPS[signature & 7], str(_DTYPES[signature >> 3 & 7]).removeprefix("torch.")
-    root, num_bytes = signature >> 6 & 0xFFFF, signature >> 22
-    if op == "barrier":
-        return op
-    what = f"{num_bytes:,} bytes of {dtype}"
-    return what if op == "send" else f"{op} of {what}" + (f" from rank {root}" if op == "broadcast" else "")

@@ -28,7 +28,7 @@ _PAGE_BYTES = 4096
 
 # Words of the segment's first line, then of the lines of a rank.
 _TOKEN, ABORTED = 0, 1
-_EPOCH, _LEFT, _PID, _AWAITED, _BELL = 0, 8, 9, 16, 24
+_EPOCH, _LARGE_ROUNDS, _LEFT, _PID, _AWAITED, _BELL = 0, 1, 8, 9, 16, 24
 _RANK_WORDS = 32
 _PAIR_WORDS = 16
 
@@ -73,6 +73,10 @@ class Segment:
         """Rounds of collectives that the rank has published."""
         return self._word(rank, _EPOCH)
 
+    def large_rounds(self, rank: int) -> int:
+        """Of these rounds, those begun in large slots: the rank's own note, which it shares with the native library."""
+        return self._word(rank, _LARGE_ROUNDS)
+
     def left(self, rank: int) -> int:
         """1 once the rank has closed its end."""
         return self._word(rank, _LEFT)
@@ -110,6 +114,36 @@ class Segment:
         """All slots from `source` to `to`, in the order they are used."""
         first = self._ring_at + (source * self.size + to) * NUM_RING * _stride(RING_BYTES)
         return _slots_at([first + number * _stride(RING_BYTES) for number in range(NUM_RING)])
+
+    def layout(self) -> dict[str, int]:
+        """All of this in numbers, for the native library; see `Layout` in `csrc/segment.hpp`."""
+        return {
+            "size": self.size,
+            "rank_words": _LINE_BYTES // _WORD_BYTES,
+            "rank_stride": _RANK_WORDS,
+            "epoch": _EPOCH,
+            "large_rounds": _LARGE_ROUNDS,
+            "left": _LEFT,
+            "awaited": _AWAITED,
+            "bell": _BELL,
+            "aborted": ABORTED,
+            "pair_words": self._pairs_word,
+            "pair_stride": _PAIR_WORDS,
+            "consumed": _PAIR_WORDS // 2,
+            "small_at": self._small_at,
+            "small_bytes": SMALL_BYTES,
+            "small_stride": _stride(SMALL_BYTES),
+            "num_small": NUM_SMALL,
+            "large_at": self._large_at,
+            "large_bytes": LARGE_BYTES,
+            "large_stride": _stride(LARGE_BYTES),
+            "num_large": NUM_LARGE,
+            "ring_at": self._ring_at,
+            "ring_bytes": RING_BYTES,
+            "ring_stride": _stride(RING_BYTES),
+            "num_ring": NUM_RING,
+            "header_bytes": _LINE_BYTES,
+        }
 
     def _word(self, rank: int, word: int) -> int:
         return _LINE_BYTES // _WORD_BYTES + rank * _RANK_WORDS + word

@@ -53,14 +53,14 @@ class Waiter:
         self._timespec = _Timespec()
         self._syscall = ctypes.CDLL(None).syscall
         pids = [segment.words[segment.pid(other)] for other in range(segment.size)]
-        self._pidfds: list[int] = []
-        weakref.finalize(self, _close_files, self._pidfds)
+        self.pidfds: list[int] = []  # by rank
+        weakref.finalize(self, _close_files, self.pidfds)
         self._ends: list[select.poll] = []
         try:
             for pid in pids:
-                self._pidfds.append(os.pidfd_open(pid))
+                self.pidfds.append(os.pidfd_open(pid))
                 self._ends.append(select.poll())
-                self._ends[-1].register(self._pidfds[-1], select.POLLIN)
+                self._ends[-1].register(self.pidfds[-1], select.POLLIN)
         except OSError as error:
             self.close()
             raise CommError(
@@ -121,7 +121,7 @@ class Waiter:
 
     def close(self) -> None:
         """Releases the files by which the ends of the others are noticed."""
-        _close_files(self._pidfds)
+        _close_files(self.pidfds)
 
     def _wait_for(self, word: int, rank: int, target: int, deadline_s: float) -> bool:
         words, clock_s, sched_yield = self._words, time.monotonic, os.sched_yield

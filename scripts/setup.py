@@ -28,7 +28,8 @@ VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "phalanx-setup.json"
 LOG = VENV / "phalanx-setup.log"
 CONSTRAINTS = ROOT / "constraints.txt"
-INPUTS = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__).resolve())
+NATIVE = (ROOT / "CMakeLists.txt", ROOT / "src" / "native.cpp", *sorted(ROOT.glob("*/csrc/*.[ch]pp")))
+INPUTS = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__).resolve(), *NATIVE)
 NUM_STEPS = 4
 TERMINAL_BEAT_S, LOG_BEAT_S = 0.5, 15.0
 DETAIL_WIDTH = 70
@@ -253,16 +254,20 @@ def install_torch(status: Status, version: str, gpu: bool, index: str | None) ->
 
 def check(status: Status, gpu: bool, index: str | None) -> None:
     """Imports what was installed, and holds it against what this machine asked for."""
-    program = "import phalanx, torch; print(torch.__version__, torch.version.cuda or '', sep='|')"
+    program = (
+        "import phalanx, torch; from phalanx.comm.native import find_native; "
+        "print(torch.__version__, torch.version.cuda or '', find_native().told, sep='|')"
+    )
     answer = subprocess.run(
         [VENV_PYTHON, "-c", program], capture_output=True, text=True, check=False, env=_environment()
     )
     command = VENV / "bin" / "phalanx"
     if answer.returncode or not command.exists():
         raise SetupError(f"the environment does not work:\n{answer.stderr}\nRemove {VENV} and run this again.")
-    version, cuda = answer.stdout.strip().split("|")
+    version, cuda, native = answer.stdout.strip().split("|")
     if gpu and not cuda and not index:
         raise SetupError(f"a GPU is seen, but PyTorch {version} is a CPU build; remove {VENV} and run this again")
+    status.note(native)
     status.result(f"torch {version}, {'CUDA ' + cuda if cuda else 'CPU'}; command {command.relative_to(ROOT)}")
 
 

@@ -70,7 +70,14 @@ def test_a_change_of_code_leaves_the_layers_of_packages_as_they_are() -> None:
 def test_the_image_gets_every_room_and_what_the_build_needs_and_nothing_else() -> None:
     rooms = {path.name for path in (ROOT / "src" / "phalanx").iterdir() if path.is_symlink()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = {"pyproject.toml", "constraints.txt", "src", project["readme"], *project["license-files"]}
+    needed = {
+        "CMakeLists.txt",
+        "pyproject.toml",
+        "constraints.txt",
+        "src",
+        project["readme"],
+        *project["license-files"],
+    }
     present = {path.name for path in ROOT.iterdir()} | {".git", ".venv", ".env", "keys.txt", "model.gguf"}
     assert {name for name in present if admitted(name)} == rooms | needed
 

@@ -11,16 +11,26 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from tests.native_library import excuse_for_no_library
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "phalanx"
 DATA_SUFFIXES = {".py", ".typed", ".yaml", ".json", ".html", ".css", ".js"}
 
 
-def build(kind: str, source: Path, target: Path) -> Path:
+def build(kind: str, source: Path, target: Path, **environment: str) -> Path:
     """Builds `wheel` or `sdist` of the tree at `source` with the backend that stands here; reaches for no network."""
-    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(target)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False, timeout=60)
+    program = f"import scikit_build_core.build as backend; backend.build_{kind}({str(target)!r})"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command,
+        cwd=source,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = target.iterdir()
     return built
@@ -57,6 +67,27 @@ def test_the_wheel_holds_every_file_of_every_room(wheel: Path) -> None:
 
 def test_the_wheel_holds_nothing_beside_the_import_package(wheel: Path) -> None:
     assert {name.split("/")[0] for name in wheel_files(wheel)} == {"phalanx"}
+
+
+def test_the_wheel_holds_the_native_library_and_not_its_source(wheel: Path) -> None:
+    names = wheel_files(wheel)
+    assert not [name for name in names if "csrc" in name]
+    libraries = [name for name in names if name.startswith("phalanx/_native.") and name.endswith(".so")]
+    if not libraries and (excuse := excuse_for_no_library()):
+        pytest.skip(f"no native library in the wheel: {excuse}")
+    assert len(libraries) == 1
+    assert "linux_x86_64" in wheel.name
+
+
+def test_without_a_compiler_the_wheel_is_built_all_the_same(sdist: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    plain = build("wheel", source, tmp_path / "wheel", CXX="/nowhere/c++")
+    assert plain.name.endswith("-py3-none-any.whl")
+    names = wheel_files(plain)
+    assert "phalanx/comm/shm.py" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_the_wheel_holds_copies_and_no_links(wheel: Path) -> None:

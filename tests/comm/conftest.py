@@ -127,15 +127,16 @@ class BackendPool:
         return self._pool.outcomes(function, size, **{"backend": self.backend, **options})
 
 
-@pytest.fixture(params=["shm", "gloo"])
+@pytest.fixture(params=["shm", "shm-torch", "gloo"])
 def any_pool(pool: RankPool, request: pytest.FixtureRequest) -> BackendPool:
     """The pool once for each backend of the CPU."""
     return BackendPool(pool, checked(request.param))
 
 
-@pytest.fixture
-def shm_pool(pool: RankPool) -> BackendPool:
-    return BackendPool(pool, checked("shm"))
+@pytest.fixture(params=["shm", "shm-torch"])
+def shm_pool(pool: RankPool, request: pytest.FixtureRequest) -> BackendPool:
+    """The pool with shared memory: by the native library where it is there, and by torch alone."""
+    return BackendPool(pool, checked(request.param))
 
 
 def checked(backend: str) -> str:

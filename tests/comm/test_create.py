@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from phalanx.comm import Communicator, GroupSpec, choose_backend, create, create_communicator, register_backend
 from phalanx.comm.create import Probe
 from phalanx.comm.machine import find_obstacle
+from phalanx.comm.native import Native
 from phalanx.comm.single import SingleCommunicator
 from phalanx.errors import CommError
 
@@ -36,7 +38,16 @@ def test_a_group_of_one_needs_no_transport() -> None:
 def test_cpus_of_one_machine_talk_through_shared_memory() -> None:
     choice = choose_backend("auto", "cpu", 4)
     assert choice.name == "shm"
-    assert choice.reason == "memory that processes of one machine share"
+    assert choice.reason.startswith("memory that processes of one machine share (")
+
+
+@needs_shm
+def test_the_reason_says_whether_the_native_library_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(create, "find_native", lambda: Native(ModuleType("library"), "native library, avx2"))
+    assert choose_backend("shm", "cpu", 2).reason.endswith("share (native library, avx2)")
+    monkeypatch.setattr(create, "find_native", lambda: Native(None, "the native library is not built; install it"))
+    assert choose_backend("shm", "cpu", 2).reason.endswith("(pure torch: the native library is not built; install it)")
+    assert choose_backend("shm-torch", "cpu", 2).reason.endswith("share (pure torch)")
 
 
 def test_cpus_of_several_machines_talk_through_gloo_and_the_reason_says_what_was_passed_over() -> None:
@@ -76,7 +87,8 @@ def test_gpus_talk_through_nccl_where_it_is_there(monkeypatch: pytest.MonkeyPatc
 
 def test_an_unknown_backend_is_refused_with_the_registered_names() -> None:
     with pytest.raises(
-        CommError, match=r"no communicator backend 'glo'; did you mean 'gloo'\? .*auto, gloo, nccl, shm, single"
+        CommError,
+        match=r"no communicator backend 'glo'; did you mean 'gloo'\? .*auto, gloo, nccl, shm, shm-torch, single",
     ):
         choose_backend("glo", "cpu", 2)
 

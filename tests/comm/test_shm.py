@@ -203,7 +203,9 @@ def rank_waits_elsewhere(comm: Communicator, store: Store, count: int, key: str)
 
 @pytest.mark.parametrize("num_bytes", [1024, SMALL_BYTES + 4, 3 * LARGE_BYTES])
 def test_an_asynchronous_operation_goes_on_while_its_rank_waits_elsewhere(shm_pool: Any, num_bytes: int) -> None:
-    assert shm_pool.run(rank_waits_elsewhere, 2, count=num_bytes // 4, key=f"elsewhere-{num_bytes}") == [True, True]
+    assert shm_pool.run(
+        rank_waits_elsewhere, 2, count=num_bytes // 4, key=f"elsewhere-{num_bytes}-{shm_pool.backend}"
+    ) == [True, True]
 
 
 def rank_send_both_ways(comm: Communicator, store: Store, num_bytes: int) -> object:
@@ -317,7 +319,7 @@ def rank_memory(comm: Communicator, store: Store, name: str) -> object:
 
 def test_the_memory_has_no_name_and_ends_with_its_last_user(shm_pool: Any) -> None:
     # Nothing names it but the mappings themselves, so no way of ending a process can leave it behind.
-    for answer in shm_pool.run(rank_memory, 3, name="gone"):
+    for answer in shm_pool.run(rank_memory, 3, name=f"gone-{shm_pool.backend}"):
         assert answer == [1, [], 0, []]
 
 
@@ -350,21 +352,23 @@ def rank_chosen(comm: Communicator, store: Store, wanted: str, hosts: list[str],
 
 
 def test_ranks_of_one_machine_take_shared_memory(shm_pool: Any) -> None:
-    answers = shm_pool.run(rank_chosen, 3, wanted="auto", hosts=["a", "a", "a"], name="one-machine")
+    answers = shm_pool.run(rank_chosen, 3, wanted="auto", hosts=["a", "a", "a"], name=f"one-machine-{shm_pool.backend}")
     for backend, reason in answers:
         assert backend == "shm"
         assert "memory that processes of one machine share" in reason
 
 
 def test_ranks_of_several_machines_all_take_gloo_and_say_why(shm_pool: Any) -> None:
-    answers = shm_pool.run(rank_chosen, 3, wanted="auto", hosts=["a", "b", "a"], name="two-machines")
+    answers = shm_pool.run(
+        rank_chosen, 3, wanted="auto", hosts=["a", "b", "a"], name=f"two-machines-{shm_pool.backend}"
+    )
     for backend, reason in answers:
         assert backend == "gloo"
         assert "not shm: ranks on several machines: 0, 2 on a; 1 on b" in reason
 
 
 def test_shared_memory_asked_for_on_several_machines_is_refused_on_every_rank(shm_pool: Any) -> None:
-    for answer in shm_pool.outcomes(rank_chosen, 2, wanted="shm", hosts=["a", "b"], name="asked"):
+    for answer in shm_pool.outcomes(rank_chosen, 2, wanted="shm", hosts=["a", "b"], name=f"asked-{shm_pool.backend}"):
         assert answer["error"]["type"] == "CommError"
         assert (
             "'shm' cannot serve 2 ranks on 'cpu': ranks on several machines: 0 on a; 1 on b"
@@ -389,5 +393,5 @@ def rank_cannot_map(comm: Communicator, store: Store, name: str) -> str:
 
 
 def test_where_one_rank_cannot_map_the_memory_all_are_told(shm_pool: Any) -> None:
-    for message in shm_pool.run(rank_cannot_map, 3, name="unmapped"):
+    for message in shm_pool.run(rank_cannot_map, 3, name=f"unmapped-{shm_pool.backend}"):
         assert "cannot share memory: rank 1: Cannot allocate memory. Use the backend gloo" in message

@@ -1,0 +1,136 @@
+// The comm room's part of `phalanx._native`. Tensors come as addresses: nothing here knows torch.
+#include "bindings.hpp"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <utility>
+
+#include "group.hpp"
+
+namespace nb = nanobind;
+
+namespace phalanx {
+namespace {
+
+char* at(uintptr_t address) { return reinterpret_cast<char*>(address); }
+
+// Whether Ctrl-C was pressed; the error stays set for Python to raise.
+bool interrupted() {
+  nb::gil_scoped_acquire held;
+  return PyErr_CheckSignals() != 0;
+}
+
+// A group as Python holds it. Each call waits without the interpreter's lock; it returns None, or of what went wrong
+// (end, rank, header, expected).
+class PyGroup {
+ public:
+  // owner: keeps the mapping alive.
+  PyGroup(nb::object owner, uintptr_t address, const nb::dict& numbers, int rank, std::vector<int> pidfds,
+          bool may_spin, int64_t window)
+      : owner_(std::move(owner)),
+        group_(address, read(numbers), rank, std::move(pidfds), may_spin, window, interrupted) {}
+
+  nb::object all_reduce(uintptr_t x, size_t num_bytes, int dtype, bool max, double timeout_s) {
+    return run([&] { return group_.all_reduce(at(x), num_bytes, dtype, max, timeout_s); });
+  }
+  nb::object all_reduce_rms_norm(uintptr_t x, uintptr_t sum, uintptr_t residual, uintptr_t weight, float eps,
+                                 size_t num_rows, size_t width, int dtype, double timeout_s) {
+    return run([&] {
+      return group_.all_reduce_rms_norm(at(x), at(sum), at(residual), at(weight), eps, num_rows, width, dtype,
+                                        timeout_s);
+    });
+  }
+  nb::object all_gather(uintptr_t output, uintptr_t x, const std::vector<size_t>& counts, int dtype,
+                        double timeout_s) {
+    return run([&] { return group_.all_gather(at(output), at(x), counts, dtype, timeout_s); });
+  }
+  nb::object reduce_scatter(uintptr_t output, uintptr_t x, const std::vector<size_t>& counts, int dtype,
+                            double timeout_s) {
+    return run([&] { return group_.reduce_scatter(at(output), at(x), counts, dtype, timeout_s); });
+  }
+  nb::object broadcast(uintptr_t x, size_t num_bytes, int dtype, int root, double timeout_s) {
+    return run([&] { return group_.broadcast(at(x), num_bytes, dtype, root, timeout_s); });
+  }
+  nb::object barrier(double timeout_s) {
+    return run([&] { return group_.barrier(timeout_s); });
+  }
+  nb::object send(uintptr_t x, size_t num_bytes, int dtype, int to, double timeout_s) {
+    return run([&] { return group_.send(at(x), num_bytes, dtype, to, timeout_s); });
+  }
+  nb::object recv(uintptr_t x, size_t num_bytes, int dtype, int source, double timeout_s) {
+    return run([&] { return group_.recv(at(x), num_bytes, dtype, source, timeout_s); });
+  }
+
+ private:
+  nb::object owner_;
+  Group group_;
+
+  static Layout read(const nb::dict& numbers) {
+    Layout layout;
+    layout.size = nb::cast<int>(numbers["size"]);
+    for (auto [name, field] : std::initializer_list<std::pair<const char*, size_t Layout::*>>{
+             {"rank_words", &Layout::rank_words},     {"rank_stride", &Layout::rank_stride},
+             {"epoch", &Layout::epoch},               {"large_rounds", &Layout::large_rounds},
+             {"left", &Layout::left},                 {"awaited", &Layout::awaited},
+             {"bell", &Layout::bell},                 {"aborted", &Layout::aborted},
+             {"pair_words", &Layout::pair_words},     {"pair_stride", &Layout::pair_stride},
+             {"consumed", &Layout::consumed},         {"small_at", &Layout::small_at},
+             {"small_bytes", &Layout::small_bytes},   {"small_stride", &Layout::small_stride},
+             {"num_small", &Layout::num_small},       {"large_at", &Layout::large_at},
+             {"large_bytes", &Layout::large_bytes},   {"large_stride", &Layout::large_stride},
+             {"num_large", &Layout::num_large},       {"ring_at", &Layout::ring_at},
+             {"ring_bytes", &Layout::ring_bytes},     {"ring_stride", &Layout::ring_stride},
+             {"num_ring", &Layout::num_ring},         {"header_bytes", &Layout::header_bytes},
+         }) {
+      layout.*field = nb::cast<size_t>(numbers[name]);
+    }
+    return layout;
+  }
+
+  template <typename Call>
+  nb::object run(Call call) {
+    Outcome outcome;
+    {
+      nb::gil_scoped_release released;
+      outcome = group_.aborted();
+      if (outcome) outcome = call();
+    }
+    if (outcome) return nb::none();
+    if (outcome.end == End::kInterrupted) throw nb::python_error();
+    return nb::make_tuple(int(outcome.end), outcome.rank, outcome.header, outcome.expected);
+  }
+};
+
+// out: may be one of the parts.
+void combine(uintptr_t out, const std::vector<uintptr_t>& parts, size_t count, int dtype, bool max) {
+  std::vector<const void*> inputs;
+  for (uintptr_t part : parts) inputs.push_back(at(part));
+  (max ? kernels().max : kernels().sum)[dtype](at(out), inputs.data(), int(inputs.size()), count);
+}
+
+void add_rms_norm(uintptr_t normed, uintptr_t sum, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps,
+                  size_t num_rows, size_t width, int dtype) {
+  kernels().add_rms_norm[dtype](at(normed), at(sum), at(x), at(residual), at(weight), eps, num_rows, width);
+}
+
+}  // namespace
+
+void bind_comm(nb::module_& module) {
+  nb::class_<PyGroup>(module, "Group")
+      .def(nb::init<nb::object, uintptr_t, const nb::dict&, int, std::vector<int>, bool, int64_t>())
+      .def("all_reduce", &PyGroup::all_reduce)
+      .def("all_reduce_rms_norm", &PyGroup::all_reduce_rms_norm)
+      .def("all_gather", &PyGroup::all_gather)
+      .def("reduce_scatter", &PyGroup::reduce_scatter)
+      .def("broadcast", &PyGroup::broadcast)
+      .def("barrier", &PyGroup::barrier)
+      .def("send", &PyGroup::send)
+      .def("recv", &PyGroup::recv);
+  module.def("combine", &combine, nb::call_guard<nb::gil_scoped_release>());
+  module.def("add_rms_norm", &add_rms_norm, nb::call_guard<nb::gil_scoped_release>());
+  module.attr("instruction_set") = kernels().name;
+}
+
+}  // namespace phalanx

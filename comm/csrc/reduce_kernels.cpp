@@ -1,0 +1,306 @@
+// Compiled once for each instruction set, PHALANX_KERNELS being the name of its table. Nothing here may be seen from
+// another file: of a function that two of them share, the linker would keep one, perhaps one this processor cannot run.
+//
+// All sets give the same bits: no contraction to fused multiply-adds (-ffp-contract=off), and sums of squares in a fixed
+// number of lanes. The bfloat16 instructions of AVX-512 are not used, since they take subnormal numbers for zero.
+#include <cstring>
+
+#include "reduce.hpp"
+#include <immintrin.h>
+
+namespace phalanx {
+namespace {
+
+constexpr size_t kBlock = 512;  // elements between reading and writing: well inside the first cache
+constexpr size_t kLanes = 64;
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+// V: as many floats as a register holds. load and store convert; to narrow types by rounding to the nearest, ties to
+// even, where not-a-number stays one.
+#if defined(__AVX512F__)
+
+using V = __m512;
+struct Pair { V a, b; };
+inline V load(const float* from) { return _mm512_loadu_ps(from); }
+inline V load(const BF16* from) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline V load(const F16* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+inline void store(float* to, V v) { _mm512_storeu_ps(to, v); }
+inline __m512i round_high(V v) {
+  __m512i bits = _mm512_castps_si512(v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+}
+inline void store(BF16* to, V v) {
+  __m512i rounded = _mm512_srli_epi32(round_high(v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+}
+inline void store(F16* to, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Pair load_pair(const BF16* from) {
+  __m512i both = _mm512_loadu_si512(from);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xFFFF0000))))};
+}
+inline void store_pair(BF16* to, Pair v) {
+  __m512i odd = _mm512_and_si512(round_high(v.b), _mm512_set1_epi32(int(0xFFFF0000)));
+  _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(round_high(v.a), 16), odd));
+}
+inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V multiply(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V all(float x) { return _mm512_set1_ps(x); }
+inline V larger(V a, V b) {
+  __mmask16 first = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_mask_mov_ps(b, first, a);
+}
+
+#elif defined(__AVX2__)
+
+using V = __m256;
+struct Pair { V a, b; };
+inline __m128i narrow_load(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+inline V load(const float* from) { return _mm256_loadu_ps(from); }
+inline V load(const BF16* from) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow_load(from)), 16));
+}
+inline V load(const F16* from) { return _mm256_cvtph_ps(narrow_load(from)); }
+inline void store(float* to, V v) { _mm256_storeu_ps(to, v); }
+inline __m256i round_high(V v) {
+  __m256i bits = _mm256_castps_si256(v);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7FFF));
+  __m256i no_number = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), no_number);
+}
+inline void store(BF16* to, V v) {
+  __m256i rounded = _mm256_srli_epi32(round_high(v), 16);
+  // Packing works within halves of 128 bits.
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+inline Pair load_pair(const BF16* from) {
+  __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xFFFF0000))))};
+}
+inline void store_pair(BF16* to, Pair v) {
+  __m256i odd = _mm256_and_si256(round_high(v.b), _mm256_set1_epi32(int(0xFFFF0000)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_or_si256(_mm256_srli_epi32(round_high(v.a), 16), odd));
+}
+inline void store(F16* to, V v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V multiply(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V all(float x) { return _mm256_set1_ps(x); }
+inline V larger(V a, V b) {
+  V first = _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_blendv_ps(b, a, first);
+}
+
+#else
+
+using V = float;
+struct Pair { V a, b; };
+inline V load(const float* from) { return *from; }
+inline V load(const BF16* from) {
+  uint32_t bits = uint32_t(from->bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline V load(const F16* from) {
+  _Float16 value;
+  std::memcpy(&value, from, sizeof value);
+  return float(value);
+}
+inline void store(float* to, V v) { *to = v; }
+inline void store(BF16* to, V v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  to->bits = v != v ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+inline void store(F16* to, V v) {
+  _Float16 value = _Float16(v);
+  std::memcpy(to, &value, sizeof value);
+}
+inline V multiply(V a, V b) { return a * b; }
+inline V all(float x) { return x; }
+
+#endif
+
+constexpr size_t kWidth = sizeof(V) / sizeof(float);
+
+// Twice as many, in whatever order is cheapest; of bfloat16 the even and the odd ones, which takes half the instructions
+// of widening one register after the other.
+template <typename T>
+inline Pair load_pair(const T* from) {
+  return {load(from), load(from + kWidth)};
+}
+template <typename T>
+inline void store_pair(T* to, Pair v) {
+  store(to, v.a);
+  store(to + kWidth, v.b);
+}
+
+// Integers wrap, as in PyTorch; in the signed types that would be undefined.
+inline float add(float a, float b) { return a + b; }
+inline double add(double a, double b) { return a + b; }
+inline int64_t add(int64_t a, int64_t b) { return int64_t(uint64_t(a) + uint64_t(b)); }
+inline int32_t add(int32_t a, int32_t b) { return int32_t(uint32_t(a) + uint32_t(b)); }
+inline int8_t add(int8_t a, int8_t b) { return int8_t(uint8_t(uint8_t(a) + uint8_t(b))); }
+inline uint8_t add(uint8_t a, uint8_t b) { return uint8_t(a + b); }
+
+// Not-a-number wins, as in torch.maximum.
+template <typename T>
+inline T larger(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
+template <typename T, bool kMax>
+inline void fold(T* total, const T* part, size_t count) {
+  for (size_t i = 0; i < count; i++) total[i] = kMax ? larger(total[i], part[i]) : add(total[i], part[i]);
+}
+
+template <typename T, bool kMax>
+void combine(void* out, const void* const* in, int num_in, size_t count) {
+  alignas(64) T total[kBlock];
+  for (size_t start = 0; start < count; start += kBlock) {
+    size_t size = count - start < kBlock ? count - start : kBlock;
+    std::memcpy(total, static_cast<const T*>(in[0]) + start, size * sizeof(T));
+    for (int rank = 1; rank < num_in; rank++) fold<T, kMax>(total, static_cast<const T*>(in[rank]) + start, size);
+    std::memcpy(static_cast<T*>(out) + start, total, size * sizeof(T));
+  }
+}
+
+template <bool kMax>
+inline Pair fold(Pair total, Pair part) {
+  if (kMax) return {larger(total.a, part.a), larger(total.b, part.b)};
+  return {add(total.a, part.a), add(total.b, part.b)};
+}
+
+// The same for what is added in float, two registers at a time.
+template <typename T, bool kMax>
+void combine_float(void* out, const void* const* in, int num_in, size_t count) {
+  constexpr size_t kStep = 2 * kWidth;
+  auto part = [&](int rank, size_t i) { return static_cast<const T*>(in[rank]) + i; };
+  T* result = static_cast<T*>(out);
+  size_t i = 0;
+  if (num_in == 2) {
+    for (; i + kStep <= count; i += kStep) {
+      store_pair(result + i, fold<kMax>(load_pair(part(0, i)), load_pair(part(1, i))));
+    }
+  }
+  for (; i + kStep <= count; i += kStep) {
+    Pair total = load_pair(part(0, i));
+    for (int rank = 1; rank < num_in; rank++) total = fold<kMax>(total, load_pair(part(rank, i)));
+    store_pair(result + i, total);
+  }
+  if (i == count) return;
+  const size_t left = (count - i) * sizeof(T);
+  T rest[kStep] = {};
+  std::memcpy(rest, part(0, i), left);
+  Pair total = load_pair(rest);
+  for (int rank = 1; rank < num_in; rank++) {
+    std::memcpy(rest, part(rank, i), left);
+    total = fold<kMax>(total, load_pair(rest));
+  }
+  store_pair(rest, total);
+  std::memcpy(result + i, rest, left);
+}
+
+template <typename T>
+void add_rms_norm(void* normed, void* sum, const void* x, const void* residual, const void* weight, float eps,
+                  size_t num_rows, size_t width) {
+  for (size_t row = 0; row < num_rows; row++) {
+    const T *x_row = static_cast<const T*>(x) + row * width, *residual_row = static_cast<const T*>(residual) + row * width;
+    T *sum_row = static_cast<T*>(sum) + row * width, *normed_row = static_cast<T*>(normed) + row * width;
+    V squares[kLanes / kWidth];
+    for (V& lane : squares) lane = all(0);
+    size_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+      for (size_t lane = 0; lane < kLanes / kWidth; lane++) {
+        size_t at = i + lane * kWidth;
+        store(sum_row + at, add(load(x_row + at), load(residual_row + at)));
+        V rounded = load(sum_row + at);
+        squares[lane] = add(squares[lane], multiply(rounded, rounded));
+      }
+    }
+    // The rest of a row, padded with zeros to all lanes.
+    const size_t left = width - i;
+    T a[kLanes] = {}, b[kLanes] = {};
+    if (left > 0) {
+      std::memcpy(a, x_row + i, left * sizeof(T));
+      std::memcpy(b, residual_row + i, left * sizeof(T));
+      for (size_t lane = 0; lane < kLanes / kWidth; lane++) {
+        store(a + lane * kWidth, add(load(a + lane * kWidth), load(b + lane * kWidth)));
+        V rounded = load(a + lane * kWidth);
+        squares[lane] = add(squares[lane], multiply(rounded, rounded));
+      }
+      std::memcpy(sum_row + i, a, left * sizeof(T));
+    }
+    float lanes[kLanes];
+    for (size_t lane = 0; lane < kLanes / kWidth; lane++) store(lanes + lane * kWidth, squares[lane]);
+    for (size_t half = kLanes / 2; half > 0; half /= 2) {
+      for (size_t lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    }
+    const V scale = all(1.0f / __builtin_sqrtf(lanes[0] / float(width) + eps));
+    const T* weights = static_cast<const T*>(weight);
+    size_t at = 0;
+    for (; at + kWidth <= width; at += kWidth) {
+      store(normed_row + at, multiply(multiply(load(sum_row + at), scale), load(weights + at)));
+    }
+    if (at < width) {
+      std::memcpy(a, sum_row + at, (width - at) * sizeof(T));
+      std::memcpy(b, weights + at, (width - at) * sizeof(T));
+      store(a, multiply(multiply(load(a), scale), load(b)));
+      std::memcpy(normed_row + at, a, (width - at) * sizeof(T));
+    }
+  }
+}
+
+// In stores as wide as there are: a line that is put together of several may leave for memory in parts.
+void stream(char* to, const char* from, size_t num_lines) {
+  for (size_t i = 0; i < num_lines * 64; i += 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX2__)
+    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + 32));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), low);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 32), high);
+#else
+    for (size_t part = i; part < i + 64; part += 16) {
+      __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + part), value);
+    }
+#endif
+  }
+}
+
+}  // namespace
+
+#define PHALANX_TEXT_OF(name) #name
+#define PHALANX_TEXT(name) PHALANX_TEXT_OF(name)
+
+const Kernels PHALANX_KERNELS = {
+    PHALANX_TEXT(PHALANX_SET),
+    stream,
+    {combine_float<BF16, false>, combine_float<F16, false>, combine_float<float, false>, combine<double, false>,
+     combine<int32_t, false>, combine<int64_t, false>, combine<int8_t, false>, combine<uint8_t, false>},
+    {combine_float<BF16, true>, combine_float<F16, true>, combine_float<float, true>, combine<double, true>,
+     combine<int32_t, true>, combine<int64_t, true>, combine<int8_t, true>, combine<uint8_t, true>},
+    {add_rms_norm<BF16>, add_rms_norm<F16>, add_rms_norm<float>},
+};
+
+}  // namespace phalanx

@@ -1,0 +1,203 @@
+"""The communicator between processes of one machine with its blocking calls made by the native library."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar, overload
+
+import torch
+
+from phalanx.comm.board import Call
+from phalanx.comm.communicator import FUSED, Handle, ReduceOp
+from phalanx.comm.group import GroupSpec
+from phalanx.comm.native import find_native
+from phalanx.comm.shm import ShmCommunicator
+from phalanx.comm.shm_calls import DTYPE_CODES, WINDOW, unlike_error
+from phalanx.comm.shm_segment import RING_BYTES
+from phalanx.comm.shm_stream import Stream
+from phalanx.comm.work import Work
+from phalanx.errors import CommError
+
+if TYPE_CHECKING:
+    from phalanx import _native
+
+Result = TypeVar("Result")
+Failure = tuple[int, int, int, int]
+
+_NORMED = (torch.bfloat16, torch.float16, torch.float32)
+_LATE, _ABORTED, _LEFT, _ENDED, _UNLIKE = range(1, 6)  # `End` in `csrc/waiter.hpp`
+
+
+class NativeShmCommunicator(ShmCommunicator):
+    """A blocking call that has nothing under way before it is one call of the library, which copies, waits and adds
+    without the interpreter's lock. It leaves the shared memory as the steps of the base class would, which carry on the
+    rest: asynchronous calls, and those behind them. So ranks with and without the library make up one group, and get
+    the same bits.
+    """
+
+    def __init__(self, spec: GroupSpec, library: ModuleType) -> None:
+        super().__init__(spec)
+        self._library = library
+        segment = self._segment
+        self._group: _native.Group = library.Group(
+            segment, segment.address, segment.layout(), self.rank, self._waiter.pidfds, _core_for_each(spec), WINDOW
+        )
+
+    # ---- the two that stand between the layers of a model, where every microsecond counts ----
+
+    @overload
+    def all_reduce(
+        self, x: torch.Tensor, *, op: ReduceOp = "sum", async_op: Literal[False] = False
+    ) -> torch.Tensor: ...
+    @overload
+    def all_reduce(self, x: torch.Tensor, *, op: ReduceOp = "sum", async_op: Literal[True]) -> Handle[torch.Tensor]: ...
+    def all_reduce(
+        self, x: torch.Tensor, *, op: ReduceOp = "sum", async_op: bool = False
+    ) -> torch.Tensor | Handle[torch.Tensor]:
+        code = DTYPE_CODES.get(x.dtype)
+        num_bytes = x.nbytes
+        if (
+            async_op
+            or op != "sum"
+            or code is None
+            or self._stopped
+            or self._collectives.queue
+            or not num_bytes
+            or not x.is_cpu
+            or not x.is_contiguous()
+        ):
+            return super().all_reduce(x, op=op, async_op=async_op)  # type: ignore[call-overload, no-any-return]
+        board = self._board
+        board.num_started = seq = board.num_started + 1
+        board.waiting = call = ("all_reduce", seq, None, num_bytes)
+        started_s = self._clock_s()
+        failure = self._group.all_reduce(x.data_ptr(), num_bytes, code, False, self.timeout_s)
+        if failure is not None:
+            self._explain(call, failure)
+        board.waiting = None
+        ended_s = self._clock_s()
+        self.ledger.record(seq, self.group, "all_reduce", num_bytes, started_s, ended_s - started_s, ended_s)
+        return x
+
+    def fused_all_reduce_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._stopped or self._collectives.queue or x.dtype not in _NORMED or not x.nbytes:
+            return super().fused_all_reduce_rms_norm(x, residual, weight, eps)
+        self._check_norm(x, residual, weight)
+        residual_sum = torch.empty_like(residual)
+        width = x.shape[-1]
+        addresses = (x.data_ptr(), residual_sum.data_ptr(), residual.data_ptr(), weight.data_ptr())
+        shape = (eps, x.numel() // width, width, DTYPE_CODES[x.dtype], self.timeout_s)
+        self._run_native(self._number(FUSED, x.nbytes), self._group.all_reduce_rms_norm, *addresses, *shape)
+        return x, residual_sum
+
+    # ---- any other ----
+
+    def _run(
+        self, call: Call, result: Result, async_op: bool, start: Callable[..., Work], *arguments: object
+    ) -> Result | Handle[Result]:
+        op, _, _, num_bytes = call
+        if async_op or not (num_bytes or not arguments) or op == FUSED or self._stream(call).queue:
+            return super()._run(call, result, async_op, start, *arguments)
+        self._run_native(call, getattr(self, f"_native_{op}"), *arguments)
+        return result
+
+    def _run_native(self, call: Call, native: Callable[..., Failure | None], *arguments: object) -> None:
+        self._board.waiting = call
+        started_s = self._clock_s()
+        failure = native(*arguments)
+        if failure is not None:
+            self._explain(call, failure)
+        self._board.waiting = None
+        ended_s = self._clock_s()
+        self.ledger.record(call[1], self.group, call[0], call[3], started_s, ended_s - started_s, ended_s)
+
+    def _explain(self, call: Call, failure: Failure) -> NoReturn:
+        """Raises what the same failure raises without the library."""
+        end, rank, header, expected = failure
+        error: Exception
+        try:
+            if end == _LATE:
+                self._give_up(call)
+            if end == _UNLIKE:
+                error = unlike_error(rank, header, expected)
+            elif end == _ABORTED:
+                error = ConnectionError(f"rank {rank} ended the group")
+            else:
+                assert end in (_LEFT, _ENDED), end
+                error = ConnectionError(f"rank {rank} has {'closed its end' if end == _LEFT else 'ended'}")
+            self._fail(call, error)
+        finally:
+            self._board.waiting = None
+
+    def _stream(self, call: Call) -> Stream:
+        """The transfers that must end before this one."""
+        op, _, peer, _ = call
+        if peer is None:
+            return self._collectives
+        return self._sends[peer] if op == "send" else self._receives[peer]
+
+    def _native_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Failure | None:
+        return self._group.all_reduce(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], op == "max", self.timeout_s)
+
+    def _native_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Failure | None:
+        row_bytes = output.nbytes // output.shape[0]
+        counts = [rows * row_bytes for rows in sizes or [x.shape[0]] * self.size]
+        return self._group.all_gather(output.data_ptr(), x.data_ptr(), counts, DTYPE_CODES[x.dtype], self.timeout_s)
+
+    def _native_reduce_scatter(
+        self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None
+    ) -> Failure | None:
+        row = x.numel() // x.shape[0]
+        counts = [rows * row for rows in sizes or [output.shape[0]] * self.size]
+        return self._group.reduce_scatter(output.data_ptr(), x.data_ptr(), counts, DTYPE_CODES[x.dtype], self.timeout_s)
+
+    def _native_broadcast(self, x: torch.Tensor, root: int) -> Failure | None:
+        return self._group.broadcast(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], root, self.timeout_s)
+
+    def _native_barrier(self) -> Failure | None:
+        return self._group.barrier(self.timeout_s)
+
+    def _native_send(self, x: torch.Tensor, to: int) -> Failure | None:
+        return self._group.send(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], to, self.timeout_s)
+
+    def _native_recv(self, x: torch.Tensor, source: int) -> Failure | None:
+        self._num_posted_slots[source] += -(-x.nbytes // RING_BYTES)
+        return self._group.recv(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], source, self.timeout_s)
+
+    def _combine(self, out: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
+        """Of the asynchronous calls, too."""
+        addresses = [part.data_ptr() for part in parts]
+        self._library.combine(out.data_ptr(), addresses, out.numel(), DTYPE_CODES[out.dtype], op == "max")
+
+    def _close(self) -> None:
+        del self._group  # which refers to the memory
+        super()._close()
+
+
+def _core_for_each(spec: GroupSpec) -> bool:
+    """Whether the ranks of a group may run on as many cores as they are. Told by every rank to every other."""
+    assert spec.store is not None
+    cores = {core for rank in range(spec.size) for core in json.loads(spec.store.get(f"cores/{rank}"))}
+    return len(cores) >= spec.size
+
+
+class ShmTorchCommunicator(ShmCommunicator):
+    """Without the library even where it is built: for tests and comparisons."""
+
+    backend = "shm-torch"
+
+
+def create_shm(spec: GroupSpec, *, forced_torch: bool = False) -> ShmCommunicator:
+    """One rank's end of a group, with the native library where it is built and nothing else is asked for."""
+    if spec.store is None:
+        raise CommError(f"group {spec.name!r}: a group of {spec.size} needs a store to meet on")
+    spec.store.set(f"cores/{spec.rank}", json.dumps(sorted(os.sched_getaffinity(0))))
+    if forced_torch:
+        return ShmTorchCommunicator(spec)
+    library = find_native().library
+    return ShmCommunicator(spec) if library is None else NativeShmCommunicator(spec, library)

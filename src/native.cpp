@@ -1,0 +1,6 @@
+// `phalanx._native`: one extension, to which each room with C++ of its own adds its part.
+#include <nanobind/nanobind.h>
+
+#include "bindings.hpp"
+
+NB_MODULE(_native, module) { phalanx::bind_comm(module); }
