@@ -1,7 +1,7 @@
 """Hosts on one machine: network namespaces joined by veth pairs and a bridge, with links that can be shaped and cut.
 
-Needs root and iproute2; `find_obstacle` says what is missing. What it makes has the creator's process id in its name, so
-that what a killed one left behind is known, and removed by the next.
+Needs root and iproute2; `find_obstacle` says what is missing. What is made has the process id of its maker in its name:
+what a killed one left is known by that, and removed by the next.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ BRIDGE = "bridge"
 _BUCKET_S, _LEAST_BUCKET_BYTES = 0.002, 32 << 10
 _QUEUE = "50ms"
 _END_S = 3.0  # that processes have after SIGTERM, and again after SIGKILL
+
+_AS_HOST = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 
 _numbers = count()
 
@@ -71,8 +74,9 @@ def find_obstacle() -> str:
 class Net:
     """Hosts on one switch, each by one link of its own. A context manager; on the way out all that ran in it has ended.
 
-    Each host has its own interfaces, loopback, ports and host name; files and processes are seen by all. Beside its
-    link it has an interface that leads nowhere but has the default route, so that who takes just any interface fails.
+    Each host has its own interfaces, loopback, ports and host name, and knows the others by theirs; files and processes
+    are seen by all. Beside its link it has an interface that leads nowhere but has the default route, so that who takes
+    just any interface fails.
     """
 
     def __init__(self, hosts: Sequence[str], rate_mbit: float | None = None) -> None:
@@ -85,6 +89,8 @@ class Net:
             name: Host(name, f"{self._tag}-{name}", f"{SUBNET}.{number}", f"port{number}")
             for number, name in enumerate(hosts, 1)
         }
+        # Without it, names would be asked for over the default route: seconds for every connection that wants one.
+        self._names = Path(tempfile.gettempdir(), f"{self._tag}-names")
 
     def __enter__(self) -> Self:
         _sweep()
@@ -101,20 +107,21 @@ class Net:
         self.close()
 
     def close(self) -> None:
-        """Ends every process in the hosts, first in order and then at once, and removes the hosts. Idempotent."""
-        namespaces = [host.namespace for host in self.hosts.values()]
-        _end_processes(namespaces)
+        """Ends every process in the hosts and removes the hosts. Idempotent."""
+        self.end_processes()
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_S)
         self._processes.clear()
-        for namespace in [*namespaces, self._switch]:
+        for namespace in [*(host.namespace for host in self.hosts.values()), self._switch]:
             _attempt("ip", "netns", "del", namespace)
+        self._names.unlink(missing_ok=True)
 
     def command(self, host: str, command: Sequence[str]) -> list[str]:
         """`command` as it runs in `host`: replaces itself by it, so that its process id is that of the command."""
-        inside = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host]
-        return ["ip", "netns", "exec", self.hosts[host].namespace, *inside, *map(str, command)]
+        # `ip netns exec` gives it mounts of its own: the file of names is put over /etc/hosts for this command only.
+        inside = ["unshare", "--uts", "sh", "-c", _AS_HOST, host, str(self._names)]
+        return ["ip", "netns", "exec", self.hosts[host].namespace, *inside, *command]
 
     def exec(self, host: str, command: Sequence[str], timeout_s: float = 30.0) -> str:
         """Runs `command` in `host`; its standard output. Raises RuntimeError with its error output where it fails."""
@@ -137,6 +144,10 @@ class Net:
         """The processes that run in `host`."""
         return _pids(self.hosts[host].namespace)
 
+    def end_processes(self) -> None:
+        """Ends every process in the hosts, first in order and then at once."""
+        _end_processes([host.namespace for host in self.hosts.values()])
+
     def set_rate(self, rate_mbit: float | None, host: str | None = None) -> None:
         """Shapes the link of `host`, or every link, to `rate_mbit` each way. None: as fast as the machine."""
         for each in self.hosts.values() if host is None else [self.hosts[host]]:
@@ -158,6 +169,8 @@ class Net:
         _checked("ip", "-n", self._switch, "link", "set", self.hosts[host].port, state)
 
     def _build(self) -> None:
+        known = [("localhost", "127.0.0.1"), *((host.name, host.address) for host in self.hosts.values())]
+        self._names.write_text("".join(f"{address} {name}\n" for name, address in known))
         _checked("ip", "netns", "add", self._switch)
         _checked("ip", "-n", self._switch, "link", "add", BRIDGE, "up", "type", "bridge")
         for number, host in enumerate(self.hosts.values(), 1):
@@ -192,6 +205,7 @@ def _sweep() -> None:
     _end_processes(left)
     for namespace in left:
         _attempt("ip", "netns", "del", namespace)
+        Path(tempfile.gettempdir(), f"{namespace.rpartition('-')[0]}-names").unlink(missing_ok=True)
 
 
 def _end_processes(namespaces: Sequence[str]) -> None:

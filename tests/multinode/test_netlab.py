@@ -65,6 +65,8 @@ def test_each_host_has_its_own_name_interfaces_and_ports_and_reaches_the_others(
         assert host.address in net.exec(host.name, ["ip", "-4", "-o", "addr"])
         for other in net.hosts.values():
             assert knock(net, host.name, other.name) == "ConnectionRefusedError"
+            known = net.exec(host.name, python("import socket, sys; print(socket.gethostbyname(sys.argv[1]))", other.name))
+            assert known.strip() == other.address
     assert socket.gethostname() not in net.hosts
 
 
@@ -104,7 +106,7 @@ def wait_until_gone(pid: int) -> None:
 
 def test_an_error_inside_leaves_no_host_and_no_process(needs_hosts: None) -> None:
     before = namespaces(os.getpid())
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    stubborn = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); print('ready', flush=True); time.sleep(60)"
     with pytest.raises(ZeroDivisionError), Net(["alpha"]) as net:
         process = net.popen("alpha", python(stubborn), stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -117,7 +119,7 @@ def test_an_error_inside_leaves_no_host_and_no_process(needs_hosts: None) -> Non
 
 def test_a_host_that_cannot_be_made_takes_the_others_with_it(needs_hosts: None) -> None:
     before = namespaces(os.getpid())
-    with pytest.raises(RuntimeError, match="ip netns add .*failed"), Net(["alpha", "no/such/name"]):
+    with pytest.raises(RuntimeError, match=r"ip netns add .* failed"), Net(["alpha", "no/such/name"]):
         pass
     assert namespaces(os.getpid()) == before
 
