@@ -39,7 +39,7 @@ def nodes(needs_hosts: None) -> Iterator[RayNodes]:
 
 
 def generate(nodes: RayNodes, config: Path, *settings: str) -> tuple[list[list[int]], str]:
-    """Tokens of each prompt, and what was told on standard error."""
+    """Tokens of each prompt, and what was told on standard error, by a program on the head's host."""
     command = [sys.executable, "-c", MAIN, "generate", str(config), "--json", "--ignore-eos", "--max-tokens", "12"]
     command += [part for text in PROMPTS for part in ("-p", text)]
     command += [part for each in settings for part in ("--set", each)]

@@ -65,7 +65,9 @@ def test_each_host_has_its_own_name_interfaces_and_ports_and_reaches_the_others(
         assert host.address in net.exec(host.name, ["ip", "-4", "-o", "addr"])
         for other in net.hosts.values():
             assert knock(net, host.name, other.name) == "ConnectionRefusedError"
-            known = net.exec(host.name, python("import socket, sys; print(socket.gethostbyname(sys.argv[1]))", other.name))
+            known = net.exec(
+                host.name, python("import socket, sys; print(socket.gethostbyname(sys.argv[1]))", other.name)
+            )
             assert known.strip() == other.address
     assert socket.gethostname() not in net.hosts
 
