@@ -1,4 +1,4 @@
-"""One process of the pool in `conftest.py`: runs functions of test files as one rank of a group.
+"""One process of the pool in `rank_pool.py`: runs functions of test files as one rank of a group.
 
 Reads one JSON object a line from standard input and answers each with one: {"ok": value} or {"error": {...}}.
 """
@@ -19,7 +19,7 @@ from phalanx.comm import Communicator, connect_store, create_communicator
 
 
 def main() -> None:
-    rank, rendezvous = int(sys.argv[1]), sys.argv[2]
+    rendezvous = sys.argv[1]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what torch prints must not get between the answers
     torch.set_num_threads(1)
@@ -31,7 +31,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            value = _run(request, rank, store, modules, communicators)
+            value = _run(request, store, modules, communicators)
             answer = {"ok": value}
         except Exception as error:
             answer = {
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _run(
-    request: dict[str, Any], rank: int, store: Store, modules: dict[str, Any], communicators: dict[str, Communicator]
+    request: dict[str, Any], store: Store, modules: dict[str, Any], communicators: dict[str, Communicator]
 ) -> object:
     file = request["file"]
     if file not in modules:
@@ -62,7 +62,7 @@ def _run(
     if name not in communicators:
         communicators[name] = create_communicator(
             request["backend"],
-            rank=rank,
+            rank=request["rank"],
             size=request["size"],
             rendezvous=store,
             group=name,

@@ -1,0 +1,96 @@
+"""Communicators between hosts: which backend and interface they take, and that every operation is right over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.comm.rank_pool import RankPool
+from tests.comm.test_operations import (
+    filled,
+    gathered,
+    listed,
+    rank_all_gather,
+    rank_all_reduce,
+    rank_broadcast,
+    rank_exchange,
+    rank_reduce_scatter,
+    value,
+)
+from tests.multinode.host_ranks import rank_choice, rank_meets_in_a_file
+from tests.multinode.netlab import DEAD_SUBNET, LINK, Net
+
+APART = {"two hosts": [0, 2], "three hosts": [0, 2, 3], "three hosts, one with two ranks": [0, 1, 2, 3]}
+
+
+@pytest.fixture(params=APART, ids=lambda name: name.replace(" ", "-"))
+def workers(request: pytest.FixtureRequest) -> list[int]:
+    return APART[request.param]
+
+
+def test_ranks_of_one_host_take_shared_memory_and_those_of_several_gloo_and_say_why(
+    net: Net, host_pool: RankPool
+) -> None:
+    host = net.hosts["alpha"].address
+    together = host_pool.run(rank_choice, 2, workers=[0, 1], towards=host)
+    assert [answer[:2] for answer in together] == [["shm", "memory that processes of one machine share"]] * 2
+    apart = host_pool.run(rank_choice, 3, workers=[0, 1, 2], towards=host)
+    for backend, reason, _, _ in apart:
+        assert backend == "gloo"
+        assert "not shm: ranks in several network namespaces: 0, 1 on alpha; 2 on beta" in reason
+
+
+def test_the_interface_is_that_of_the_route_to_the_store_not_that_of_the_default_route(
+    net: Net, host_pool: RankPool
+) -> None:
+    # That the ranks of the other tests meet at all says the same: the default route leads nowhere.
+    answers = host_pool.run(rank_choice, 2, workers=[2, 3], towards=net.hosts["alpha"].address)
+    assert [address for _, _, address, _ in answers] == [net.hosts[name].address for name in ("beta", "gamma")]
+    assert all(by_default.startswith(DEAD_SUBNET) for _, _, _, by_default in answers)
+
+
+def test_ranks_that_meet_in_a_file_use_the_interface_that_is_named(
+    net: Net, host_pool: RankPool, tmp_path: Path
+) -> None:
+    # A file leads nowhere: by itself each rank would take the default route.
+    met = host_pool.run(rank_meets_in_a_file, 2, workers=[0, 2], path=str(tmp_path / "met"), interface=LINK)
+    assert met == [[2.0] * 3] * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_reductions_are_right_on_every_element(net: Net, host_pool: RankPool, workers: list[int], dtype: str) -> None:
+    size, shape = len(workers), [5, 131]
+    for op, combine in (("sum", sum), ("max", max)):
+        expected = [combine(value(rank, index) for rank in range(size)) for index in range(5 * 131)]
+        answers = host_pool.run(rank_all_reduce, size, workers=workers, shape=shape, dtype=dtype, op=op)
+        assert answers == [[expected, expected]] * size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_gathered_and_scattered_also_in_unlike_numbers(
+    net: Net, host_pool: RankPool, workers: list[int], dtype: str
+) -> None:
+    size = len(workers)
+    for rows in ([3] * size, list(range(size))):
+        arguments = {"workers": workers, "rows": rows, "dtype": dtype, "sized": True}
+        assert host_pool.run(rank_all_gather, size, columns=7, **arguments) == [gathered(rows, 7)] * size
+        total = [
+            [sum(value(rank, row * 3 + column) for rank in range(size)) for column in range(3)]
+            for row in range(sum(rows))
+        ]
+        expected = [total[sum(rows[:rank]) : sum(rows[: rank + 1])] for rank in range(size)]
+        assert host_pool.run(rank_reduce_scatter, size, **arguments) == expected
+
+
+def test_broadcasts_and_sends_arrive_from_every_rank_at_every_other(
+    net: Net, host_pool: RankPool, workers: list[int]
+) -> None:
+    size = len(workers)
+    expected = [[value(root, index) for index in range(150)] for root in range(size)]
+    assert host_pool.run(rank_broadcast, size, workers=workers, dtype="float32") == [expected] * size
+    for rank, answer in enumerate(host_pool.run(rank_exchange, size, workers=workers, dtype="float32")):
+        sources = [source for source in range(size) if source != rank]
+        assert answer == [
+            [listed(filled(source * 4 + rank, shape, "float32").reshape(-1)) for shape in ([2, 9], [31])]
+            for source in sources
+        ]
