@@ -1,0 +1,123 @@
+"""The ranks of a layout, started where a run would start them, and told what to measure."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from phalanx.comm.rendezvous import host_store, local_address
+from phalanx.engine.messages import RankSpec
+from phalanx.errors import RankFailedError
+from phalanx.launcher.bench_comm.rank import END, answer_key, command_key
+from phalanx.launcher.failures import FailureLog
+from phalanx.launcher.formation import open_host
+from phalanx.launcher.hosts import ClusterSettings, RankHost
+
+TARGET = "phalanx.launcher.bench_comm.rank:run_rank"
+WATCH = timedelta(seconds=0.5)  # between two looks at whether the ranks are alive, while an answer is awaited
+CAUSE_S = 1.0  # for the others to end, when one has: the first to be seen is seldom the cause
+SHUTDOWN_S = 5.0
+
+
+class Ranks:
+    """Processes of one thread each. Made by `start`; to be closed, or used in a `with` block."""
+
+    def __init__(self, host: RankHost, specs: Sequence[RankSpec]) -> None:
+        self._host = host
+        self._failures = FailureLog(tuple(specs[0].layout.places(specs[0].replica)))
+        self._store, self._rendezvous = None, ""
+        self._specs = specs
+        self._number = 0
+        self.all = tuple(spec.rank for spec in specs)
+
+    @classmethod
+    def start(cls, specs: Sequence[RankSpec], settings: ClusterSettings) -> Self:
+        """Starts ranks and returns when all have answered.
+
+        Raises PlacementError for ranks that cannot be placed, RankFailedError where not all come.
+        """
+        host = open_host(replace(settings, apart=True), len(specs), TARGET)
+        ranks = cls(host, specs)
+        try:
+            ranks._start(settings)
+        except BaseException:
+            ranks.close()
+            raise
+        return ranks
+
+    def _start(self, settings: ClusterSettings) -> None:
+        address = self._host.address
+        if settings.interface is not None and settings.ray not in ("none", "local"):
+            address = local_address(interface=settings.interface)
+        self._store, rendezvous = host_store(address)
+        self._host.start(
+            [replace(spec, num_threads=1, comm=replace(spec.comm, store=rendezvous)) for spec in self._specs]
+        )
+        self.looks: list[dict[str, Any]] = self.ask(self.all, "look", limit_s=settings.start_timeout_s)
+
+    def nodes(self) -> dict[int, str]:
+        return self._host.nodes()
+
+    def ask(self, ranks: Sequence[int], do: str, *, limit_s: float | None = None, **arguments: object) -> list[Any]:
+        """What each of `ranks` answers, in their order; the others go on to the next command at once.
+
+        limit_s: of the wait; None to wait for as long as they live, for all that ranks do with each other has limits of
+        its own. Raises RankFailedError for a rank that fails or ends.
+        """
+        assert self._store is not None
+        number, self._number = self._number, self._number + 1
+        self._store.set(command_key(number), json.dumps({"do": do, "ranks": list(ranks), **arguments}))
+        deadline_s = None if limit_s is None else time.monotonic() + limit_s
+        for rank in ranks:
+            while not self._has_come(answer_key(number, rank)):
+                self._check()
+                if deadline_s is not None and time.monotonic() > deadline_s:
+                    raise RankFailedError(
+                        f"rank {rank} on node {self.nodes().get(rank)} did not answer within {limit_s:g} s; give it "
+                        "longer with cluster.start_timeout_s, or see whether its node can reach this machine",
+                        rank=rank,
+                    )
+        answers = [json.loads(self._store.get(answer_key(number, rank))) for rank in ranks]
+        for rank in ranks:
+            self._store.delete_key(answer_key(number, rank))
+        return answers
+
+    def _has_come(self, key: str) -> bool:
+        assert self._store is not None
+        try:
+            self._store.wait([key], WATCH)
+        except RuntimeError:  # not in time
+            return False
+        return True
+
+    def _check(self) -> None:
+        ended = self._host.exits()
+        if not ended:
+            return
+        deadline_s = time.monotonic() + CAUSE_S
+        while ended or time.monotonic() < deadline_s:
+            for each in ended:
+                self._failures.add_exit(each)
+            time.sleep(0.05)
+            ended = self._host.exits()
+        raise self._failures.error()
+
+    def close(self) -> None:
+        """Ends all ranks and what they ran on. Idempotent."""
+        if self._store is not None:
+            self._store.set(command_key(self._number), json.dumps({"do": END}))
+        self._host.stop(0.0 if self._failures or self._store is None else SHUTDOWN_S)
+        self._store = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
