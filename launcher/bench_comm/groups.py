@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 from phalanx.parallel.layout import Layout
 
 Op = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "send_recv"]
 OPS: tuple[Op, ...] = get_args(Op)
-SIZES = tuple(1024 * 8**power for power in range(6))  # bytes: 1 KiB to 32 MiB
 
 
 class CommGroup(NamedTuple):
@@ -96,4 +96,4 @@ def border_machines(group: CommGroup, machines: Sequence[int]) -> Iterator[tuple
     for number in group.pair if group.ops == ("send_recv",) else range(len(group.ranks)):
         first.setdefault(machines[number], number)
     numbers = list(first.values())
-    yield from zip(numbers, numbers[1:], strict=False)
+    yield from pairwise(numbers)

@@ -47,8 +47,8 @@ def plan_comm(config: Config, ops: Sequence[Op]) -> CommPlan:
     groups = layout_groups(plan.layout, ops)
     if not groups:
         raise RequestError(
-            f"nothing is transferred in {plan.layout}: ask for a layout with several ranks (--set parallel.tensor=2, or "
-            "parallel.pipeline=2, which has send_recv alone)"
+            f"nothing is transferred in {plan.layout} by {', '.join(ops)}: ask for a layout of several ranks (--set "
+            "parallel.tensor=2, or parallel.pipeline=2, which has send_recv alone)"
         )
     return CommPlan(
         plan,

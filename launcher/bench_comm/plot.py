@@ -47,7 +47,9 @@ def _draw(panel: Axes, found: GroupResult, sizes: Sequence[SizeResult]) -> None:
         label = f"{backend.name}{' (taken)' if backend.name == found.chosen else ''}"
         medians = [size.median_s(backend.name) * 1e6 for size in sizes]
         panel.plot(bytes_, medians, color=colour, marker="o", markersize=3, linewidth=1.5, label=label)
-        panel.fill_between(bytes_, [min(each) for each in spreads], [max(each) for each in spreads], color=colour, alpha=0.15)
+        panel.fill_between(
+            bytes_, [min(each) for each in spreads], [max(each) for each in spreads], color=colour, alpha=0.15
+        )
     known = [(size.num_bytes, size.limit_s * 1e6) for size in sizes if size.limit_s is not None]
     if known:
         panel.plot(*zip(*known, strict=True), color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="limit")

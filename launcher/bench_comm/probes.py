@@ -80,9 +80,7 @@ def _held_on(place: int) -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def stream(
-    store: Store, key: str, side: int, seconds: float, towards: str, interface: str | None
-) -> dict[str, float]:
+def stream(store: Store, key: str, side: int, seconds: float, towards: str, interface: str | None) -> dict[str, float]:
     """Sends over one plain TCP connection from side 0 to side 1 for so many seconds, after a few echoes of one byte.
 
     towards, interface: as communicators choose their addresses: the rendezvous, and the interface or None. Returns on

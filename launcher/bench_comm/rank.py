@@ -22,7 +22,7 @@ from phalanx.errors import CommError
 from phalanx.launcher.bench_comm.probes import largest_cache_bytes, pass_word, stream
 
 END = "end"
-_IDLE = timedelta(days=1)  # a driver that is gone takes the store with it, which ends the wait
+IDLE = timedelta(days=1)  # a driver that is gone takes the store with it, which ends the wait
 
 
 def command_key(number: int) -> str:
@@ -42,7 +42,7 @@ def run_rank(spec: RankSpec) -> None:
     bench = _Bench(spec, store)
     try:
         for number in count():
-            store.wait([command_key(number)], _IDLE)
+            store.wait([command_key(number)], IDLE)
             command = json.loads(store.get(command_key(number)))
             do = command.pop("do")
             if do == END:
@@ -132,30 +132,30 @@ class _Bench:
 
     def _call(self, op: str, comm: Communicator, num_elements: int, active: list[int]) -> Callable[[int], object]:
         """One call of the operation, given its index among the calls."""
-        size, me = comm.size, comm.rank
         x = self._full(num_elements)
-        match op:
-            case "all_reduce":
-                return lambda _: comm.all_reduce(x)
-            case "all_gather":
-                part = self._full(num_elements // size)
-                return lambda _: comm.all_gather(part)
-            case "reduce_scatter":
-                return lambda _: comm.reduce_scatter(x)
-            case "broadcast":
-                # Roots take turns: one root alone would run ahead of the others.
-                return lambda index: comm.broadcast(x, index % size)
-            case "barrier":
-                return lambda _: comm.barrier()
-            case "send_recv":
-                first, second = active
-                if me == first:
-                    return lambda _: (comm.send(x, second), comm.recv(x, second))
-                return lambda _: (comm.recv(x, first), comm.send(x, first))
-            case "copy":
-                target = self._full(num_elements)
-                return lambda _: target.copy_(x)
-        raise ValueError(op)
+        part = x[: num_elements // comm.size]
+        target = self._full(num_elements) if op == "copy" else x
+
+        def there_and_back(_: int) -> None:
+            first, second = active
+            if comm.rank == first:
+                comm.send(x, second)
+                comm.recv(x, second)
+            else:
+                comm.recv(x, first)
+                comm.send(x, first)
+
+        calls: dict[str, Callable[[int], object]] = {
+            "all_reduce": lambda _: comm.all_reduce(x),
+            "all_gather": lambda _: comm.all_gather(part),
+            "reduce_scatter": lambda _: comm.reduce_scatter(x),
+            # Roots take turns: one root alone would run ahead of the others.
+            "broadcast": lambda index: comm.broadcast(x, index % comm.size),
+            "barrier": lambda _: comm.barrier(),
+            "send_recv": there_and_back,
+            "copy": lambda _: target.copy_(x),
+        }
+        return calls[op]
 
     def _full(self, num_elements: int) -> torch.Tensor:
         # Written, and not `zeros`: memory that was never written to is one page of the kernel's, always in the cache.

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from phalanx.comm.rendezvous import host_store, local_address
+from phalanx.comm.rendezvous import connect_store, host_store, local_address
 from phalanx.engine.messages import RankSpec
 from phalanx.errors import RankFailedError
-from phalanx.launcher.bench_comm.rank import END, answer_key, command_key
+from phalanx.launcher.bench_comm.rank import END, IDLE, answer_key, command_key
 from phalanx.launcher.failures import FailureLog
 from phalanx.launcher.formation import open_host
 from phalanx.launcher.hosts import ClusterSettings, RankHost
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 TARGET = "phalanx.launcher.bench_comm.rank:run_rank"
-WATCH = timedelta(seconds=0.5)  # between two looks at whether the ranks are alive, while an answer is awaited
+WATCH_S = 0.5  # between two looks at whether the ranks are alive, while answers are awaited
 CAUSE_S = 1.0  # for the others to end, when one has: the first to be seen is seldom the cause
 SHUTDOWN_S = 5.0
 
@@ -30,7 +33,11 @@ class Ranks:
     def __init__(self, host: RankHost, specs: Sequence[RankSpec]) -> None:
         self._host = host
         self._failures = FailureLog(tuple(specs[0].layout.places(specs[0].replica)))
-        self._store, self._rendezvous = None, ""
+        self._store: Store | None = None
+        # The wait for answers blocks a connection to the store, and a thread that no interrupt reaches: both are extra.
+        self._answers: Store | None = None
+        self._waiter = ThreadPoolExecutor(1, "phalanx-bench-answers")
+        self._awaited: list[str] = []
         self._specs = specs
         self._number = 0
         self.all = tuple(spec.rank for spec in specs)
@@ -55,6 +62,7 @@ class Ranks:
         if settings.interface is not None and settings.ray not in ("none", "local"):
             address = local_address(interface=settings.interface)
         self._store, rendezvous = host_store(address)
+        self._answers = connect_store(rendezvous)
         self._host.start(
             [replace(spec, num_threads=1, comm=replace(spec.comm, store=rendezvous)) for spec in self._specs]
         )
@@ -70,30 +78,27 @@ class Ranks:
         its own. Raises RankFailedError for a rank that fails or ends.
         """
         assert self._store is not None
+        assert self._answers is not None
         number, self._number = self._number, self._number + 1
         self._store.set(command_key(number), json.dumps({"do": do, "ranks": list(ranks), **arguments}))
+        self._awaited = [answer_key(number, rank) for rank in ranks]
+        waiting = self._waiter.submit(self._answers.wait, self._awaited, IDLE)
         deadline_s = None if limit_s is None else time.monotonic() + limit_s
-        for rank in ranks:
-            while not self._has_come(answer_key(number, rank)):
-                self._check()
-                if deadline_s is not None and time.monotonic() > deadline_s:
-                    raise RankFailedError(
-                        f"rank {rank} on node {self.nodes().get(rank)} did not answer within {limit_s:g} s; give it "
-                        "longer with cluster.start_timeout_s, or see whether its node can reach this machine",
-                        rank=rank,
-                    )
-        answers = [json.loads(self._store.get(answer_key(number, rank))) for rank in ranks]
-        for rank in ranks:
-            self._store.delete_key(answer_key(number, rank))
+        while not wait([waiting], WATCH_S).done:
+            self._check()
+            if deadline_s is not None and time.monotonic() > deadline_s:
+                missing = [rank for rank, key in zip(ranks, self._awaited, strict=True) if not self._store.check([key])]
+                where = ", ".join(f"{rank} on node {self.nodes().get(rank)}" for rank in missing)
+                raise RankFailedError(
+                    f"not heard of within {limit_s:g} s: rank {where}; give them longer with cluster.start_timeout_s, "
+                    "or see whether the nodes can reach this machine"
+                )
+        waiting.result()
+        answers = [json.loads(self._store.get(key)) for key in self._awaited]
+        for key in self._awaited:
+            self._store.delete_key(key)
+        self._awaited = []
         return answers
-
-    def _has_come(self, key: str) -> bool:
-        assert self._store is not None
-        try:
-            self._store.wait([key], WATCH)
-        except RuntimeError:  # not in time
-            return False
-        return True
 
     def _check(self) -> None:
         ended = self._host.exits()
@@ -109,10 +114,14 @@ class Ranks:
 
     def close(self) -> None:
         """Ends all ranks and what they ran on. Idempotent."""
+        healthy = self._store is not None and not self._awaited
         if self._store is not None:
+            for key in self._awaited:  # ends the wait of the thread
+                self._store.set(key, "null")
             self._store.set(command_key(self._number), json.dumps({"do": END}))
-        self._host.stop(0.0 if self._failures or self._store is None else SHUTDOWN_S)
-        self._store = None
+        self._host.stop(SHUTDOWN_S if healthy else 0.0)
+        self._waiter.shutdown()
+        self._store = self._answers = None
 
     def __enter__(self) -> Self:
         return self

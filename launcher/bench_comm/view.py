@@ -38,8 +38,10 @@ def title_view(plan: RunPlan, hidden_size: int, num_rounds: int) -> RenderableTy
     token = f"{hidden_size} x {plan.dtype}"
     return Group(
         Text(f"{plan.layout}; {plan.dtype} on {plan.device}, one thread a rank", style="bold"),
-        Text(f"Sizes are of the longer tensor; the hidden state of a token is {token}. µs a call on the slowest rank, "),
-        Text(f"median of {num_rounds} rounds; GB/s are size over time. `limit` is what physics allows a call."),
+        Text(
+            f"Sizes are of the longer tensor (the hidden state of a token: {token}). Times are those of a call on the "
+            f"slowest rank, medians of {num_rounds} rounds; GB/s are size over time. `limit`: no call can take less."
+        ),
     )
 
 
@@ -76,15 +78,15 @@ def op_view(found: GroupResult, sizes: Sequence[SizeResult]) -> RenderableType:
     names = [backend.name for backend in found.backends]
     best = found.chosen if found.chosen in names else names[0]
     rivals = RIVAL in names and best != RIVAL
-    table = Table(box=None, padding=(0, 2), title=sizes[0].op, title_justify="left", title_style="bold")
-    table.add_column("size", justify="right")
+    table = Table(box=None, padding=(0, 2), title=f"{sizes[0].op}, µs", title_justify="left", title_style="bold")
+    headings = ["size"]
     for name in names:
-        table.add_column(f"{name}{'*' if name == found.chosen else ''} µs", justify="right")
-        table.add_column("GB/s", justify="right")
-    table.add_column("limit µs", justify="right")
-    table.add_column(f"{best} / limit", justify="right")
+        headings += [f"{name}{'*' if name == found.chosen else ''}", "GB/s"]
+    headings += ["limit", f"{best}/limit"]
     if rivals:
-        table.add_column(f"{RIVAL} / {best}", justify="right")
+        headings.append(f"{RIVAL}/{best}")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for size in sizes:
         cells = [format_bytes(size.num_bytes) if size.num_bytes else "-"]
         for name in names:
