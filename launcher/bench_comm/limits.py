@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from phalanx.comm.machine import Seat, why_apart
 from phalanx.launcher.bench_comm.groups import CommGroup, Op, border_machines, crossing_share, touched_share
+from phalanx.launcher.bench_comm.rank import Reading
 from phalanx.launcher.bench_comm.ranks import Ranks
 
 NUM_READINGS = 5  # of each; a limit is the best of them
@@ -87,13 +88,15 @@ def measure_limits(ranks: Ranks, group: CommGroup, key: str, itemsize: int, devi
     """key: of a communicator of the group, by which its ranks begin together."""
     numbers = machine_numbers(ranks)
     machines = tuple(numbers[rank] for rank in group.ranks)
-    cache_bytes = max(ranks.looks[rank]["cache_bytes"] for rank in group.ranks)
+    cache_bytes: int = max(ranks.looks[rank]["cache_bytes"] for rank in group.ranks)
     copy_bytes = min(MOST_COPY_BYTES, max(LEAST_COPY_BYTES, 2 * cache_bytes))
 
     def copied(active: Sequence[int]) -> float:
         """Bytes a second, read and written, by `active` together."""
-        arguments = {"key": key, "op": "copy", "num_elements": copy_bytes // itemsize, "calls": 2}
-        taken = [max(ranks.ask(group.ranks, "read", active=list(active), **arguments)) for _ in range(NUM_READINGS)]
+        taken = [
+            together_s(ranks.read(group.ranks, key, "copy", copy_bytes // itemsize, 2, active), machines, 2)
+            for _ in range(NUM_READINGS)
+        ]
         return 2 * copy_bytes * len(active) / min(taken)
 
     pairs = list(border_machines(group, machines)) or [group.pair]
@@ -104,6 +107,18 @@ def measure_limits(ranks: Ranks, group: CommGroup, key: str, itemsize: int, devi
         copied(range(len(group.ranks))),
         tuple(_link(ranks, group, pair) for pair in pairs),
     )
+
+
+def together_s(readings: Sequence[Reading], machines: Sequence[int], calls: int) -> float:
+    """Seconds a call from when the first rank of a machine began until its last was done, on the slowest machine.
+
+    Ranks that are more than the cores take turns: the time of each by itself would say that all were faster.
+    """
+    spans = []
+    for machine in set(machines):
+        mine = [reading for reading, of in zip(readings, machines, strict=True) if of == machine]
+        spans.append(max(each.ended_s for each in mine) - min(each.began_s for each in mine))
+    return max(spans) / calls
 
 
 def _word(ranks: Ranks, group: CommGroup, machines: Sequence[int]) -> Word | None:

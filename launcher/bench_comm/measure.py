@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from phalanx.comm.create import Choice
 from phalanx.errors import CommError
 from phalanx.launcher.bench_comm.groups import CommGroup, Op, num_elements
-from phalanx.launcher.bench_comm.limits import Limits, apart_reason, measure_limits
+from phalanx.launcher.bench_comm.limits import Limits, apart_reason, measure_limits, together_s
 from phalanx.launcher.bench_comm.ranks import Ranks
 
 READING_S = 0.02  # what the calls of a reading should take together
@@ -139,8 +139,10 @@ class Measurement:
             who = list(everyone if copies else active)
 
             def read(calls: int) -> float:
-                arguments = {"key": key, "op": COPY if copies else op, "num_elements": num, "active": who}
-                return max(self._ranks.ask(group.ranks, "read", calls=calls, **arguments))
+                taken = self._ranks.read(group.ranks, key, COPY if copies else op, num, calls, who)
+                if copies:
+                    return together_s(taken, found.limits.machines, calls)
+                return max(reading.call_s for reading in taken)
 
             return read
 

@@ -30,7 +30,7 @@ def pass_word(store: Store, key: str, side: int, passes: int, cores: Sequence[in
     """
     with _shared_words(store, key, side) as words, _held_on(cores[side]):
         mine, theirs = side * _LINE_WORDS, (1 - side) * _LINE_WORDS
-        store.set(f"{key}/ready/{side}", b"1")
+        store.set(f"{key}/ready/{side}", "")
         store.get(f"{key}/ready/{1 - side}")
         started_s = time.perf_counter()
         for number in range(1, passes + 1):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -33,6 +33,14 @@ def command_key(number: int) -> str:
 def answer_key(number: int, rank: int) -> str:
     """Where a rank that it is for answers, in JSON."""
     return f"bench/answer/{number}/{rank}"
+
+
+class Reading(NamedTuple):
+    """call_s: mean seconds of a call on one rank. began_s, ended_s: on the monotonic clock of its machine."""
+
+    call_s: float
+    began_s: float
+    ended_s: float
 
 
 def run_rank(spec: RankSpec) -> None:
@@ -104,9 +112,9 @@ class _Bench:
 
     def _read(
         self, number: int, ranks: list[int], key: str, op: str, num_elements: int, calls: int, active: list[int]
-    ) -> float:
-        """Seconds that a call took on this rank, the mean of `calls` after one to warm up. active: numbers in the group
-        of those who take part; the others only wait until all begin.
+    ) -> Reading:
+        """The mean of `calls` after one to warm up. active: numbers in the group of those who take part; the others
+        only wait until all begin.
         """
         comm = self._comms[key]
         takes_part = comm.rank in active
@@ -114,14 +122,15 @@ class _Bench:
         if call is not None:
             call(0)
         self._settle(comm)
-        started_s = time.perf_counter()
+        began_s = time.perf_counter()
         if call is not None:
             for index in range(calls):
                 call(index)
         if comm.device.type == "cuda":
             torch.cuda.synchronize()
-        elapsed_s = (time.perf_counter() - started_s) / calls
-        return elapsed_s / 2 if op == "send_recv" else elapsed_s  # there and back
+        ended_s = time.perf_counter()
+        num_transfers = 2 * calls if op == "send_recv" else calls  # there and back
+        return Reading((ended_s - began_s) / num_transfers, began_s, ended_s)
 
     @staticmethod
     def _settle(comm: Communicator) -> None:

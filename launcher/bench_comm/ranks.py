@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from phalanx.comm.rendezvous import connect_store, host_store, local_address
 from phalanx.engine.messages import RankSpec
 from phalanx.errors import RankFailedError
-from phalanx.launcher.bench_comm.rank import END, IDLE, answer_key, command_key
+from phalanx.launcher.bench_comm.rank import END, IDLE, Reading, answer_key, command_key
 from phalanx.launcher.failures import FailureLog
 from phalanx.launcher.formation import open_host
 from phalanx.launcher.hosts import ClusterSettings, RankHost
@@ -99,6 +99,13 @@ class Ranks:
             self._store.delete_key(key)
         self._awaited = []
         return answers
+
+    def read(
+        self, ranks: Sequence[int], key: str, op: str, num_elements: int, calls: int, active: Sequence[int]
+    ) -> list[Reading]:
+        """A reading of each rank of the group `key`, all begun together. active: numbers of those taking part."""
+        arguments: dict[str, Any] = {"key": key, "op": op, "num_elements": num_elements, "active": list(active)}
+        return [Reading(*answer) for answer in self.ask(ranks, "read", calls=calls, **arguments)]
 
     def _check(self) -> None:
         ended = self._host.exits()

@@ -19,9 +19,10 @@ from phalanx.cli import app
 from phalanx.comm.create import choose_backend, usable_backends
 from phalanx.errors import RankFailedError
 from phalanx.launcher.bench_comm.groups import OPS, crossing_share, layout_groups, num_elements, touched_share
-from phalanx.launcher.bench_comm.limits import Limits, Link, Word
+from phalanx.launcher.bench_comm.limits import Limits, Link, Word, together_s
 from phalanx.launcher.bench_comm.measure import MOST_CALLS, READING_S, num_calls
 from phalanx.launcher.bench_comm.plan import parse_ops, plan_comm
+from phalanx.launcher.bench_comm.rank import Reading
 from phalanx.launcher.bench_comm.ranks import Ranks
 from phalanx.launcher.config import load_config
 from phalanx.parallel.layout import Layout, StageRequest, build_layout
@@ -92,6 +93,12 @@ def test_between_machines_it_is_the_slowest_link() -> None:
     found = limits([0, 1, 2], fast, slow)
     assert found.least_s("all_reduce", 1000, copy_s=0.0, overhead_s=0.0) == pytest.approx(1e-3)
     assert found.least_s("barrier", 0, copy_s=0.0, overhead_s=0.0) == pytest.approx(50e-6)
+
+
+def test_what_ranks_do_in_turns_counts_from_the_first_to_the_last() -> None:
+    in_turns = [Reading(0.5, 10.0, 11.0), Reading(0.5, 11.0, 12.0)]
+    assert together_s(in_turns, [0, 0], calls=2) == 1.0
+    assert together_s(in_turns, [0, 1], calls=2) == 0.5  # clocks of two machines
 
 
 def test_where_nothing_was_measured_there_is_no_limit() -> None:
@@ -240,7 +247,6 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error() -> None:
         Ranks.start(plan.specs, plan.settings) as ranks,
     ):
         ranks.ask((0, 1), "join", key="pair", backend="gloo")
-        read = {"key": "pair", "op": "all_reduce", "num_elements": 8, "calls": 1, "active": [0, 1]}
-        assert min(ranks.ask((0, 1), "read", **read)) > 0
-        ranks.ask((1,), "read", **{**read, "op": "nonsense"})
+        assert min(reading.call_s for reading in ranks.read((0, 1), "pair", "all_reduce", 8, 1, (0, 1))) > 0
+        ranks.read((1,), "pair", "nonsense", 8, 1, (0, 1))
     assert not set(psutil.Process().children(recursive=True)) - before
