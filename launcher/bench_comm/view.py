@@ -40,7 +40,8 @@ def title_view(plan: RunPlan, hidden_size: int, num_rounds: int) -> RenderableTy
         Text(f"{plan.layout}; {plan.dtype} on {plan.device}, one thread a rank", style="bold"),
         Text(
             f"Sizes are of the longer tensor (the hidden state of a token: {token}). Times are those of a call on the "
-            f"slowest rank, medians of {num_rounds} rounds; GB/s are size over time. `limit`: no call can take less."
+            f"slowest rank, medians of {num_rounds} rounds; GB/s are size over time. `limit`: what memory, "
+            "cores or the link were measured to allow."
         ),
     )
 
