@@ -93,6 +93,13 @@ def choose_backend(name: str, device: str, size: int, *, apart: str = "") -> Cho
     raise CommError(f"no communicator backend can serve {size} ranks on {device!r}: {'; '.join(passed_over)}")
 
 
+def usable_backends(device: str, size: int, *, apart: str = "") -> list[Choice]:
+    """Every backend that can serve such a group here, each with what it is; first the one that `auto` takes."""
+    by_priority = sorted(_backends, key=lambda key: -_backends[key].priority)
+    probes = [(name, _probe(name, device, size, apart)) for name in by_priority]
+    return [Choice(name, probe.reason) for name, probe in probes if probe.usable]
+
+
 def _probe(name: str, device: str, size: int, apart: str) -> Probe:
     backend = _backends[name]
     probe = backend.probe(device, size)

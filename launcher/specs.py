@@ -26,11 +26,11 @@ def cluster_settings(config: Config, plan: RunPlan, *, apart: bool = False) -> C
 
 
 def rank_specs(
-    config: Config, plan: RunPlan, model: DecoderConfig, entries: dict[str, TensorEntry], replica: int
+    config: Config, plan: RunPlan, model: DecoderConfig, entries: dict[str, TensorEntry] | None, replica: int
 ) -> list[RankSpec]:
     """A specification for each rank of a replica. Addresses and the secret are the formation's to fill in.
 
-    A rank is told only where the tensors lie that it holds.
+    A rank is told only where the tensors lie that it holds. entries: None for ranks that load nothing.
     """
     pool = plan.kv_pool
     measure = None
@@ -52,7 +52,7 @@ def rank_specs(
                 rank=place.rank,
                 layout=plan.layout,
                 config=model,
-                entries={name: entries[name] for name in sorted(held)},
+                entries={} if entries is None else {name: entries[name] for name in sorted(held)},
                 dtype=plan.dtype,
                 device=plan.device,
                 num_threads=plan.num_threads,

@@ -18,6 +18,7 @@ from phalanx.launcher.bench.readings import RequestReading, Round
 from phalanx.launcher.bench.stages import busy_shares
 from phalanx.launcher.bench.workloads import WORKLOADS
 from phalanx.launcher.machine import this_machine
+from phalanx.launcher.schema import Config
 from phalanx.launcher.served import Served
 
 
@@ -54,19 +55,12 @@ class BenchReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; names say the units."""
-        machine = this_machine()
         return {
             "benchmark": "phalanx bench",
             "command": self.command,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": dict(self.config),
-            "machine": {
-                "processor": processor(),
-                "num_cores": machine.num_cores,
-                "gpus": [gpu.name for gpu in machine.gpus],
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            },
+            "machine": machine_facts(),
             "startup_s": dict(self.startup_s),
             "peak_memory": self.peak_memory._asdict(),
             "workloads": {result.job.name: self._workload(result) for result in self.results},
@@ -117,6 +111,24 @@ class BenchReport:
         }
 
 
+def machine_facts() -> dict[str, Any]:
+    """What a reader must know of this machine to judge figures taken on it, as plain data."""
+    machine = this_machine()
+    return {
+        "processor": processor(),
+        "num_cores": machine.num_cores,
+        "gpus": [gpu.name for gpu in machine.gpus],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def model_name(config: Config) -> str:
+    """The model as it was named; where it lies is nobody's business but this machine's."""
+    path = Path(config.model.path)
+    return path.name if path.is_absolute() else config.model.path
+
+
 def processor() -> str:
     """The name of the processor, where this system tells it."""
     try:
@@ -129,10 +141,8 @@ def processor() -> str:
 
 def _config(served: Served) -> dict[str, Any]:
     config, plan = served.config, served.plan
-    path = Path(config.model.path)
     return {
-        # Where a model lies is nobody's business but this machine's.
-        "model": path.name if path.is_absolute() else config.model.path,
+        "model": model_name(config),
         "dtype": plan.dtype,
         "device": plan.device,
         "layout": str(plan.layout),

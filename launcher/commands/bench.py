@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -11,7 +12,6 @@ import typer
 
 if TYPE_CHECKING:
     from phalanx.launcher.bench.jobs import BenchOptions
-    from phalanx.launcher.bench.readings import Round
     from phalanx.launcher.bench.workloads import WorkloadName
 
 bench = typer.Typer(help="Measure how fast a configuration serves.", no_args_is_help=True)
@@ -127,11 +127,8 @@ def _run(
     from phalanx.launcher.config import load_config
     from phalanx.launcher.progress import StartProgress
 
-    # What would be found missing after minutes of measuring is looked for before.
-    for path in (json_file, plot_file):
-        if path is not None and not path.parent.is_dir():
-            raise typer.BadParameter(f"there is no directory {path.parent} for {path.name}; make it first")
-    plot_rounds = None if plot_file is None else _plot_rounds()
+    check_outputs(json_file, plot_file)
+    plot_rounds = None if plot_file is None else plotter("phalanx.launcher.bench.plot", "plot_rounds")
     settings = load_config(config, overrides or ())
     jobs = plan_jobs(settings, options)
     with StartProgress() as progress:
@@ -158,17 +155,25 @@ def _run(
         plot_rounds(", ".join(str(report.config[name]) for name in ("model", "dtype", "layout")), rounds, plot_file)
 
 
-def _plot_rounds() -> Callable[[str, Sequence[tuple[str, Round]], Path], None]:
+def check_outputs(*paths: Path | None) -> None:
+    """Raises for a file that could not be written: better before minutes of measuring than after."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"there is no directory {path.parent} for {path.name}; make it first")
+
+
+def plotter(module: str, function: str) -> Callable[..., None]:
+    """The function of `module`, which needs matplotlib. Raises PhalanxError where that is not installed."""
     from phalanx.errors import PhalanxError
 
     try:
-        from phalanx.launcher.bench.plot import plot_rounds
+        loaded: Callable[..., None] = getattr(import_module(module), function)
     except ModuleNotFoundError as error:
         raise PhalanxError(
             f"--plot needs matplotlib, and {error.name} is not installed; install it with `pip install "
             "'phalanx[plot]'`, or leave --plot out"
         ) from None
-    return plot_rounds
+    return loaded
 
 
 def command_line(context: typer.Context) -> str:

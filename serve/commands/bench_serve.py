@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phalanx.launcher.commands.bench import JsonFile, Scale, Seed, command_line
+from phalanx.launcher.commands.bench import JsonFile, Scale, Seed, check_outputs, command_line, plotter
 
 if TYPE_CHECKING:
     from phalanx.serve.bench.client import HttpClient
     from phalanx.serve.bench.points import Point
-    from phalanx.serve.bench.report import ServeReport
     from phalanx.serve.bench.sweep import SweepPlan
 
 
@@ -99,11 +98,8 @@ def bench_serve(
     from phalanx.serve.bench.sweep import SweepPlan
     from phalanx.serve.bench.view import report_view
 
-    # What would be found missing after minutes of measuring is looked for before.
-    for path in (json_file, plot_file):
-        if path is not None and not path.parent.is_dir():
-            raise typer.BadParameter(f"there is no directory {path.parent} for {path.name}; make it first")
-    plot_report = None if plot_file is None else _plot_report()
+    check_outputs(json_file, plot_file)
+    plot_report = None if plot_file is None else plotter("phalanx.serve.bench.plot", "plot_report")
     for rate in rates or ():
         OpenLoop(rate)  # refuses what is no rate
     api_key = None if api_key_file is None else _read_key(api_key_file)
@@ -184,16 +180,3 @@ def _read_key(path: Path) -> str:
     if not lines:
         raise ConfigError([Problem("", "has no key", allowed="a key on its first line")], str(path))
     return lines[0]
-
-
-def _plot_report() -> Callable[[ServeReport, Path], None]:
-    from phalanx.errors import PhalanxError
-
-    try:
-        from phalanx.serve.bench.plot import plot_report
-    except ModuleNotFoundError as error:
-        raise PhalanxError(
-            f"--plot needs matplotlib, and {error.name} is not installed; install it with `pip install "
-            "'phalanx[plot]'`, or leave --plot out"
-        ) from None
-    return plot_report

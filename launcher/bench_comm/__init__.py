@@ -1,0 +1,1 @@
+"""`phalanx bench comm`: what transfers take between the ranks of a layout, beside what physics allows."""
