@@ -55,6 +55,7 @@ class Attention:
     def __call__(
         self, x_TH: torch.Tensor, table: RopeTable, batch: Batch, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
+        """What goes into the row-parallel product `o`, [T, N * D]."""
         heads = self.qkv(x_TH).view(x_TH.shape[0], sum(self.sizes), self.head_dim)
         q_TND, k_TKD, v_TKD = torch.split(heads, self.sizes, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -63,7 +64,7 @@ class Attention:
         q_TND, k_TKD = rope(q_TND, *table), rope(k_TKD, *table)
         write_kv(k_TKD, v_TKD, keys, values, batch.slots)
         out_TND = paged_attention(q_TND, keys, values, batch.attention, self.heads, scale=self.scale)
-        return self.o(out_TND.flatten(1))
+        return out_TND.flatten(1)
 
 
 class FeedForward:
@@ -74,11 +75,16 @@ class FeedForward:
         self.down = RowParallelLinear(weights[f"{name}.down"], comm, weights.get(f"{name}.down_bias"))
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self.down(silu_mul(self.gate_up(x_TH)))
+        """What goes into the row-parallel product `down`, [T, F]."""
+        return silu_mul(self.gate_up(x_TH))
 
 
 class Layer:
-    """Attention and feed-forward, each behind its norm and added to the residual stream."""
+    """Attention and feed-forward, each behind its norm and added to the residual stream.
+
+    A layer gets the stream and its norm, and gives both on: the sum over the ranks, the addition and the next norm are
+    one operation of the communicator.
+    """
 
     def __init__(
         self, config: DecoderConfig, stage: Stage, tensor_rank: int, comm: Communicator, weights: Weights, name: str
@@ -90,11 +96,25 @@ class Layer:
         self.ffn = FeedForward(comm, weights, name)
 
     def __call__(
-        self, x_TH: torch.Tensor, table: RopeTable, batch: Batch, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        normed_TH = rms_norm(x_TH, self.attention_norm, self.norm_eps)
-        x_TH = x_TH + self.attention(normed_TH, table, batch, keys, values)
-        return x_TH + self.ffn(rms_norm(x_TH, self.ffn_norm, self.norm_eps))
+        self,
+        normed_TH: torch.Tensor,
+        x_TH: torch.Tensor,
+        table: RopeTable,
+        batch: Batch,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        next_norm: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """normed_TH: the stream x_TH behind `attention_norm`. next_norm: of the layer that follows, None for the last
+        one, after which only the stream is meant.
+        """
+        attended_TI = self.attention(normed_TH, table, batch, keys, values)
+        normed_TH, x_TH = self.attention.o.add_and_norm(attended_TI, x_TH, self.ffn_norm, self.norm_eps)
+        hidden_TF = self.ffn(normed_TH)
+        if next_norm is None:
+            x_TH = x_TH + self.ffn.down(hidden_TF)
+            return x_TH, x_TH
+        return self.ffn.down.add_and_norm(hidden_TF, x_TH, next_norm, self.norm_eps)
 
 
 class Decoder:
@@ -114,6 +134,7 @@ class Decoder:
             self.embed = VocabParallelEmbedding(weights["embed"], stage.vocab[tensor_rank], comm)
         layers = range(stage.layers.start, stage.layers.stop)
         self.layers = [Layer(config, stage, tensor_rank, comm, weights, f"layers.{layer}") for layer in layers]
+        self._next_norms = [*(layer.attention_norm for layer in self.layers[1:]), None]
         self.head = None
         if stage.last:
             self.norm = weights["norm"]
@@ -127,11 +148,11 @@ class Decoder:
         """
         x_TH = x if self.embed is None else self.embed(x)
         table = rope_table(batch.positions, self.frequencies, x_TH.dtype)
-        for number, (layer, keys, values) in enumerate(
-            zip(self.layers, cache.keys, cache.values, strict=True), start=self._first_layer
-        ):
+        normed_TH = rms_norm(x_TH, self.layers[0].attention_norm, self.norm_eps)
+        parts = zip(self.layers, cache.keys, cache.values, self._next_norms, strict=True)
+        for number, (layer, keys, values, next_norm) in enumerate(parts, start=self._first_layer):
             self._ledger.layer = number
-            x_TH = layer(x_TH, table, batch, keys, values)
+            normed_TH, x_TH = layer(normed_TH, x_TH, table, batch, keys, values, next_norm)
         self._ledger.layer = -1
         return x_TH
 

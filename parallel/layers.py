@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import linear
+from phalanx.kernels import linear, rms_norm
 from phalanx.parallel.split import Interval
 
 
@@ -39,6 +39,16 @@ class RowParallelLinear:
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         y_TH = self.comm.all_reduce(linear(x_TI, self.weight))
         return y_TH if self.bias is None else y_TH + self.bias
+
+    def add_and_norm(
+        self, x_TI: torch.Tensor, residual_TH: torch.Tensor, norm_weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product added to the residual stream, normalised by `norm_weight` [H], and as it is: both [T, H]."""
+        if self.bias is None:
+            y_TH = linear(x_TI, self.weight)
+            return self.comm.fused_all_reduce_rms_norm(y_TH, residual_TH, norm_weight, eps)
+        residual_TH = residual_TH + self(x_TI)
+        return rms_norm(residual_TH, norm_weight, eps), residual_TH
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.utils import floatToGoString
 
 from phalanx import __version__
+from phalanx.engine.comm_book import RankTotals
 from phalanx.engine.request import FinishReason
 from phalanx.engine.stats import EngineStats
 
@@ -132,7 +133,7 @@ class Metrics:
 
     replica_stats: what each replica does now, the same replica always in the same place. is_healthy: whether a token
     could be produced now. endpoints: the paths that may be labels; all others are counted together, since a client may
-    ask for any number of them.
+    ask for any number of them. comm_totals: by replica, what its ranks' transfers took.
     """
 
     def __init__(
@@ -143,8 +144,10 @@ class Metrics:
         model_name: str,
         layout: str,
         endpoints: Collection[str],
+        comm_totals: Callable[[], Sequence[RankTotals]] = tuple,
     ) -> None:
         self._replica_stats = replica_stats
+        self._comm_totals = comm_totals
         self._is_healthy = is_healthy
         self._info = {"version": __version__, "model": model_name, "layout": layout}
         self._endpoints = frozenset(endpoints)
@@ -227,6 +230,7 @@ class Metrics:
         yield from self._of_requests()
         yield from self._of_http()
         yield from self._of_replicas(self._replica_stats())
+        yield from _of_transfers(self._comm_totals())
 
     def _of_requests(self) -> Iterable[Metric]:
         for name, text, histogram in (
@@ -275,6 +279,24 @@ class Metrics:
 
     def _known(self, endpoint: str) -> str:
         return endpoint if endpoint in self._endpoints else OTHER
+
+
+def _of_transfers(replicas: Sequence[RankTotals]) -> Iterable[Metric]:
+    labels = ("replica", "rank", "operation")
+    text = "Time that a rank waited for transfers."
+    exposed = CounterMetricFamily("phalanx_comm_exposed_seconds", text, labels=labels)
+    text = "Time that transfers of a rank were under way behind other work."
+    hidden = CounterMetricFamily("phalanx_comm_hidden_seconds", text, labels=labels)
+    moved = CounterMetricFamily("phalanx_comm_bytes", "Bytes of a rank's transfers.", labels=labels)
+    for replica, ranks in enumerate(replicas):
+        for rank, totals in ranks.items():
+            for op in sorted({each.op for each in totals}):
+                mine = [each for each in totals if each.op == op]
+                values = str(replica), str(rank), op
+                exposed.add_metric(values, sum(each.exposed_us for each in mine) / 1e6)
+                hidden.add_metric(values, sum(each.hidden_us for each in mine) / 1e6)
+                moved.add_metric(values, sum(each.num_bytes for each in mine))
+    return exposed, hidden, moved
 
 
 def _counts(name: str, text: str, labels: Sequence[str], counts: Counter[Labels]) -> Metric:

@@ -59,6 +59,7 @@ class Service:
             model_name=self.model_name,
             layout=str(engine.plan.layout),
             endpoints=endpoints,
+            comm_totals=engine.comm_totals,
         )
         self._reader = RequestReader(
             engine.tokenizer,

@@ -58,6 +58,28 @@ def test_every_rank_gets_the_sum_over_all_input_columns_and_the_bias_once(
 
 
 @ranks_are_threads
+@given(splits(), st.integers(1, 20), st.integers(1, 5), st.booleans())
+def test_the_sum_is_added_to_the_stream_and_normalised(
+    split: Split, num_outputs: int, num_tokens: int, biased: bool
+) -> None:
+    x, weight = whole_numbers(num_tokens, split.size), whole_numbers(num_outputs, split.size, seed=1)
+    bias = whole_numbers(num_outputs, seed=2) if biased else None
+    residual, norm = whole_numbers(num_tokens, num_outputs, seed=3), whole_numbers(num_outputs, seed=4)
+
+    def rank(number: int, join: Join) -> tuple[torch.Tensor, torch.Tensor]:
+        part = split[number].slice
+        layer = RowParallelLinear(weight[:, part].contiguous(), join("stage", number, split.num_parts), bias)
+        return layer.add_and_norm(x[:, part].contiguous(), residual, norm, 1e-5)
+
+    stream = residual + F.linear(x, weight, bias)
+    exact = stream.double()
+    normed = norm.double() * exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    for found_normed, found_stream in run_ranks(split.num_parts, rank):
+        assert torch.equal(found_stream, stream)
+        assert torch.allclose(found_normed.double(), normed, rtol=1e-5, atol=1e-6)
+
+
+@ranks_are_threads
 @given(splits(), st.data())
 def test_every_rank_gets_the_embedding_of_every_token(split: Split, data: st.DataObject) -> None:
     weight = whole_numbers(split.size, 6)

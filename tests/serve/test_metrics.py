@@ -19,6 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.samples import Sample
 
 from phalanx import __version__
+from phalanx.comm.ledger import CommTotals
+from phalanx.engine.comm_book import RankTotals
 from phalanx.engine.stats import EngineStats
 from phalanx.serve.metrics import BETWEEN_TOKENS_S, COUNTERS, FIRST_TOKEN_S, TOKENS, Metrics
 
@@ -45,7 +47,14 @@ def counting(**counts: int) -> EngineStats:
 def served(
     *replicas: EngineStats, healthy: bool = True, model_name: str = "model", endpoints: Sequence[str] = ENDPOINTS
 ) -> Metrics:
-    return Metrics(lambda: replicas, lambda: healthy, model_name=model_name, layout="2x2", endpoints=endpoints)
+    return Metrics(
+        lambda: replicas,
+        lambda: healthy,
+        model_name=model_name,
+        layout="2x2",
+        endpoints=endpoints,
+        comm_totals=lambda: [{0: (CommTotals(0, "all_reduce", 2, 8, 5.0, 5.0),)} for _ in replicas],
+    )
 
 
 def busy() -> Metrics:
@@ -241,6 +250,20 @@ def test_every_stage_of_every_replica_has_its_busy_share() -> None:
     assert len(labels_of(metrics, name)) == 3
 
 
+def test_transfers_of_every_rank_are_told_by_operation() -> None:
+    totals = (CommTotals(-1, "recv", 1, 10, 5e5, 0.0), CommTotals(0, "send", 1, 8, 1e6, 2e6))
+    comm: list[RankTotals] = [{}, {0: totals, 1: (*totals, CommTotals(1, "send", 1, 8, 5e5, 1e6))}]
+    metrics = Metrics(
+        lambda: [replica()] * 2, lambda: True, model_name="m", layout="2", endpoints=(), comm_totals=lambda: comm
+    )
+    place = {"replica": "1", "rank": "1", "operation": "send"}
+    assert value(metrics, "phalanx_comm_exposed_seconds_total", **place) == 1.5
+    assert value(metrics, "phalanx_comm_hidden_seconds_total", **place) == 3.0
+    assert value(metrics, "phalanx_comm_bytes_total", **place) == 16
+    assert value(metrics, "phalanx_comm_exposed_seconds_total", replica="1", rank="0", operation="recv") == 0.5
+    assert len(labels_of(metrics, "phalanx_comm_bytes_total")) == 4
+
+
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1), min_size=1))
 def test_counters_go_on_where_a_replica_comes_back_at_zero(lives: list[list[int]]) -> None:
     """lives: how far a replica's counter rises between scrapes, from its start to its end."""
@@ -305,7 +328,7 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
     for family in families(busy(), OPENMETRICS).values():
         assert re.fullmatch(r"phalanx_[a-z_]+", family.name)
         assert family.documentation.endswith("."), family.name
-        assert not re.search(r"_(ms|us|milliseconds|microseconds|bytes|percent|count|total)$", family.name)
+        assert not re.search(r"_(ms|us|milliseconds|microseconds|kb|percent|count|total)$", family.name)
     times = [name for name in families(busy()) if re.search("time|duration", name)]
     assert len(times) == 6
     assert all(name.endswith("_seconds") for name in times)
@@ -336,7 +359,7 @@ def test_an_endpoint_adds_few_samples() -> None:
 def test_a_replica_adds_one_sample_for_each_of_its_figures() -> None:
     one, two = (len(samples(served(*[replica()] * number))) for number in (1, 2))
     shown = set(EngineStats.__dataclass_fields__) - {"tokens_per_s"}  # Prometheus derives rates itself
-    assert two - one == len(shown) - 1 + 2  # with two stages
+    assert two - one == len(shown) - 1 + 2 + 3  # with two stages, and three figures of the one rank's transfers
 
 
 # The board
