@@ -75,6 +75,8 @@ class Communicator(ABC):
     """
 
     backend: ClassVar[str]
+    in_background: ClassVar[bool] = False
+    """Whether asynchronous transfers go on by themselves, and leave the cores to whoever started them."""
 
     def __init__(self, spec: GroupSpec) -> None:
         self.rank = spec.rank

@@ -31,6 +31,8 @@ _ABORT_TAG = 1  # nothing is ever sent under it
 class TorchCommunicator(Communicator):
     """What the two have in common: meeting on the store, then a process group of this group's own."""
 
+    in_background = True
+
     def __init__(self, spec: GroupSpec) -> None:
         if spec.store is None:
             raise CommError(f"group {spec.name!r}: a group of {spec.size} needs a store to meet on")

@@ -19,13 +19,15 @@ class CommSettings:
 
     backend: name of a registered communicator backend, or `auto`. store: `host:port` of the rendezvous store.
     interface: network interface whose address a rank binds to, or None for the route to the store.
-    timeout_s: how long an operation may wait for another rank before it is an error.
+    timeout_s: how long an operation may wait for another rank before it is an error. overlap: `auto` for transfers
+    behind products where that is measured to pay, `none` for never.
     """
 
     store: str
     backend: str = "auto"
     interface: str | None = None
     timeout_s: float = 60.0
+    overlap: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.weights import load_params, rank_params
 from phalanx.parallel.handover import HandOver
+from phalanx.parallel.overlap import Overlap
 
 IMPORT_S = time.perf_counter() - _IMPORTING_SINCE
 
@@ -150,7 +151,9 @@ class Rank:
         )
         self._weight_bytes = sum(weight.nbytes for weight in weights.values())
         self._bytes_read = checkpoint.bytes_read
-        self._decoder = Decoder(spec.config, self._stage, self._place.tensor_rank, self._comm, weights)
+        self._overlap = Overlap() if spec.comm.overlap == "auto" else None
+        part = self._place.tensor_rank
+        self._decoder = Decoder(spec.config, self._stage, part, self._comm, weights, self._overlap)
         self._make_runner(spec.num_pages or -(-self._widest_step // spec.page_size))
         self._took("weights")
 
@@ -187,9 +190,19 @@ class Rank:
         for done, plan in enumerate(WARMUP, start=1):
             self._runner.run(plan)
             self._progress("warmup", done, len(WARMUP))
+        self._measure_overlap()
         if self._spec.measure is not None:
             self._make_runner(self._measured_pages(self._spec.measure))
         self._took("warmup")
+
+    def _measure_overlap(self) -> None:
+        """Finds out, with the other ranks of the stage, whether products should be reduced in chunks."""
+        if self._comm.size > 1:
+            told = "none: comm.overlap says so"
+            if self._overlap is not None:
+                weight = self._decoder.layers[0].ffn.down.weight
+                told = self._overlap.measure(self._comm, weight, self._spec.max_batch_tokens)
+            self.choices["overlap"] = told
 
     def _measured_pages(self, measure: KVMeasure) -> int:
         """Pages that the tightest rank of the replica has room for, asked when all have run the widest step."""

@@ -186,6 +186,10 @@ class CommSection(Section):
         default="auto", min_length=1, description="Communicator between the ranks of a stage; auto: the best at hand."
     )
     timeout_s: float = Field(default=60.0, gt=0, description="Seconds an operation may wait for another rank.")
+    overlap: Literal["auto", "none"] = Field(
+        default="auto",
+        description="Transfers behind products. auto: where rates measured at the start say that it pays.",
+    )
 
 
 class EngineSection(Section):

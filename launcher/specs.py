@@ -66,6 +66,7 @@ def rank_specs(
                     backend=plan.backend,
                     interface=config.cluster.interface,
                     timeout_s=config.comm.timeout_s,
+                    overlap=config.comm.overlap,
                 ),
                 engine="",
                 secret="",

@@ -25,6 +25,7 @@ from phalanx.models.batch import Batch, KVCache
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from phalanx.parallel.layout import Stage
+from phalanx.parallel.overlap import Overlap
 
 Weights = Mapping[str, torch.Tensor]
 RopeTable = tuple[torch.Tensor, torch.Tensor]
@@ -34,7 +35,14 @@ class Attention:
     """Grouped-query attention over this rank's heads."""
 
     def __init__(
-        self, config: DecoderConfig, stage: Stage, tensor_rank: int, comm: Communicator, weights: Weights, name: str
+        self,
+        config: DecoderConfig,
+        stage: Stage,
+        tensor_rank: int,
+        comm: Communicator,
+        weights: Weights,
+        name: str,
+        overlap: Overlap | None,
     ) -> None:
         shape = config.shape
         queries, keys = stage.query_heads[tensor_rank], stage.kv_heads[tensor_rank]
@@ -45,7 +53,7 @@ class Attention:
         self.qkv = ColumnParallelLinear(weights[f"{name}.qkv"], weights.get(f"{name}.qkv_bias"))
         self.q_norm = weights.get(f"{name}.q_norm")
         self.k_norm = weights.get(f"{name}.k_norm")
-        self.o = RowParallelLinear(weights[f"{name}.o"], comm, weights.get(f"{name}.o_bias"))
+        self.o = RowParallelLinear(weights[f"{name}.o"], comm, weights.get(f"{name}.o_bias"), overlap)
         self.heads = group_heads(
             [head // shape.queries_per_kv_head - keys.start for head in range(queries.start, queries.stop)],
             keys.size,
@@ -70,9 +78,9 @@ class Attention:
 class FeedForward:
     """SwiGLU feed-forward over this rank's columns."""
 
-    def __init__(self, comm: Communicator, weights: Weights, name: str) -> None:
+    def __init__(self, comm: Communicator, weights: Weights, name: str, overlap: Overlap | None) -> None:
         self.gate_up = ColumnParallelLinear(weights[f"{name}.gate_up"], weights.get(f"{name}.gate_up_bias"))
-        self.down = RowParallelLinear(weights[f"{name}.down"], comm, weights.get(f"{name}.down_bias"))
+        self.down = RowParallelLinear(weights[f"{name}.down"], comm, weights.get(f"{name}.down_bias"), overlap)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """What goes into the row-parallel product `down`, [T, F]."""
@@ -87,13 +95,20 @@ class Layer:
     """
 
     def __init__(
-        self, config: DecoderConfig, stage: Stage, tensor_rank: int, comm: Communicator, weights: Weights, name: str
+        self,
+        config: DecoderConfig,
+        stage: Stage,
+        tensor_rank: int,
+        comm: Communicator,
+        weights: Weights,
+        name: str,
+        overlap: Overlap | None,
     ) -> None:
         self.norm_eps = config.norm_eps
         self.attention_norm = weights[f"{name}.attention_norm"]
-        self.attention = Attention(config, stage, tensor_rank, comm, weights, name)
+        self.attention = Attention(config, stage, tensor_rank, comm, weights, name, overlap)
         self.ffn_norm = weights[f"{name}.ffn_norm"]
-        self.ffn = FeedForward(comm, weights, name)
+        self.ffn = FeedForward(comm, weights, name, overlap)
 
     def __call__(
         self,
@@ -120,11 +135,18 @@ class Layer:
 class Decoder:
     """One rank's share of the model: the layers of its stage, cut by the stage's splits.
 
-    weights: by the names of `models/weights.py`. comm: the tensor-parallel group of the stage.
+    weights: by the names of `models/weights.py`. comm: the tensor-parallel group of the stage. overlap: of its
+    row-parallel products, None for none.
     """
 
     def __init__(
-        self, config: DecoderConfig, stage: Stage, tensor_rank: int, comm: Communicator, weights: Weights
+        self,
+        config: DecoderConfig,
+        stage: Stage,
+        tensor_rank: int,
+        comm: Communicator,
+        weights: Weights,
+        overlap: Overlap | None = None,
     ) -> None:
         self.norm_eps = config.norm_eps
         self._ledger = comm.ledger
@@ -133,7 +155,7 @@ class Decoder:
         if stage.first:
             self.embed = VocabParallelEmbedding(weights["embed"], stage.vocab[tensor_rank], comm)
         layers = range(stage.layers.start, stage.layers.stop)
-        self.layers = [Layer(config, stage, tensor_rank, comm, weights, f"layers.{layer}") for layer in layers]
+        self.layers = [Layer(config, stage, tensor_rank, comm, weights, f"layers.{layer}", overlap) for layer in layers]
         self._next_norms = [*(layer.attention_norm for layer in self.layers[1:]), None]
         self.head = None
         if stage.last:

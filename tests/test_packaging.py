@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.native_library import excuse_for_no_library
+from tests.without_editable import PRELUDE
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "phalanx"
@@ -122,7 +123,7 @@ def test_the_installed_wheel_imports_away_from_the_checkout(wheel: Path, tmp_pat
     program = "import phalanx.parallel.split as split; print(split.__file__); print(split.Split.even(9, 2).sizes)"
     # No PYTHONPATH from the caller; the target comes before the editable install of this checkout.
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", PRELUDE + program]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.without_editable import PRELUDE
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "phalanx"
@@ -133,7 +134,7 @@ def test_ruff_checks_each_room_once_and_where_it_really_is() -> None:
     checked = {Path(line).relative_to(ROOT) for line in listing.splitlines()}
     assert {path.relative_to(ROOT) for path in git_files() if path.suffix == ".py"} <= checked
     assert {path for path in checked if path.parts[:2] == ("src", "phalanx")} == {
-        path.relative_to(ROOT) for path in PACKAGE.glob("*.py")
+        path.relative_to(ROOT) for path in PACKAGE.glob("*.py*") if path.is_file()
     }
 
 
@@ -154,7 +155,8 @@ def test_lint_refuses_an_import_against_the_floors(tmp_path: Path, room: str, li
         if link.is_symlink():
             shutil.copytree(link, tree / link.name, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / room / "trespass.py").write_text(line + "\n")
-    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
+    program = PRELUDE + "from importlinter.cli import lint_imports_command as run; run()"
+    command = [sys.executable, "-c", program, "--no-cache"]
     environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1, done.stdout + done.stderr

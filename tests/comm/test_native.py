@@ -204,7 +204,7 @@ def rank_times_out(comm: Communicator, store: Store, key: str) -> object:
 
 @needs_library
 def test_a_wait_past_its_limit_is_told_like_any_other(pool: Any) -> None:
-    answers = pool.outcomes(rank_times_out, 2, backend="shm", fresh=True, timeout_s=0.7, key="native-late")
+    answers = pool.outcomes(rank_times_out, 2, backend="shm", fresh=True, timeout_s=2.0, key="native-late")
     error = answers[0]["error"]
     assert error["type"] == "WaitTimeoutError"
     assert error["missing"] == [1]
