@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -46,9 +45,11 @@ class EventStream(Response):
         self._started = False
         self._sent_s = time.monotonic()
         self._turn = asyncio.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        beat = asyncio.create_task(self._beat(send))
+        self._watch(send)
         try:
             async with aclosing(self._chunks):
                 async for chunk in self._chunks:
@@ -58,16 +59,17 @@ class EventStream(Response):
             raise
         except Exception as error:
             refusal = self._refusal(error)
-            beat.cancel()
             async with self._turn:
                 if not self._started:
                     await refusal.response()(scope, receive, send)
                     return
                 await self._write(send, event(refusal.body()))
         finally:
-            beat.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await beat
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._comment is not None:
+                self._comment.cancel()
+                await asyncio.wait((self._comment,))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, send: Send, data: bytes) -> None:
@@ -77,9 +79,13 @@ class EventStream(Response):
         self._sent_s = time.monotonic()
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def _beat(self, send: Send) -> None:
-        while True:
-            await asyncio.sleep(max(0.01, self._sent_s + self._silence_s - time.monotonic()))
-            async with self._turn:
-                if time.monotonic() - self._sent_s >= self._silence_s:
-                    await self._write(send, COMMENT)
+    def _watch(self, send: Send) -> None:
+        left_s = self._sent_s + self._silence_s - time.monotonic()
+        if left_s <= 0 and not self._turn.locked():  # locked: a chunk is on its way, to a client that reads slowly
+            self._comment = asyncio.create_task(self._fill(send))
+            left_s = self._silence_s
+        self._timer = asyncio.get_running_loop().call_later(max(0.01, left_s), self._watch, send)
+
+    async def _fill(self, send: Send) -> None:
+        async with self._turn:
+            await self._write(send, COMMENT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
@@ -27,6 +28,7 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 ABORT = "phalanx.abort"  # extension of the scope: cuts the connection off
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/version", "/")  # for probes, scrapers and browsers without a key
 REASONS: dict[int, Refusal] = {401: "unauthorized", 404: "not_found", 405: "not_found", 413: "too_large"}
+DISCARD_S = 0.5  # for the rest of a body that is too large
 WORK_PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 
 
@@ -70,13 +72,15 @@ class Gate:
         answer: _AnswerChannel,
     ) -> None:
         try:
-            self._admit(exchange, headers, works)
-            replay = _Replay(await self._body(headers, receive))
             if works:
                 await self._turnstile.wait()
-                await _while_connected(lambda: self._app(scope, replay.receive, answer.send), receive, exchange)
+            self._admit(exchange, headers, works)
+            replay = _Replay(await self._body(headers, receive))
+            answering = self._app(scope, replay.receive, answer.send)
+            if works:
+                await _while_connected(answering, receive, exchange)
             else:  # an answer takes no time: there is nothing to be cancelled
-                await self._app(scope, replay.receive, answer.send)
+                await answering
         except ClientGoneError:
             raise
         except ApiError as error:
@@ -117,8 +121,11 @@ class Gate:
         settings = self._service.settings
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > settings.max_body:
+            if "expect" not in headers:  # or the client waits to be told that it may send
+                await _discard(receive)
             raise _too_large(settings.max_body)
-        parts, size = [], 0
+        parts: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(settings.body_timeout_s):
                 while True:
@@ -127,10 +134,14 @@ class Gate:
                         raise ApiError(400, "the client went before its request was complete", code="disconnected")
                     part = message.get("body", b"")
                     size += len(part)
+                    more = message.get("more_body", False)
                     if size > settings.max_body:
+                        parts.clear()
+                        if more:
+                            await _discard(receive)
                         raise _too_large(settings.max_body)
                     parts.append(part)
-                    if not message.get("more_body", False):
+                    if not more:
                         return b"".join(parts)
         except TimeoutError:
             raise ApiError(
@@ -198,30 +209,35 @@ class _Replay:
         return {"type": "http.disconnect"}
 
 
-async def _while_connected(answering: Callable[[], Awaitable[None]], receive: Receive, exchange: Exchange) -> None:
+async def _while_connected(answering: Awaitable[None], receive: Receive, exchange: Exchange) -> None:
     """Does the work of answering, and cancels it when the client goes."""
+    work = asyncio.current_task()
 
-    async def run() -> None:
-        await answering()
-
-    async def gone() -> None:
+    async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-
-    work = asyncio.create_task(run())
-    watch = asyncio.create_task(gone())
-    try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            exchange.disconnected = True
+        exchange.disconnected = True
+        if work is not None:
             work.cancel()
-        await work
+
+    watching = asyncio.create_task(watch())
+    try:
+        await answering
     except asyncio.CancelledError:
-        if not exchange.disconnected:  # it is the server that ends
+        if work is None or not exchange.disconnected or work.uncancel():  # it is the server that ends
             raise
     finally:
-        work.cancel()
-        watch.cancel()
+        watching.cancel()
+
+
+async def _discard(receive: Receive) -> None:
+    """Takes what comes of a body that is not wanted, for a while: many clients read no answer before all is sent, and
+    see but a broken connection where it is closed on them.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 def _too_large(limit: int) -> ApiError:

@@ -7,13 +7,13 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from phalanx.errors import PhalanxError
 from phalanx.launcher.config import Config
+from phalanx.serve.acceptor import Acceptor
 from phalanx.serve.app import HttpFront
 from phalanx.serve.connection import Connection
 
@@ -23,7 +23,6 @@ KEEP_ALIVE_S = 75  # longer than the balancers in front keep a connection that i
 LAST_WORDS_S = 5.0  # for answers that were cut short to be sent
 LOOK_S = 0.05
 BACKLOG = 2048  # connections that the system keeps until they are accepted
-ACCEPTS = 16  # of them that are, in a round of the event loop
 IDLE_TICKS = 50  # of 0.1 s
 MAX_WAITING = 1024  # completions, for each replica
 
@@ -78,14 +77,12 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 front.app,
                 loop="uvloop",
-                http=partial(Connection, stalled_client_s=front.service.settings.stalled_client_s),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 access_log=False,
                 log_config=None,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                backlog=ACCEPTS,
             )
         )
         self._front = front
@@ -97,15 +94,24 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        await super().startup([])
         for each in sockets or ():
-            each.listen(BACKLOG)  # more than asyncio would accept at once
+            each.listen(BACKLOG)
+            self.servers.append(Acceptor(each, self._connection))  # type: ignore[arg-type]
         self._on_start()
 
     async def on_tick(self, counter: int) -> bool:
         if counter % IDLE_TICKS == 0 and not self._front.service.num_requests:
             self._on_idle()
         return await super().on_tick(counter)
+
+    def _connection(self) -> Connection:
+        return Connection(
+            self.config,
+            self.server_state,
+            self.lifespan.state,
+            stalled_client_s=self._front.service.settings.stalled_client_s,
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None:  # it has not begun yet
