@@ -1,8 +1,8 @@
 """The communicator between processes of one machine, over memory that they share. For the CPU.
 
 A collective is a sequence of rounds. In a round every rank fills its slot, raises its epoch, waits until the others
-have raised theirs, and reads their slots. No round ends with a second meeting: slots alternate, and a rank comes back
-to one only when every other has published a round that it could not have begun before it was done with that slot.
+have raised theirs, and reads their slots. No round ends with a second meeting: a rank comes back to the place of a slot
+only when every other has published a round that it could not have begun before it was done with that one (`Arena`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from phalanx.comm.board import Call
 from phalanx.comm.communicator import Communicator, Handle, ReduceOp
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.rendezvous import meet
+from phalanx.comm.shm_arena import Arena
 from phalanx.comm.shm_calls import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -30,24 +31,13 @@ from phalanx.comm.shm_calls import (
     signature,
     unlike_error,
 )
-from phalanx.comm.shm_segment import (
-    LARGE_BYTES,
-    NUM_LARGE,
-    NUM_RING,
-    NUM_SMALL,
-    RING_BYTES,
-    SMALL_BYTES,
-    Slots,
-    share_segment,
-)
+from phalanx.comm.shm_segment import HEADER_BYTES, NUM_RING, RING_BYTES, ROUND_BYTES, SMALL_BYTES, share_segment
 from phalanx.comm.shm_stream import Helper, Steps, Stream
 from phalanx.comm.shm_wait import Waiter, Watch
 from phalanx.comm.work import Work
 from phalanx.errors import CommError
 
 Result = TypeVar("Result")
-
-_MAX_VIEWS = 64  # of a slot; a decode step uses one or two shapes
 
 
 class ShmCommunicator(Communicator):
@@ -67,15 +57,15 @@ class ShmCommunicator(Communicator):
         self._segment = segment = share_segment(spec, spec.store)
         self._waiter = Waiter(segment, spec.rank, spec.name)
         super().__init__(spec)
-        rank, ranks = self.rank, range(self.size)
+        rank = self.rank
+        self._ranks = ranks = range(self.size)
         self._others = tuple(other for other in ranks if other != rank)
         self._words = segment.words
         self._typed = segment.typed
-        self._small = [segment.small(number) for number in range(NUM_SMALL)]
-        self._large = [segment.large(number) for number in range(NUM_LARGE)]
-        self._views: list[dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]]] = [{} for _ in self._small]
+        self._arena = Arena(segment, rank)
+        self._headers = [segment.arena(other) // 8 for other in ranks]
+        self._data = [segment.arena(other) + HEADER_BYTES for other in ranks]
         self._epoch_word = segment.epoch(rank)
-        self._large_rounds = segment.large_rounds(rank)
         self._all = Watch(tuple(segment.epoch(other) for other in self._others), self._others)
         self._one = [Watch((segment.epoch(other),), (other,)) for other in ranks]
         self._in_background = False  # the operation being started is asynchronous
@@ -102,30 +92,28 @@ class ShmCommunicator(Communicator):
         return super()._run(call, result, async_op, start, *arguments)
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
-        if x.nbytes <= SMALL_BYTES:
-            return self._collect(self._all_reduce_small(x, op), one_round=True)
-        if self.size == 2:
-            return self._collect(self._all_reduce_whole(x.view(-1), op), one_round=False)
-        return self._collect(self._all_reduce_shared(x.view(-1), op), one_round=False)
+        if self.size == 2 or x.nbytes <= SMALL_BYTES:
+            return self._collect(self._all_reduce_whole(x.view(-1), op), x.nbytes)
+        return self._collect(self._all_reduce_shared(x.view(-1), op))
 
     def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
         row_bytes = output.nbytes // output.shape[0]
         counts = [rows * row_bytes for rows in sizes or [x.shape[0]] * self.size]
         steps = self._all_gather(_bytes(output), _bytes(x), counts, signature(ALL_GATHER, output))
-        return self._collect(steps, one_round=max(counts) <= SMALL_BYTES)
+        return self._collect(steps, max(counts))
 
     def _start_reduce_scatter(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
         row = x.numel() // x.shape[0]
         counts = [rows * row for rows in sizes or [output.shape[0]] * self.size]
         steps = self._reduce_scatter(output.view(-1), x.view(-1), counts)
-        return self._collect(steps, one_round=self.size * max(counts) * x.itemsize <= SMALL_BYTES)
+        return self._collect(steps, self.size * max(counts) * x.itemsize)
 
     def _start_broadcast(self, x: torch.Tensor, root: int) -> Work:
         steps = self._broadcast(_bytes(x), root, signature(BROADCAST, x, root))
-        return self._collect(steps, one_round=x.nbytes <= SMALL_BYTES)
+        return self._collect(steps, x.nbytes)
 
     def _start_barrier(self) -> Work:
-        return self._collect(self._meet(), one_round=True)
+        return self._collect(self._meet(), 0)
 
     def _start_send(self, x: torch.Tensor, to: int) -> Work:
         steps = self._send(_bytes(x), to, signature(SEND, x))
@@ -140,12 +128,16 @@ class ShmCommunicator(Communicator):
         exceeds = self._num_posted_slots[source] - self._words[self._consumed_from[source]] > NUM_RING
         return stream.add(steps, begin=not stream.queue, hand_over=self._in_background and exceeds)
 
-    def _collect(self, steps: Steps, *, one_round: bool) -> Work:
+    def _collect(self, steps: Steps, num_bytes: int = ROUND_BYTES + 1) -> Work:
+        """num_bytes: that the steps put down. Where a round holds them, they may be published behind other rounds that
+        nobody has read yet.
+        """
         stream = self._collectives
         num_ahead = len(stream.queue)
+        one_round = num_bytes <= ROUND_BYTES
         if one_round:
-            begin = num_ahead < WINDOW and self._waiter.reached(self._all, self._epoch + 1 - WINDOW)
-            begin = begin and (not num_ahead or stream.queue[-1].need is not None)
+            begin = num_ahead < WINDOW and (not num_ahead or stream.queue[-1].need is not None)
+            begin = begin and self._waiter.reached(self._all, self._arena.needed(num_bytes))
         else:
             begin = not num_ahead
         return stream.add(steps, begin=begin, hand_over=self._in_background and not (one_round and begin))
@@ -157,116 +149,102 @@ class ShmCommunicator(Communicator):
         """Rounds that this rank has published; in shared memory, where the native library counts them too."""
         return self._words[self._epoch_word]
 
-    def _all_reduce_small(self, x: torch.Tensor, op: ReduceOp) -> Steps:
-        yield self._all, self._epoch + 1 - WINDOW
-        number = (self._epoch + 1) % NUM_SMALL
-        slots = self._small[number]
-        views = self._views[number].get((x.shape, x.dtype)) or self._make_views(number, x)
-        views[self.rank].copy_(x)
-        call = signature(ALL_REDUCE, x)
-        yield self._all, self._publish(slots, call)
-        self._confirm(slots, call)
-        self._combine(x, views, op)
-
     def _all_reduce_whole(self, x: torch.Tensor, op: ReduceOp) -> Steps:
-        """Of two ranks: each reads all of the other's. Sharing the sums out would save nothing, and cost a round."""
-        (other,) = self._others
+        """Each rank reads all that the others hold. Of two ranks, sharing the sums out would only cost a round."""
         call = signature(ALL_REDUCE, x)
-        for part in torch.split(x, LARGE_BYTES // x.itemsize):
-            yield self._all, self._epoch
-            slots = self._large_slots()
-            self._part(slots, self.rank, x.dtype, 0, len(part)).copy_(part)
-            yield self._all, self._publish(slots, call)
-            self._confirm(slots, call)
-            self._combine(part, [part, self._part(slots, other, x.dtype, 0, len(part))], op)
+        for part in (x,) if x.nbytes <= ROUND_BYTES else torch.split(x, ROUND_BYTES // x.itemsize):
+            at, needed = self._arena.take(part.nbytes)
+            yield self._all, needed
+            held = [self._part(at, rank, x.dtype, 0, len(part)) for rank in self._ranks]
+            held[self.rank].copy_(part)
+            yield self._all, self._publish(at, call)
+            self._confirm(at, call)
+            self._combine(part, held, op)
 
     def _all_reduce_shared(self, x: torch.Tensor, op: ReduceOp) -> Steps:
         """Each rank sums its share of a part, then all collect the shares. The sum takes the place, in the rank's own
         slot, of the one share there that no other rank reads.
         """
         call = signature(ALL_REDUCE, x)
-        for part in torch.split(x, LARGE_BYTES // x.itemsize):
-            yield self._all, self._epoch
-            slots = self._large_slots()
+        for part in torch.split(x, ROUND_BYTES // x.itemsize):
+            at, needed = self._arena.take(part.nbytes)
+            yield self._all, needed
             count = len(part)
             bounds = [count * rank // self.size for rank in range(self.size + 1)]
             start, stop = bounds[self.rank], bounds[self.rank + 1]
-            own = self._part(slots, self.rank, x.dtype, 0, count)
+            own = self._part(at, self.rank, x.dtype, 0, count)
             own[:start].copy_(part[:start])
             own[stop:].copy_(part[stop:])
-            yield self._all, self._publish(slots, call)
-            self._confirm(slots, call)
+            yield self._all, self._publish(at, call)
+            self._confirm(at, call)
             mine = part[start:stop]
-            shares = [
-                mine if rank == self.rank else self._part(slots, rank, x.dtype, start, stop)
-                for rank in range(self.size)
-            ]
+            shares = [mine if rank == self.rank else self._part(at, rank, x.dtype, start, stop) for rank in self._ranks]
             self._combine(own[start:stop], shares, op)
             mine.copy_(own[start:stop])
-            yield self._all, self._publish(slots, call)
+            yield self._all, self._publish(at, call)
             for rank in self._others:
                 start, stop = bounds[rank], bounds[rank + 1]
-                part[start:stop].copy_(self._part(slots, rank, x.dtype, start, stop))
+                part[start:stop].copy_(self._part(at, rank, x.dtype, start, stop))
 
     def _all_gather(self, output: torch.Tensor, x: torch.Tensor, counts: list[int], call: int) -> Steps:
         """counts: bytes of each rank."""
         starts = [0, *accumulate(counts)]
         output[starts[self.rank] : starts[self.rank + 1]].copy_(x)
-        for done, size, small in _rounds(max(counts), SMALL_BYTES, LARGE_BYTES):
-            yield self._all, self._epoch + 1 - WINDOW if small else self._epoch
-            slots = self._small_slots() if small else self._large_slots()
+        for done, size in _rounds(max(counts), ROUND_BYTES):
+            at, needed = self._arena.take(size)
+            yield self._all, needed
             if (count := min(size, counts[self.rank] - done)) > 0:
-                self._part(slots, self.rank, torch.uint8, 0, count).copy_(x[done : done + count])
-            yield self._all, self._publish(slots, call)
-            self._confirm(slots, call)
+                self._part(at, self.rank, torch.uint8, 0, count).copy_(x[done : done + count])
+            yield self._all, self._publish(at, call)
+            self._confirm(at, call)
             for rank in self._others:
                 if (count := min(size, counts[rank] - done)) > 0:
                     start = starts[rank] + done
-                    output[start : start + count].copy_(self._part(slots, rank, torch.uint8, 0, count))
+                    output[start : start + count].copy_(self._part(at, rank, torch.uint8, 0, count))
 
     def _reduce_scatter(self, output: torch.Tensor, x: torch.Tensor, counts: list[int]) -> Steps:
         """counts: elements of each rank. A slot holds a section for each rank."""
         call = signature(REDUCE_SCATTER, x)
         starts = [0, *accumulate(counts)]
-        limits = [limit // (x.itemsize * self.size) for limit in (SMALL_BYTES, LARGE_BYTES)]
-        for done, size, small in _rounds(max(counts), *limits):
-            yield self._all, self._epoch + 1 - WINDOW if small else self._epoch
-            slots = self._small_slots() if small else self._large_slots()
+        section_bytes = x.itemsize * self.size
+        size = min(max(counts), ROUND_BYTES // section_bytes)
+        for done in range(0, max(counts), max(1, size)):
+            at, needed = self._arena.take(size * section_bytes)
+            yield self._all, needed
             for rank in self._others:
                 if (count := min(size, counts[rank] - done)) > 0:
-                    section = self._part(slots, self.rank, x.dtype, rank * size, rank * size + count)
+                    section = self._part(at, self.rank, x.dtype, rank * size, rank * size + count)
                     section.copy_(x[starts[rank] + done :][:count])
-            yield self._all, self._publish(slots, call)
-            self._confirm(slots, call)
+            yield self._all, self._publish(at, call)
+            self._confirm(at, call)
             if (count := min(size, counts[self.rank] - done)) > 0:
                 start = self.rank * size
                 parts = [
                     x[starts[rank] + done :][:count]
                     if rank == self.rank
-                    else self._part(slots, rank, x.dtype, start, start + count)
+                    else self._part(at, rank, x.dtype, start, start + count)
                     for rank in range(self.size)
                 ]
                 self._combine(output[done : done + count], parts, "sum")
 
     def _broadcast(self, x: torch.Tensor, root: int, call: int) -> Steps:
-        for done, size, small in _rounds(len(x), SMALL_BYTES, LARGE_BYTES):
-            yield self._all, self._epoch + 1 - WINDOW if small else self._epoch
-            slots = self._small_slots() if small else self._large_slots()
-            part = x[done : done + size]
-            data = self._part(slots, root, torch.uint8, 0, len(part))
+        for part in torch.split(x, ROUND_BYTES):
+            at, needed = self._arena.take(len(part))
+            yield self._all, needed
+            data = self._part(at, root, torch.uint8, 0, len(part))
             if root == self.rank:
                 data.copy_(part)
-                self._publish(slots, call)
+                self._publish(at, call)
             else:
-                yield self._one[root], self._publish(slots, call)
-                self._confirm(slots, call, (root,))
+                yield self._one[root], self._publish(at, call)
+                self._confirm(at, call, (root,))
                 part.copy_(data)
 
     def _meet(self) -> Steps:
-        yield self._all, self._epoch + 1 - WINDOW
-        slots = self._small_slots()
-        yield self._all, self._publish(slots, BARRIER)
-        self._confirm(slots, BARRIER)
+        at, needed = self._arena.take(0)
+        yield self._all, needed
+        yield self._all, self._publish(at, BARRIER)
+        self._confirm(at, BARRIER)
 
     # ---- between two ranks ----
 
@@ -296,41 +274,25 @@ class ShmCommunicator(Communicator):
 
     # ---- rounds ----
 
-    def _small_slots(self) -> Slots:
-        return self._small[(self._epoch + 1) % NUM_SMALL]
-
-    def _large_slots(self) -> Slots:
-        self._words[self._large_rounds] = number = self._words[self._large_rounds] + 1
-        return self._large[number % NUM_LARGE]
-
-    def _publish(self, slots: Slots, call: int) -> int:
+    def _publish(self, at: int, call: int) -> int:
         """Announces what this rank has put into its slot; the epoch that the others will have done the same at."""
         words = self._words
-        words[slots.headers[self.rank]] = call
+        words[self._headers[self.rank] + at // 8] = call
         words[self._epoch_word] = epoch = self._epoch + 1
         self._waiter.wake_all_awaiting()
         return epoch
 
-    def _confirm(self, slots: Slots, call: int, ranks: tuple[int, ...] | None = None) -> None:
+    def _confirm(self, at: int, call: int, ranks: tuple[int, ...] | None = None) -> None:
         """Raises RuntimeError where another rank has made another call in this round."""
-        words, headers = self._words, slots.headers
         for rank in self._others if ranks is None else ranks:
-            if words[headers[rank]] != call:
-                raise unlike_error(rank, words[headers[rank]], call)
+            header = self._words[self._headers[rank] + at // 8]
+            if header != call:
+                raise unlike_error(rank, header, call)
 
-    def _part(self, slots: Slots, rank: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+    def _part(self, at: int, rank: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         """Elements of a rank's slot."""
-        first = slots.data[rank] // dtype.itemsize
+        first = (self._data[rank] + at) // dtype.itemsize
         return self._typed[dtype][first + start : first + stop]
-
-    def _make_views(self, number: int, x: torch.Tensor) -> list[torch.Tensor]:
-        """Each rank's small slot as a tensor like `x`, kept for the next time: making them takes longer than a sum."""
-        slots, views = self._small[number], self._views[number]
-        if len(views) >= _MAX_VIEWS:
-            views.clear()
-        made = [self._part(slots, rank, x.dtype, 0, x.numel()).view(x.shape) for rank in range(self.size)]
-        views[x.shape, x.dtype] = made
-        return made
 
     def _combine(self, out: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
         """The sum or maximum of `parts`, in their order. `out` may be one of the first two, of more than two none."""
@@ -368,17 +330,14 @@ class ShmCommunicator(Communicator):
             self._receives,
             self._words,
             self._typed,
-            self._views,
+            self._arena,
         )
 
 
-def _rounds(total: int, small: int, large: int) -> Iterator[tuple[int, int, bool]]:
-    """(done before, size, whether in a small slot) of the rounds that move `total`, of which a slot holds that much."""
-    if total <= small:
-        yield 0, total, True
-        return
-    for done in range(0, total, large):
-        yield done, min(large, total), False
+def _rounds(total: int, most: int) -> Iterator[tuple[int, int]]:
+    """(done before, size) of the rounds that move `total`."""
+    for done in range(0, total, most):
+        yield done, min(most, total - done)
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

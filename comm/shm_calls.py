@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from phalanx.comm.communicator import DTYPES
-from phalanx.comm.shm_segment import NUM_SMALL
+from phalanx.comm.shm_segment import NUM_BLOCKS
 
-# Rounds of small collectives that a rank may have published without having read the others' slots of the first. When a
-# rank publishes round k, the others have published k - WINDOW, so they have read all up to k - 2 * WINDOW.
-WINDOW = NUM_SMALL // 2
+# Rounds that a rank may have published without having read the others' slots of the first. A rank waits for the others
+# before it comes back to a block of its arena, the rounds there being NUM_BLOCKS before or more: so that it waits for
+# none that they could not publish without it, this is less.
+WINDOW = NUM_BLOCKS // 2
 
 OPS = ("", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "send")
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST, BARRIER, SEND = range(1, 7)

@@ -72,15 +72,14 @@ class PyGroup {
     layout.size = nb::cast<int>(numbers["size"]);
     for (auto [name, field] : std::initializer_list<std::pair<const char*, size_t Layout::*>>{
              {"rank_words", &Layout::rank_words},     {"rank_stride", &Layout::rank_stride},
-             {"epoch", &Layout::epoch},               {"large_rounds", &Layout::large_rounds},
-             {"left", &Layout::left},                 {"awaited", &Layout::awaited},
-             {"bell", &Layout::bell},                 {"aborted", &Layout::aborted},
-             {"pair_words", &Layout::pair_words},     {"pair_stride", &Layout::pair_stride},
-             {"consumed", &Layout::consumed},         {"small_at", &Layout::small_at},
-             {"small_bytes", &Layout::small_bytes},   {"small_stride", &Layout::small_stride},
-             {"num_small", &Layout::num_small},       {"large_at", &Layout::large_at},
-             {"large_bytes", &Layout::large_bytes},   {"large_stride", &Layout::large_stride},
-             {"num_large", &Layout::num_large},       {"ring_at", &Layout::ring_at},
+             {"epoch", &Layout::epoch},               {"left", &Layout::left},
+             {"awaited", &Layout::awaited},           {"bell", &Layout::bell},
+             {"cursor", &Layout::cursor},             {"ends", &Layout::ends},
+             {"aborted", &Layout::aborted},           {"pair_words", &Layout::pair_words},
+             {"pair_stride", &Layout::pair_stride},   {"consumed", &Layout::consumed},
+             {"arena_at", &Layout::arena_at},         {"block_bytes", &Layout::block_bytes},
+             {"num_blocks", &Layout::num_blocks},     {"round_bytes", &Layout::round_bytes},
+             {"small_bytes", &Layout::small_bytes},   {"ring_at", &Layout::ring_at},
              {"ring_bytes", &Layout::ring_bytes},     {"ring_stride", &Layout::ring_stride},
              {"num_ring", &Layout::num_ring},         {"header_bytes", &Layout::header_bytes},
          }) {

@@ -4,8 +4,6 @@
 #include <cstring>
 #include <utility>
 
-#include "copy.hpp"
-
 namespace phalanx {
 
 Group::Group(uintptr_t address, const Layout& layout, int rank, std::vector<int> pidfds, bool may_spin, int64_t window,
@@ -16,7 +14,7 @@ Group::Group(uintptr_t address, const Layout& layout, int rank, std::vector<int>
       size_(layout.size),
       window_(window),
       epoch_(segment_.of_rank(rank, layout.epoch)),
-      large_rounds_(segment_.of_rank(rank, layout.large_rounds)),
+      cursor_(segment_.of_rank(rank, layout.cursor)),
       slots_(size_t(layout.size)),
       inputs_(size_t(layout.size)) {}
 
@@ -36,20 +34,21 @@ Outcome Group::until_all(int64_t target, Deadline& deadline) {
   return {};
 }
 
-Outcome Group::next_small(Deadline& deadline) {
-  size_t number = size_t(epoch() + 1) % segment_.at.num_small;
-  for (int rank = 0; rank < size_; rank++) slots_[size_t(rank)] = segment_.small(rank, number);
-  return until_all(epoch() + 1 - window_, deadline);
-}
-
-Outcome Group::next_large(Deadline& deadline) {
-  Outcome outcome = until_all(epoch(), deadline);
-  if (!outcome) return outcome;
-  int64_t round = large_rounds_.load(std::memory_order_relaxed) + 1;
-  large_rounds_.store(round, std::memory_order_relaxed);
-  size_t number = size_t(round) % segment_.at.num_large;
-  for (int rank = 0; rank < size_; rank++) slots_[size_t(rank)] = segment_.large(rank, number);
-  return {};
+Outcome Group::next(size_t num_bytes, Deadline& deadline) {
+  const Layout& at = segment_.at;
+  auto end_of = [&](size_t block) -> Word& { return segment_.of_rank(rank_, at.ends + block % at.num_blocks); };
+  const size_t taken = at.header_bytes + (num_bytes + 63) / 64 * 64;
+  size_t place = size_t(cursor_.load(std::memory_order_relaxed));
+  const size_t block = place ? (place - 1) / at.block_bytes : 0, border = (block + 1) * at.block_bytes;
+  int64_t needed = 0;
+  if (place + taken > border) {
+    place = border;
+    end_of(block).store(epoch(), std::memory_order_relaxed);
+    if (int64_t end = end_of(block + 1).load(std::memory_order_relaxed)) needed = end + window_;
+  }
+  cursor_.store(int64_t(place + taken), std::memory_order_relaxed);
+  for (int rank = 0; rank < size_; rank++) slots_[size_t(rank)] = segment_.in_arena(rank, place);
+  return until_all(needed, deadline);
 }
 
 void Group::publish(int64_t call) {
@@ -78,35 +77,25 @@ Outcome Group::all_reduce(char* x, size_t num_bytes, int dtype, bool max, double
   const Combine combine = (max ? kernels().max : kernels().sum)[dtype];
   const size_t item = item_bytes(dtype), count = num_bytes / item;
   Deadline deadline{timeout_s};
-  if (num_bytes <= segment_.at.small_bytes) {
-    Outcome outcome = next_small(deadline);
-    if (!outcome) return outcome;
-    copy_out(slots_[size_t(rank_)].data, x, num_bytes);
-    outcome = meet(call, deadline);
-    if (!outcome) return outcome;
-    for (int rank = 0; rank < size_; rank++) inputs_[size_t(rank)] = rank == rank_ ? x : slots_[size_t(rank)].data;
-    combine(x, inputs_.data(), size_, count);
-    return {};
-  }
-  const size_t step = segment_.at.large_bytes / item;
+  const size_t step = segment_.at.round_bytes / item;
+  const bool whole = size_ == 2 || num_bytes <= segment_.at.small_bytes;
   for (size_t done = 0; done < count; done += step) {
     size_t part = std::min(step, count - done);
-    Outcome outcome = size_ == 2 ? reduce_whole(x + done * item, part, dtype, combine, call, deadline)
-                                 : reduce_shared(x + done * item, part, dtype, combine, call, deadline);
+    Outcome outcome = whole ? reduce_whole(x + done * item, part, dtype, combine, call, deadline)
+                            : reduce_shared(x + done * item, part, dtype, combine, call, deadline);
     if (!outcome) return outcome;
   }
   return {};
 }
 
 Outcome Group::reduce_whole(char* x, size_t count, int dtype, Combine combine, int64_t call, Deadline& deadline) {
-  Outcome outcome = next_large(deadline);
+  const size_t num_bytes = count * item_bytes(dtype);
+  Outcome outcome = next(num_bytes, deadline);
   if (!outcome) return outcome;
-  copy_out(slots_[size_t(rank_)].data, x, count * item_bytes(dtype));
+  std::memcpy(slots_[size_t(rank_)].data, x, num_bytes);
   outcome = meet(call, deadline);
   if (!outcome) return outcome;
-  const int other = 1 - rank_;
-  inputs_[size_t(rank_)] = x;
-  inputs_[size_t(other)] = slots_[size_t(other)].data;
+  for (int rank = 0; rank < size_; rank++) inputs_[size_t(rank)] = rank == rank_ ? x : slots_[size_t(rank)].data;
   combine(x, inputs_.data(), size_, count);
   return {};
 }
@@ -114,12 +103,12 @@ Outcome Group::reduce_whole(char* x, size_t count, int dtype, Combine combine, i
 Outcome Group::reduce_shared(char* x, size_t count, int dtype, Combine combine, int64_t call, Deadline& deadline) {
   const size_t item = item_bytes(dtype);
   auto bound = [&](int rank) { return count * size_t(rank) / size_t(size_) * item; };
-  Outcome outcome = next_large(deadline);
+  Outcome outcome = next(count * item, deadline);
   if (!outcome) return outcome;
   const size_t start = bound(rank_), stop = bound(rank_ + 1);
   char* own = slots_[size_t(rank_)].data;
-  copy_out(own, x, start);
-  copy_out(own + stop, x + stop, count * item - stop);
+  std::memcpy(own, x, start);
+  std::memcpy(own + stop, x + stop, count * item - stop);
   outcome = meet(call, deadline);
   if (!outcome) return outcome;
   for (int rank = 0; rank < size_; rank++) {
@@ -127,7 +116,7 @@ Outcome Group::reduce_shared(char* x, size_t count, int dtype, Combine combine, 
   }
   combine(x + start, inputs_.data(), size_, (stop - start) / item);
   // The sum takes the place, in the rank's own slot, of the one share there that no other rank reads.
-  copy_out(own + start, x + start, stop - start);
+  std::memcpy(own + start, x + start, stop - start);
   outcome = meet(call, deadline);
   if (!outcome) return outcome;
   for (int rank = 0; rank < size_; rank++) {
@@ -151,13 +140,12 @@ Outcome Group::all_gather(char* output, const char* x, const std::vector<size_t>
   const int64_t call = signature(kAllGather, starts.back(), dtype);
   const size_t own = size_t(rank_), longest = *std::max_element(counts.begin(), counts.end());
   std::memcpy(output + starts[own], x, counts[own]);
-  const bool small = longest <= segment_.at.small_bytes;
-  const size_t step = small ? longest : segment_.at.large_bytes;
+  const size_t step = segment_.at.round_bytes;
   for (size_t done = 0; done < longest; done += step) {
     auto held = [&](size_t rank) { return counts[rank] > done ? std::min(step, counts[rank] - done) : 0; };
-    Outcome outcome = next(small, deadline);
+    Outcome outcome = next(std::min(step, longest - done), deadline);
     if (!outcome) return outcome;
-    copy_out(slots_[own].data, x + std::min(done, counts[own]), held(own));
+    std::memcpy(slots_[own].data, x + std::min(done, counts[own]), held(own));
     outcome = meet(call, deadline);
     if (!outcome) return outcome;
     for (size_t rank = 0; rank < counts.size(); rank++) {
@@ -174,17 +162,14 @@ Outcome Group::reduce_scatter(char* output, const char* x, const std::vector<siz
   for (size_t rank = 0; rank < ranks; rank++) starts[rank + 1] = starts[rank] + counts[rank];
   const int64_t call = signature(kReduceScatter, starts.back() * item, dtype);
   const size_t longest = *std::max_element(counts.begin(), counts.end());
-  const size_t most = segment_.at.small_bytes / (item * ranks);
-  const bool small = longest <= most;
-  // A slot holds a section for each rank.
-  const size_t step = small ? longest : segment_.at.large_bytes / (item * ranks);
+  const size_t step = std::min(longest, segment_.at.round_bytes / (item * ranks));  // a slot has a section for each rank
   for (size_t done = 0; done < longest; done += step) {
     auto held = [&](size_t rank) { return counts[rank] > done ? std::min(step, counts[rank] - done) : 0; };
-    Outcome outcome = next(small, deadline);
+    Outcome outcome = next(step * item * ranks, deadline);
     if (!outcome) return outcome;
     for (size_t rank = 0; rank < ranks; rank++) {
       if (rank == own || held(rank) == 0) continue;
-      copy_out(slots_[own].data + rank * step * item, x + (starts[rank] + done) * item, held(rank) * item);
+      std::memcpy(slots_[own].data + rank * step * item, x + (starts[rank] + done) * item, held(rank) * item);
     }
     outcome = meet(call, deadline);
     if (!outcome) return outcome;
@@ -200,15 +185,14 @@ Outcome Group::reduce_scatter(char* output, const char* x, const std::vector<siz
 Outcome Group::broadcast(char* x, size_t num_bytes, int dtype, int root, double timeout_s) {
   const int64_t call = signature(kBroadcast, num_bytes, dtype, root);
   Deadline deadline{timeout_s};
-  const bool small = num_bytes <= segment_.at.small_bytes;
-  const size_t step = small ? num_bytes : segment_.at.large_bytes;
+  const size_t step = segment_.at.round_bytes;
   const Word& root_epoch = segment_.of_rank(root, segment_.at.epoch);
   for (size_t done = 0; done < num_bytes; done += step) {
     const size_t part = std::min(step, num_bytes - done);
-    Outcome outcome = next(small, deadline);
+    Outcome outcome = next(part, deadline);
     if (!outcome) return outcome;
     char* data = slots_[size_t(root)].data;
-    if (root == rank_) copy_out(data, x + done, part);
+    if (root == rank_) std::memcpy(data, x + done, part);
     publish(call);
     if (root == rank_) continue;
     outcome = waiter_.until(root_epoch, root, epoch(), deadline);
@@ -222,7 +206,7 @@ Outcome Group::broadcast(char* x, size_t num_bytes, int dtype, int root, double 
 Outcome Group::barrier(double timeout_s) {
   const int64_t call = kBarrier;
   Deadline deadline{timeout_s};
-  Outcome outcome = next_small(deadline);
+  Outcome outcome = next(0, deadline);
   return outcome ? meet(call, deadline) : outcome;
 }
 
@@ -239,7 +223,7 @@ Outcome Group::send(const char* x, size_t num_bytes, int dtype, int to, double t
     Outcome outcome = waiter_.until(consumed, to, count + 1 - int64_t(segment_.at.num_ring), deadline);
     if (!outcome) return outcome;
     Slot slot = segment_.ring(rank_, to, size_t(count) % segment_.at.num_ring);
-    copy_out(slot.data, x + done, std::min(step, num_bytes - done));
+    std::memcpy(slot.data, x + done, std::min(step, num_bytes - done));
     *slot.header = call;
     waiter_.raise_for(to, produced, count + 1);
   }

@@ -42,14 +42,13 @@ class Group {
 
   int64_t epoch() const { return epoch_.load(std::memory_order_relaxed); }
   Outcome until_all(int64_t target, Deadline& deadline);
-  Outcome next_small(Deadline& deadline);
-  Outcome next_large(Deadline& deadline);
-  Outcome next(bool small, Deadline& deadline) { return small ? next_small(deadline) : next_large(deadline); }
+  // Takes every rank's slot of the next round, of so many bytes of data, and waits until this rank may write to its own.
+  Outcome next(size_t num_bytes, Deadline& deadline);
   void publish(int64_t call);
   // Publishes, waits for the others and compares what they called.
   Outcome meet(int64_t call, Deadline& deadline);
   Outcome confirm(int rank, int64_t call) const;
-  // One round of two ranks, each reading all of the other's; and two rounds of several, each summing a share.
+  // In one round each rank reads all that the others hold; in two each sums a share, and reads those of the others.
   Outcome reduce_whole(char* x, size_t count, int dtype, Combine combine, int64_t call, Deadline& deadline);
   Outcome reduce_shared(char* x, size_t count, int dtype, Combine combine, int64_t call, Deadline& deadline);
 
@@ -57,8 +56,7 @@ class Group {
   Waiter waiter_;
   const int rank_, size_;
   const int64_t window_;
-  Word& epoch_;
-  Word& large_rounds_;
+  Word &epoch_, &cursor_;
   Slots slots_;                      // of the round under way, by rank
   std::vector<const void*> inputs_;  // the same, of a sum
 };

@@ -22,13 +22,9 @@ using Combine = void (*)(void* out, const void* const* in, int num_in, size_t co
 using AddRmsNorm = void (*)(void* normed, void* sum, const void* x, const void* residual, const void* weight,
                             float eps, size_t num_rows, size_t width);
 
-// Copies whole lines of 64 bytes past the caches; `to` lies on the border of one. To be followed by a fence.
-using Stream = void (*)(char* to, const char* from, size_t num_lines);
-
 // The functions of one instruction set, by DType.
 struct Kernels {
   const char* name;
-  Stream stream;
   Combine sum[kNumDTypes];
   Combine max[kNumDTypes];
   AddRmsNorm add_rms_norm[3];

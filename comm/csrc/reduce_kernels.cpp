@@ -269,25 +269,6 @@ void add_rms_norm(void* normed, void* sum, const void* x, const void* residual, 
   }
 }
 
-// In stores as wide as there are: a line that is put together of several may leave for memory in parts.
-void stream(char* to, const char* from, size_t num_lines) {
-  for (size_t i = 0; i < num_lines * 64; i += 64) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-#elif defined(__AVX2__)
-    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + 32));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), low);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 32), high);
-#else
-    for (size_t part = i; part < i + 64; part += 16) {
-      __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part));
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + part), value);
-    }
-#endif
-  }
-}
-
 }  // namespace
 
 #define PHALANX_TEXT_OF(name) #name
@@ -295,7 +276,6 @@ void stream(char* to, const char* from, size_t num_lines) {
 
 const Kernels PHALANX_KERNELS = {
     PHALANX_TEXT(PHALANX_SET),
-    stream,
     {combine_float<BF16, false>, combine_float<F16, false>, combine_float<float, false>, combine<double, false>,
      combine<int32_t, false>, combine<int64_t, false>, combine<int8_t, false>, combine<uint8_t, false>},
     {combine_float<BF16, true>, combine_float<F16, true>, combine_float<float, true>, combine<double, true>,

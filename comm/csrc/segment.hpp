@@ -10,11 +10,11 @@ namespace phalanx {
 struct Layout {
   int size = 0;  // ranks
   size_t rank_words = 0, rank_stride = 0;
-  size_t epoch = 0, large_rounds = 0, left = 0, awaited = 0, bell = 0;  // within a rank's words
+  size_t epoch = 0, left = 0, awaited = 0, bell = 0, cursor = 0, ends = 0;  // within a rank's words
   size_t aborted = 0;                                                   // word of the group
   size_t pair_words = 0, pair_stride = 0, consumed = 0;
-  size_t small_at = 0, small_bytes = 0, small_stride = 0, num_small = 0;
-  size_t large_at = 0, large_bytes = 0, large_stride = 0, num_large = 0;
+  size_t arena_at = 0, block_bytes = 0, num_blocks = 0;
+  size_t round_bytes = 0, small_bytes = 0;  // most that a round holds; most that is summed by every rank for itself
   size_t ring_at = 0, ring_bytes = 0, ring_stride = 0, num_ring = 0;
   size_t header_bytes = 0;
 };
@@ -40,11 +40,9 @@ class Segment {
   Word& consumed(int source, int to) const {
     return word(at.pair_words + pair(source, to) * at.pair_stride + at.consumed);
   }
-  Slot small(int rank, size_t number) const {
-    return slot(at.small_at + (size_t(rank) * at.num_small + number) * at.small_stride);
-  }
-  Slot large(int rank, size_t number) const {
-    return slot(at.large_at + (size_t(rank) * at.num_large + number) * at.large_stride);
+  Slot in_arena(int rank, size_t place) const {
+    const size_t arena = at.block_bytes * at.num_blocks;
+    return slot(at.arena_at + size_t(rank) * arena + place % arena);
   }
   Slot ring(int source, int to, size_t number) const {
     return slot(at.ring_at + (pair(source, to) * at.num_ring + number) * at.ring_stride);

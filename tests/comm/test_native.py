@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import Store
 
 from phalanx.comm import Communicator, create_communicator
 from phalanx.comm.native import find_native
-from phalanx.comm.shm_segment import LARGE_BYTES, SMALL_BYTES
+from phalanx.comm.shm_segment import ROUND_BYTES, SMALL_BYTES
 from phalanx.kernels.rms_norm import rms_norm
 
 NATIVE = find_native()
@@ -24,7 +24,7 @@ needs_library = pytest.mark.skipif(NATIVE.library is None, reason=NATIVE.told)
 DTYPES = ["float32", "bfloat16", "float16", "float64", "int64", "int32", "int8", "uint8"]
 FLOATS = ["float32", "bfloat16", "float16"]
 RAGGED = [1, 3, 31, 577, 4099, 40_001]
-FLOAT_SIZES = [*RAGGED, LARGE_BYTES // 2 + 33]
+FLOAT_SIZES = [*RAGGED, ROUND_BYTES // 2 + 33]
 
 
 def drawn(rank: int, count: int, dtype: str) -> torch.Tensor:
@@ -158,7 +158,7 @@ def rank_killed(comm: Communicator, store: Store, op: str) -> object:
     if comm.rank == 1:
         time.sleep(0.3)  # until the others sleep
         os.kill(os.getpid(), signal.SIGKILL)
-    large = torch.ones(LARGE_BYTES // 4)
+    large = torch.ones(ROUND_BYTES // 4)
     started_s = time.monotonic()
     try:
         if op == "recv":

@@ -19,7 +19,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from phalanx.comm import Communicator, create, create_communicator, machine, shm_segment
-from phalanx.comm.shm_segment import LARGE_BYTES, NUM_RING, RING_BYTES, SMALL_BYTES
+from phalanx.comm.shm_segment import NUM_RING, RING_BYTES, ROUND_BYTES, SMALL_BYTES
 from phalanx.errors import CommError
 
 MORE_THAN_CORES = min(8, (os.cpu_count() or 1) + 3)
@@ -27,10 +27,10 @@ AROUND_BORDERS = [
     SMALL_BYTES - 4,
     SMALL_BYTES,
     SMALL_BYTES + 4,
-    LARGE_BYTES - 4,
-    LARGE_BYTES,
-    LARGE_BYTES + 4,
-    2 * LARGE_BYTES + 12,
+    ROUND_BYTES - 4,
+    ROUND_BYTES,
+    ROUND_BYTES + 4,
+    2 * ROUND_BYTES + 12,
 ]
 
 
@@ -117,7 +117,7 @@ def rank_broadcasts(comm: Communicator, store: Store, counts: list[int]) -> obje
     return True
 
 
-@pytest.mark.parametrize("counts", [[100], [SMALL_BYTES // 8 + 1], [3, LARGE_BYTES // 4 + 5, 70_000, 1]])
+@pytest.mark.parametrize("counts", [[100], [SMALL_BYTES // 8 + 1], [3, ROUND_BYTES // 4 + 5, 70_000, 1]])
 def test_a_root_that_runs_ahead_overwrites_nothing(shm_pool: Any, counts: list[int]) -> None:
     assert all(shm_pool.run(rank_broadcasts, 3, counts=counts))
 
@@ -201,7 +201,7 @@ def rank_waits_elsewhere(comm: Communicator, store: Store, count: int, key: str)
     return torch.equal(x, total(2, count, torch.float32))
 
 
-@pytest.mark.parametrize("num_bytes", [1024, SMALL_BYTES + 4, 3 * LARGE_BYTES])
+@pytest.mark.parametrize("num_bytes", [1024, SMALL_BYTES + 4, 3 * ROUND_BYTES])
 def test_an_asynchronous_operation_goes_on_while_its_rank_waits_elsewhere(shm_pool: Any, num_bytes: int) -> None:
     assert shm_pool.run(
         rank_waits_elsewhere, 2, count=num_bytes // 4, key=f"elsewhere-{num_bytes}-{shm_pool.backend}"
@@ -310,7 +310,7 @@ def segments() -> list[str]:
 def rank_memory(comm: Communicator, store: Store, name: str) -> object:
     group = create_communicator("shm", rank=comm.rank, size=comm.size, rendezvous=store, group=name, timeout_s=20)
     with group:
-        group.all_reduce(torch.ones(LARGE_BYTES))
+        group.all_reduce(torch.ones(ROUND_BYTES))
         held = len(segments())
         named = [entry.name for entry in Path("/dev/shm").iterdir() if "phalanx" in entry.name]
     open_files = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]  # noqa: PTH115
