@@ -1,10 +1,11 @@
 """What HTTP costs over the engine alone: throughput of many requests, and the time to the first token of one.
 
-    python benchmarks/http_overhead.py [CONFIG] [--rounds 7] [--scale 1.0] [--json FILE]
+    python benchmarks/http_overhead.py [CONFIG] [--rounds 15] [--scale 1.0] [--json FILE]
 
 One process holds the engine and its server. The same work goes to the engine's own callers and, from a client in a
 process of its own, over HTTP, in turns: W2 as a whole, streamed, then single requests with the prompt of W1, one here
-and one there. The client takes the same cores as the server and the ranks, and is part of what is measured.
+and one there. The client takes the same cores as the server and the ranks, and is part of what is measured. Where other
+programs disturb the machine, what the processes took of its cores says more than the speeds do.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from phalanx.serve.app import HttpFront
 from phalanx.serve.bench.client import HttpClient, RequestForm
 from phalanx.serve.server import HttpServer, bind, url_of, with_bounds
 
-NUM_SINGLE = 20  # pairs of single requests in a round
+NUM_SINGLE = 10  # pairs of single requests in a round
 SINGLE_TOKENS = 4
 
 
 class Answered(NamedTuple):
-    """What came of requests that were sent at once. first_token_s: of each. cpu_s: that the client's process took."""
+    """What came of requests that were sent at once. first_token_s: of each. cpu_s: that the caller's process took."""
 
     elapsed_s: float
     first_token_s: list[float]
@@ -52,11 +53,13 @@ class Answered(NamedTuple):
 
 
 class Round(NamedTuple):
-    """tokens_per_s: of W2, by the engine alone and over HTTP. first_token_s: of single requests, in pairs."""
+    """tokens_per_s: of W2, by the engine alone and over HTTP. first_token_s: of single requests, in pairs. cpu_s: that
+    W2 took of the cores, in the process of engine and server alone and with HTTP, and in the client's; not in ranks'.
+    """
 
     tokens_per_s: tuple[float, float]
     first_token_s: list[tuple[float, float]]
-    client_cpu_s: float
+    cpu_s: tuple[float, float, float]
 
 
 def many_of(number: int, scale: float, vocab_size: int) -> list[RequestShape]:
@@ -71,9 +74,10 @@ def single_of(number: int, scale: float, vocab_size: int) -> list[RequestShape]:
 
 
 async def direct(engine: AsyncEngine, shapes: Sequence[RequestShape]) -> Answered:
-    began_s = time.perf_counter()
+    cpu_s, began_s = time.process_time(), time.perf_counter()
     played = await play(engine, shapes)
-    return Answered(time.perf_counter() - began_s, [each.token_s[0] for each in played], 0.0)
+    elapsed_s = time.perf_counter() - began_s
+    return Answered(elapsed_s, [each.token_s[0] for each in played], time.process_time() - cpu_s)
 
 
 async def over_http(client: HttpClient, form: RequestForm, shapes: Sequence[RequestShape]) -> Answered:
@@ -112,28 +116,30 @@ async def measure(engine: AsyncEngine, rounds: int, scale: float, console: Conso
         client = multiprocessing.get_context("spawn").Process(target=client_main, args=(theirs, url_of(bound)))
         client.start()
 
-        async def remote(shapes: Sequence[RequestShape]) -> Answered:
+        async def remote(shapes: Sequence[RequestShape]) -> tuple[Answered, float]:
+            cpu_s = time.process_time()
             ours.send(shapes)
-            return await loop.run_in_executor(None, ours.recv)
+            answered: Answered = await loop.run_in_executor(None, ours.recv)
+            return answered, time.process_time() - cpu_s
 
         vocab_size, found = engine.vocab_size, []
         for number in range(rounds + 1):  # the first warms up
             many = [many_of(2 * number + side, scale, vocab_size) for side in (0, 1)]
             num_tokens = sum(shape.max_tokens for shape in many[0])
             if number % 2:
-                inside, outside = await direct(engine, many[0]), await remote(many[1])
+                inside, (outside, server_cpu_s) = await direct(engine, many[0]), await remote(many[1])
             else:
-                outside, inside = await remote(many[0]), await direct(engine, many[1])
+                (outside, server_cpu_s), inside = await remote(many[0]), await direct(engine, many[1])
             pairs = []
             for place in range(2 * NUM_SINGLE * number, 2 * NUM_SINGLE * (number + 1), 2):
                 shapes = [single_of(place + side, scale, vocab_size) for side in (0, 1)]
                 if place % 4:
-                    alone, served = await direct(engine, shapes[0]), await remote(shapes[1])
+                    alone, (served, _) = await direct(engine, shapes[0]), await remote(shapes[1])
                 else:
-                    served, alone = await remote(shapes[0]), await direct(engine, shapes[1])
+                    (served, _), alone = await remote(shapes[0]), await direct(engine, shapes[1])
                 pairs.append((alone.first_token_s[0], served.first_token_s[0]))
             speeds = num_tokens / inside.elapsed_s, num_tokens / outside.elapsed_s
-            found.append(Round(speeds, pairs, outside.cpu_s))
+            found.append(Round(speeds, pairs, (inside.cpu_s, server_cpu_s, outside.cpu_s)))
             alone_ms, served_ms = (1e3 * statistics.median(each) for each in zip(*pairs, strict=True))
             console.print(
                 f"round {number}: {speeds[0]:.1f} and {speeds[1]:.1f} tokens/s, {alone_ms:.1f} and {served_ms:.1f} ms"
@@ -149,7 +155,7 @@ async def measure(engine: AsyncEngine, rounds: int, scale: float, console: Conso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/single.yaml"))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--scale", type=float, default=1.0, help="times all lengths of W2 and W1 in tokens")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -163,11 +169,14 @@ def main() -> None:
     pairs = [pair for each in found for pair in each.first_token_s]
     first_ms = [1e3 * statistics.median(pair[side] for pair in pairs) for side in (0, 1)]
     added_ms = 1e3 * statistics.median(served - alone for alone, served in pairs)
-    client_cpu_s = statistics.median(each.client_cpu_s for each in found)
+    cpu_s = [statistics.median(each.cpu_s[part] for each in found) for part in range(3)]
     table = Table("medians", "engine alone", "over HTTP", "difference", box=None)
     table.add_row("tokens/s, W2", f"{speeds[0]:.1f}", f"{speeds[1]:.1f}", f"x {ratio:.3f}")
     table.add_row("ms to the first token, W1", f"{first_ms[0]:.1f}", f"{first_ms[1]:.1f}", f"{added_ms:+.1f}")
-    table.add_row("client's CPU seconds, W2", "", f"{client_cpu_s:.2f}", "")
+    spent = f"{cpu_s[1]:.3f} + {cpu_s[2]:.3f} by the client"
+    table.add_row(
+        "CPU seconds beside the ranks, W2", f"{cpu_s[0]:.3f}", spent, f"{cpu_s[1] + cpu_s[2] - cpu_s[0]:+.3f}"
+    )
     Console().print(table)
     if arguments.json is not None:
         report = {
@@ -181,7 +190,7 @@ def main() -> None:
             "added_first_token_ms": added_ms,
             "tokens_per_s": {"engine_alone": speeds[0], "over_http": speeds[1]},
             "first_token_ms": {"engine_alone": first_ms[0], "over_http": first_ms[1]},
-            "client_cpu_s": client_cpu_s,
+            "cpu_s": {"engine_alone": cpu_s[0], "over_http": cpu_s[1], "client": cpu_s[2]},
             "rounds": [each._asdict() for each in found],
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,136 @@
+"""What tensor parallelism gains on one machine: two ranks of one thread, beside one rank of one and of two threads.
+
+    python benchmarks/tensor.py [--model smollm2-135m] [--rounds 7] [--scale 1.0] [--json FILE]
+
+All engines are up at once and take turns, W1 and W2, in an order that is reversed from round to round; an engine that
+has nothing to do takes no core. Ratios are medians over the rounds of what two ranks gained in the round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from phalanx.launcher.async_engine import AsyncEngine
+from phalanx.launcher.bench.jobs import scaled
+from phalanx.launcher.bench.report import processor
+from phalanx.launcher.bench.rounds import play, turned
+from phalanx.launcher.bench.workloads import RequestShape, workload
+from phalanx.launcher.config import load_config
+from phalanx.launcher.machine import this_machine
+
+ENGINES: dict[str, tuple[int, int]] = {  # tensor, threads of a rank
+    "1 rank, 1 thread": (1, 1),
+    "1 rank, 2 threads": (1, 2),
+    "tensor 2, 1 thread each": (2, 1),
+}
+OURS = "tensor 2, 1 thread each"
+
+
+class Reading(NamedTuple):
+    """token_s: of W1, the mean time between tokens. tokens_per_s: of W2."""
+
+    token_s: float
+    tokens_per_s: float
+
+
+def engine_of(model: str, dtype: str, tensor: int, threads: int) -> AsyncEngine:
+    sections: dict[str, Any] = {
+        "model": {"path": model, "dtype": dtype},
+        "cluster": {"ray": "none", "device": "cpu", "cpus_per_rank": threads},
+        "parallel": {"tensor": tensor},
+        "engine": {"kv_cache": "512MiB", "max_sequences": 64},
+    }
+    return AsyncEngine.from_config(load_config(sections), ranks_apart=True)
+
+
+async def read(engine: AsyncEngine, one: Sequence[RequestShape], many: Sequence[RequestShape]) -> Reading:
+    [single] = await play(engine, one)
+    token_s = (single.token_s[-1] - single.token_s[0]) / (len(single.token_s) - 1)
+    began_s = time.perf_counter()
+    await play(engine, many)
+    return Reading(token_s, sum(shape.max_tokens for shape in many) / (time.perf_counter() - began_s))
+
+
+async def measure(
+    engines: dict[str, AsyncEngine], rounds: int, scale: float, console: Console
+) -> dict[str, list[Reading]]:
+    found: dict[str, list[Reading]] = {name: [] for name in engines}
+    for number in range(rounds + 1):  # the first warms up
+        for name in list(engines)[:: -1 if number % 2 else 1]:
+            engine = engines[name]
+            shapes = [
+                [scaled(turned(shape, number), scale) for shape in workload(which, vocab_size=engine.vocab_size)]
+                for which in ("W1", "W2")
+            ]
+            found[name].append(await read(engine, *shapes))
+        words = ", ".join(
+            f"{1e3 * taken[-1].token_s:.1f} ms {taken[-1].tokens_per_s:.0f}/s" for taken in found.values()
+        )
+        console.print(f"round {number}: {words}")
+    return {name: taken[1:] for name, taken in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--scale", type=float, default=1.0, help="times all lengths of W1 and W2 in tokens")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    with ExitStack() as closes:
+        engines = {
+            name: closes.enter_context(closing(engine_of(arguments.model, arguments.dtype, *shape)))
+            for name, shape in ENGINES.items()
+        }
+        found = asyncio.run(measure(engines, arguments.rounds, arguments.scale, Console(stderr=True)))
+    gains = {
+        name: Reading(
+            statistics.median(other.token_s / ours.token_s for other, ours in zip(taken, found[OURS], strict=True)),
+            statistics.median(
+                ours.tokens_per_s / other.tokens_per_s for other, ours in zip(taken, found[OURS], strict=True)
+            ),
+        )
+        for name, taken in found.items()
+    }
+    table = Table("medians", "W1, ms a token", "W2, tokens/s", "tensor 2 against it, W1", "W2", box=None)
+    for name, taken in found.items():
+        table.add_row(
+            name,
+            f"{1e3 * statistics.median(each.token_s for each in taken):.1f}",
+            f"{statistics.median(each.tokens_per_s for each in taken):.0f}",
+            f"x {gains[name].token_s:.2f}",
+            f"x {gains[name].tokens_per_s:.2f}",
+        )
+    Console().print(table)
+    if arguments.json is not None:
+        report = {
+            "benchmark": "tensor",
+            "command": " ".join(["benchmarks/tensor.py", *sys.argv[1:]]),
+            "processor": processor(),
+            "cores": this_machine().num_cores,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "model": arguments.model,
+            "dtype": arguments.dtype,
+            "gains": {name: gain._asdict() for name, gain in gains.items()},
+            "rounds": {name: [each._asdict() for each in taken] for name, taken in found.items()},
+        }
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
