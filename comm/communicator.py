@@ -11,6 +11,7 @@ import torch
 
 from phalanx.comm.board import Call, RankStatus, WaitBoard
 from phalanx.comm.group import GroupSpec
+from phalanx.comm.names import in_range, profiled
 from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
 from phalanx.errors import CommError
 from phalanx.kernels.rms_norm import rms_norm
@@ -359,6 +360,8 @@ class Communicator(ABC):
     def _run(
         self, call: Call, result: Result, async_op: bool, start: Callable[..., Work], *arguments: object
     ) -> Result | Handle[Result]:
+        if profiled():
+            start = in_range(f"start {call[0]}", call[1], self.group, start)
         started_s = self._clock_s()
         self._num_open += 1
         try:
@@ -377,9 +380,10 @@ class Communicator(ABC):
             self._check_usable(self._describe(call))
         # A blocking call is exposed from its start; an asynchronous one while it started, and from here on.
         blocked_from_s = started_s if starting_s is None else self._clock_s() - starting_s
-        self._board.waiting = call
+        op, seq, peer, num_bytes = self._board.waiting = call
+        wait = in_range(op, seq, self.group, work.wait) if profiled() else work.wait
         try:
-            if not work.wait(self.timeout_s):
+            if not wait(self.timeout_s):
                 self._give_up(call)
         except (RuntimeError, ConnectionError) as error:
             self._fail(call, error)
@@ -387,7 +391,8 @@ class Communicator(ABC):
             self._board.waiting = None
         self._num_open -= 1
         ended_s = self._clock_s()
-        self.ledger.record(call[1], self.group, call[0], call[3], started_s, ended_s - blocked_from_s, ended_s)
+        peer = -1 if peer is None else peer
+        self.ledger.record(seq, self.group, op, num_bytes, started_s, ended_s - blocked_from_s, ended_s, peer)
 
     def _describe(self, call: Call) -> str:
         op, seq, peer, num_bytes = call

@@ -39,17 +39,19 @@ def test_what_is_taken_is_summed_by_layer_and_told_once() -> None:
     ledger.layer = 3
     ledger.record(2, "stage0", "all_reduce", 8, started_s=2.0, waited_s=1.0, ended_s=3.0)
     ledger.record(3, "stage0", "all_reduce", 4, started_s=3.0, waited_s=0.0, ended_s=5.0)
-    assert sorted(ledger.take()) == [
-        CommTotals(layer=-1, op="all_reduce", num_ops=1, num_bytes=8, exposed_us=0.5e6, hidden_us=0.5e6),
-        CommTotals(layer=3, op="all_reduce", num_ops=2, num_bytes=12, exposed_us=1e6, hidden_us=2e6),
+    assert sorted(ledger.take().totals) == [
+        CommTotals(
+            layer=-1, op="all_reduce", num_ops=1, num_bytes=8, exposed_us=0.5e6, hidden_us=0.5e6, group="stage0"
+        ),
+        CommTotals(layer=3, op="all_reduce", num_ops=2, num_bytes=12, exposed_us=1e6, hidden_us=2e6, group="stage0"),
     ]
-    assert ledger.take() == ()
+    assert ledger.take() == ((), (), 0, ())
     ledger.record(4, "stage0", "barrier", 0, 5.0, 1.0, 6.0)
-    assert [(each.op, each.num_ops) for each in ledger.take()] == [("barrier", 1)]
+    assert [(each.op, each.num_ops) for each in ledger.take().totals] == [("barrier", 1)]
 
 
 def test_what_has_given_way_is_not_taken() -> None:
     ledger = Ledger(capacity=2)
     for seq in range(5):
         ledger.record(seq, "world", "barrier", 0, 0.0, 0.0, 0.0)
-    assert [each.num_ops for each in ledger.take()] == [2]
+    assert [each.num_ops for each in ledger.take().totals] == [2]

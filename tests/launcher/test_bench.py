@@ -22,9 +22,11 @@ from typer.testing import CliRunner, Result
 
 from phalanx import AsyncEngine
 from phalanx.cli import app
+from phalanx.engine.clock import ClockReading
 from phalanx.engine.messages import RankReady, StageStep
 from phalanx.engine.request import Delta, RequestOutput
 from phalanx.engine.sampling_params import SamplingParams
+from phalanx.engine.trace_book import RankTrace
 from phalanx.errors import PhalanxError, RequestError
 from phalanx.launcher.bench.figures import Spread, percentile, read_figures
 from phalanx.launcher.bench.jobs import BenchOptions, plan_jobs, scaled
@@ -34,7 +36,9 @@ from phalanx.launcher.bench.rounds import measure, play, turned
 from phalanx.launcher.bench.stages import busy_shares, full_span
 from phalanx.launcher.bench.workloads import RequestShape, WorkloadName
 from phalanx.launcher.config import load_config
+from phalanx.launcher.trace import TracedRank, TracedRun
 from phalanx.models.resolve import ModelSource
+from phalanx.parallel.layout import RankPlace
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = LatencyLimits(time_to_first_token_s=1.0, time_per_output_token_s=0.5)
@@ -405,12 +409,24 @@ def test_the_plot_is_a_png_with_something_in_it(run: tuple[Result, Path]) -> Non
     assert len(picture) > 20_000
 
 
-def test_a_plot_of_replicas_and_of_rounds_without_steps(tmp_path: Path) -> None:
-    from phalanx.launcher.bench.plot import plot_rounds
+def test_a_plot_of_replicas_and_of_runs_without_steps(tmp_path: Path) -> None:
+    from phalanx.launcher.trace_plot import plot_runs
+
+    def run(*stages: Sequence[StageStep]) -> TracedRun:
+        return TracedRun(
+            tuple(
+                tuple(
+                    TracedRank(
+                        RankPlace(replica, rank, rank, 0), RankTrace(rank, tuple(mine), (), {}, ClockReading(), 0)
+                    )
+                    for rank, mine in enumerate(stages)
+                )
+                for replica in range(2)
+            )
+        )
 
     path = tmp_path / "out.png"
-    busy, idle = round_of(stages=[[FIRST, SECOND]] * 2), round_of(stages=[[(), ()]] * 2)
-    plot_rounds("title", [("busy", busy), ("idle", idle)], path)
+    plot_runs("title", [("busy", run(FIRST, SECOND)), ("idle", run((), ())), ("nobody", TracedRun(((),)))], path)
     assert path.read_bytes().startswith(PNG)
 
 
@@ -419,7 +435,7 @@ def test_a_plot_without_matplotlib_is_refused_before_a_start(
 ) -> None:
     for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "phalanx.launcher.bench.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "phalanx.launcher.trace_plot", raising=False)
     result = phalanx("bench", "latency", tiny_config, "--plot", tmp_path / "out.png")
     assert isinstance(result.exception, PhalanxError)
     assert "pip install 'phalanx[plot]'" in str(result.exception)
