@@ -6,7 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from phalanx.comm.board import WaitBoard
 
 
 class LedgerEntry(NamedTuple):
@@ -98,6 +101,7 @@ class Ledger:
         self.clock_s = clock_s
         self.step = -1
         self.layer = -1
+        self.boards: tuple[WaitBoard, ...] = ()  # of the groups that write here: what the rank waits for now
         self.num_recorded = 0
         self._num_taken = 0
         # Plain tuples: making a NamedTuple runs Python code, which is slow with cold caches, as between two layers.
@@ -124,6 +128,11 @@ class Ledger:
         self._entries.append(
             (self.step, self.layer, seq, group, op, num_bytes, started_s, waited_s, ended_s, peer, last)
         )
+
+    @property
+    def newest(self) -> LedgerEntry | None:
+        """The operation that ended last. May be read from any thread."""
+        return _entry(self._entries[-1]) if self._entries else None
 
     @property
     def num_dropped(self) -> int:
