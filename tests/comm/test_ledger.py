@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from phalanx.comm import Ledger, OpTotals
-from phalanx.comm.ledger import CommTotals
+from phalanx.comm.ledger import CommTotals, LateTotals
 
 
 def test_totals_are_sums_by_operation_and_step() -> None:
@@ -55,3 +55,22 @@ def test_what_has_given_way_is_not_taken() -> None:
     for seq in range(5):
         ledger.record(seq, "world", "barrier", 0, 0.0, 0.0, 0.0)
     assert [each.num_ops for each in ledger.take().totals] == [2]
+
+
+def test_what_was_waited_for_is_summed_by_whom() -> None:
+    ledger = Ledger()
+    ledger.record(1, "g", "all_reduce", 8, 0.0, 1.0, 1.0, last=2)
+    ledger.record(2, "g", "all_reduce", 8, 0.0, 2.0, 2.0, last=2)
+    ledger.record(1, "h", "recv", 8, 0.0, 4.0, 4.0, peer=2)
+    ledger.record(3, "g", "all_reduce", 8, 0.0, 8.0, 8.0)  # nobody knows for whom
+    assert sorted(ledger.take().late) == [LateTotals("g", 2, 2, 3e6), LateTotals("h", 2, 1, 4e6)]
+
+
+def test_the_entries_are_taken_with_the_totals_where_asked_for() -> None:
+    ledger = Ledger(capacity=2)
+    for seq in range(3):
+        ledger.record(seq, "g", "barrier", 0, 0.0, 0.0, 0.0)
+    taken = ledger.take(whole=True)
+    assert ([each.seq for each in taken.entries], taken.num_lost) == ([1, 2], 1)
+    ledger.record(3, "g", "barrier", 0, 0.0, 0.0, 0.0)
+    assert [each.seq for each in ledger.take(whole=True).entries] == [3]

@@ -334,7 +334,7 @@ def tiny_config(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     """All of `phalanx bench throughput` on two stages, and the directory with what it wrote."""
     folder = tmp_path_factory.mktemp("out")
-    files = ("--json", folder / "out.json", "--plot", folder / "out.png")
+    files = ("--json", folder / "out.json", "--plot", folder / "out.png", "--trace", folder / "trace.json")
     open_loop = ("--rate", 100, "--num-requests", 5, "--ttft-limit-ms", 1e6, "--tpot-limit-ms", 0)
     options = ("--scale", 0.1, "--rounds", 2, "--seed", 7, *open_loop, *files)
     result = phalanx("bench", "throughput", tiny_config, *options, "--set", "parallel.pipeline=2")
@@ -398,7 +398,7 @@ def test_the_json_has_the_readings_of_every_round(report: dict[str, Any]) -> Non
 def test_what_was_typed_is_kept_without_this_machines_paths(run: tuple[Result, Path], report: dict[str, Any]) -> None:
     assert report["command"].split("throughput ")[1] == (
         "tiny.yaml --rate 100.0 --num-requests 5 --ttft-limit-ms 1000000.0 --tpot-limit-ms 0.0 --rounds 2 --seed 7 "
-        "--scale 0.1 --json out.json --plot out.png --set parallel.pipeline=2"
+        "--scale 0.1 --json out.json --plot out.png --trace trace.json --set parallel.pipeline=2"
     )
     assert str(run[1].parent) not in (run[1] / "out.json").read_text()
 
@@ -407,6 +407,15 @@ def test_the_plot_is_a_png_with_something_in_it(run: tuple[Result, Path]) -> Non
     picture = (run[1] / "out.png").read_bytes()
     assert picture.startswith(PNG)
     assert len(picture) > 20_000
+
+
+def test_the_trace_has_the_last_round_of_each_workload(run: tuple[Result, Path], report: dict[str, Any]) -> None:
+    trace = json.loads((run[1] / "trace.json").read_text())
+    steps = [event["args"]["step"] for event in trace["traceEvents"] if event.get("cat") == "step"]
+    num_steps = sum(workload["rounds"][-1]["steps"] for workload in report["workloads"].values())
+    assert len(steps) == 2 * num_steps  # two ranks
+    assert len(set(steps)) == num_steps
+    assert {event["args"]["step"] for event in trace["traceEvents"] if event.get("cat") == "transfer"} == set(steps)
 
 
 def test_a_plot_of_replicas_and_of_runs_without_steps(tmp_path: Path) -> None:
