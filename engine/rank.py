@@ -248,7 +248,7 @@ class Rank:
             message = channel.receive(REPORT_S if times else None)
             if times and (message is None or times[-1].ended_s - times[0].started_s > MOST_REPORTED_S):
                 self._tell(channel, times, clock)
-                if message is not None:
+                if isinstance(message, StepPlan):
                     clock.refresh()  # while the engine is awake
                 times = []
             if isinstance(message, Shutdown):
@@ -266,7 +266,8 @@ class Rank:
             channel.send(StageReport(self._place.stage, steps, clock.reading()))
         taken = self.ledger.take(whole=self._spec.trace)
         if self._spec.layout.num_ranks > 1:
-            late = (each._replace(rank=self._groups[each.group][each.rank]) for each in taken.late)
+            known = (each for each in taken.late if each.group in self._groups)
+            late = (each._replace(rank=self._groups[each.group][each.rank]) for each in known)
             others = tuple(each for each in late if each.rank != rank)
             channel.send(CommReport(rank, steps[-1].step, taken.totals, others))
         if self._spec.trace:

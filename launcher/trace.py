@@ -62,8 +62,12 @@ Key = tuple[str, int, int, int]
 """Group, number, and for a send and its recv the two ends by their numbers in the group, else -1 twice."""
 
 
-def key_of(entry: LedgerEntry, rank: int, groups: Mapping[str, tuple[int, ...]]) -> Key:
-    """What the entries of one transfer have in common on all its ranks. rank: whose entry it is."""
+def key_of(entry: LedgerEntry, rank: int, groups: Mapping[str, tuple[int, ...]]) -> Key | None:
+    """What the entries of one transfer have in common on all its ranks; None for one of a group that the rank does not
+    know of, as one that a communicator made for itself. rank: whose entry it is.
+    """
+    if entry.group not in groups:
+        return None
     if entry.peer < 0:
         return entry.group, entry.seq, -1, -1
     own = groups[entry.group].index(rank)
@@ -80,7 +84,8 @@ def arrivals(replica: Sequence[TracedRank]) -> dict[Key, Arrival]:
     found: defaultdict[Key, list[tuple[LedgerEntry, RankTrace]]] = defaultdict(list)
     for _, trace in replica:
         for entry in trace.transfers:
-            found[key_of(entry, trace.rank, trace.groups)].append((entry, trace))
+            if (key := key_of(entry, trace.rank, trace.groups)) is not None:
+                found[key].append((entry, trace))
     return {key: _arrival(parts) for key, parts in found.items() if len(parts) == _num_ranks(key, parts[0][1])}
 
 

@@ -105,9 +105,12 @@ def _transfer_args(rank: TracedRank, entry: LedgerEntry, arrived: Mapping[Key, A
         "exposed_us": round(entry.waited_us, 3),
         "hidden_us": round(entry.hidden_us, 3),
     }
+    key = key_of(entry, rank.place.rank, groups)
+    if key is None:
+        return args
     if entry.peer >= 0:
         args["with_rank"] = groups[entry.group][entry.peer]
-    arrival = arrived.get(key_of(entry, rank.place.rank, groups))
+    arrival = arrived.get(key)
     if arrival is not None and arrival.last is not None:
         args["last_rank"] = arrival.last
         args["last_came_us_later"] = round(max(0.0, arrival.began_us - entry.started_us), 3)

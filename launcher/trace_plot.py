@@ -82,7 +82,7 @@ def _lanes(run: TracedRun) -> list[_Lane]:
 
 
 def _draw_axes(panel: Axes, lanes: Sequence[_Lane]) -> None:
-    panel.set_ylim(len(lanes) - 0.5, -0.5)  # stage 0 on top
+    panel.set_ylim(max(1, len(lanes)) - 0.5, -0.5)  # stage 0 on top
     panel.set_yticks(range(len(lanes)), [lane.label for lane in lanes], fontsize=9)
     panel.tick_params(axis="y", length=0)
     panel.tick_params(axis="x", labelsize=8, colors=GREY)

@@ -66,6 +66,7 @@ def generate(
     error.
     """
     from phalanx.engine.sampling_params import SamplingParams
+    from phalanx.launcher.bench.report import model_name
     from phalanx.launcher.commands.bench import check_outputs, plotter
     from phalanx.launcher.config import load_config
     from phalanx.launcher.generate_output import await_reports, print_as_json, print_as_text
@@ -101,12 +102,14 @@ def generate(
         inputs = [_chat(llm, line.prompt) if chat else line.prompt for line in lines]
         show = print_as_json if as_json else print_as_text
         show(llm, inputs, [line.params for line in lines])
-        await_reports(llm)
-        run = llm.traced()
-        if trace_file is not None:
-            write_trace(run, trace_file)
-        if plot_runs is not None and plot_file is not None:
-            plot_runs(f"{settings.model.path}, {llm.plan.layout}", [("generate", run)], plot_file)
+        if trace_file is not None or plot_file is not None:
+            if not await_reports(llm):
+                typer.echo("not all ranks have told of their last steps, which are not in the trace", err=True)
+            run = llm.traced()
+            if trace_file is not None:
+                write_trace(run, trace_file)
+            if plot_runs is not None and plot_file is not None:
+                plot_runs(f"{model_name(settings)}, {llm.plan.layout}", [("generate", run)], plot_file)
 
 
 def _text(prompt: str) -> str:

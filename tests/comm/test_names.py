@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch._C._distributed_c10d import Store
 
-from phalanx.comm import Communicator
-from phalanx.comm.names import profiled
+from phalanx.comm import Communicator, names
+from phalanx.comm.names import in_range, profiled
 
 
 def rank_profiled(comm: Communicator, store: Store) -> list[str]:
@@ -26,7 +27,18 @@ def rank_profiled(comm: Communicator, store: Store) -> list[str]:
 
 
 def test_the_profiler_sees_operations_by_the_ledgers_names(any_pool: Any) -> None:
-    for names in any_pool.run(rank_profiled, 2, fresh=True):
+    for seen in any_pool.run(rank_profiled, 2, fresh=True):
         for op in ("all_reduce", "fused_all_reduce_rms_norm", "all_gather", "barrier"):
-            assert names.count(op) == 1, (op, names)
-        assert names.count("start all_gather") == 1
+            assert seen.count(op) == 1, (op, seen)
+        assert seen.count("start all_gather") == 1
+
+
+def test_under_nsight_an_operation_is_a_range_of_its_name_however_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(names, "_UNDER_NSIGHT", True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
+    assert in_range("all_reduce", 7, "stage0", lambda x: x + 1)(2) == 3
+    with pytest.raises(ZeroDivisionError):
+        in_range("barrier", 8, "stage0", lambda: 1 // 0)()
+    assert calls == ["all_reduce #7 of stage0", "pop", "barrier #8 of stage0", "pop"]

@@ -182,6 +182,13 @@ def test_a_transfer_that_a_rank_has_not_told_of_is_nobodys() -> None:
     assert arrivals([rank_of(4, entry("barrier", 10.0, 30.0)), rank_of(5)]) == {}
 
 
+def test_groups_that_a_rank_does_not_know_of_are_shown_all_the_same() -> None:
+    inner = entry("send", 10.0, 30.0, peer=1)._replace(group="made by a communicator")
+    assert arrivals([rank_of(4, inner)]) == {}
+    (event,) = spans(trace_data(TracedRun(((rank_of(4, inner),),))), "transfer")
+    assert "with_rank" not in event["args"]
+
+
 def test_transfers_under_way_at_once_are_on_tracks_of_their_own() -> None:
     first, second, third = entry("send", 0.0, 10.0), entry("send", 5.0, 10.0), entry("send", 10.0, 1.0)
     assert lanes([third, second, first]) == [[first, third], [second]]
