@@ -63,9 +63,10 @@ class CommUse:
                     values[place] += value / steps / len(totals)
                 layers[each.layer] += each.exposed_us / steps
                 ranks[rank] += each.exposed_us / steps
-        late = Counter[int]()
+        late = defaultdict[int, float](float)
         for mine in (waits or {}).values():
-            late.update({rank: waited_us / steps for rank, waited_us in mine.items()})
+            for rank, waited_us in mine.items():
+                late[rank] += waited_us / steps
         return cls(
             steps=steps,
             ops=tuple(OpUse(op, *values, *_over_link(op, totals, links or {})) for op, values in sums.items()),
@@ -84,7 +85,7 @@ class CommUse:
 
 
 def comm_table(use: CommUse) -> Table:
-    """By operation, the layers that wait most, and the rank that the others wait for."""
+    """By operation; with what was achieved of the links between machines where their rates are known."""
     table = Table("of a step, mean of ranks", box=None)
     linked = any(each.link_bytes_per_s for each in use.ops)
     for name in ("times", "KB", "exposed, us", "hidden, us", *(["Mbit/s of the link's"] if linked else [])):
@@ -131,7 +132,6 @@ def comm_words(use: CommUse) -> Sequence[str]:
     late = sorted(((waited_us, rank) for rank, waited_us in use.waits), reverse=True)
     waits = sorted((waited_us, rank) for rank, waited_us in use.ranks)
     if late:
-        # Of the ranks' own time, not of the mean's: a rank may be waited for by many.
         if late[0][0] - (late[1][0] if len(late) > 1 else 0.0) > SMALLEST_GAP * sum(waited for waited, _ in waits):
             words.append(
                 f"the slowest is rank {late[0][1]}: the others together waited {late[0][0]:,.0f} us a step for it, "
