@@ -1,11 +1,14 @@
-"""Where each rank of a group waits, told to the others only when a wait takes long."""
+"""Where each rank of a group is, told to the others only when it stays there, and whom a long wait comes down to."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+from phalanx.comm.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -20,39 +23,60 @@ Call = tuple[str, int, int | None, int]
 
 
 class RankStatus(NamedTuple):
-    """What a rank published last. num_started: collectives it had started. waiting: whether it still waited there."""
+    """What a rank published last.
+
+    num_started: collectives of the board's group that it had started. waiting: whether it waited for another rank, in
+    the operation that follows; else that is the last it had to do with, `op` empty where there was none. peer: by its
+    number in `group`. layer, step: where it was, -1 outside.
+    """
 
     num_started: int
+    waiting: bool
+    group: str
     op: str
     seq: int
     peer: int | None
-    waiting: bool
+    layer: int
+    step: int
 
-    def __str__(self) -> str:
-        where = f"{self.op} #{self.seq}" + ("" if self.peer is None else f" with rank {self.peer}")
-        return f"waiting in {where}" if self.waiting else f"last seen waiting in {where}, no longer waiting there"
+    def told(self, group: str) -> str:
+        """As the end of a sentence about the rank, to one who waits in `group`."""
+        where = f"{self.op} #{self.seq}" + ("" if self.group == group else f" of group {self.group!r}")
+        if self.peer is not None and self.peer >= 0:
+            where += f" with rank {self.peer}" + ("" if self.group == group else " there")
+        layer = "" if self.layer < 0 else f" in layer {self.layer}"
+        step = "" if self.step < 0 else f" of step {self.step}"
+        if self.waiting:
+            return f"waiting in {where}{layer}"
+        last = f"last seen{layer}{step} after {where}" if self.op else f"last seen{layer}{step} before any transfer"
+        return f"not waiting for any rank: busy, stuck or dead; {last}"
 
 
 class WaitBoard:
     """This rank's notice on the group's store, and the reading of the others'.
 
-    On the fast path it costs two attribute writes: a thread looks in every `tick_s` seconds and publishes a wait that
-    it meets twice, so one that has lasted between one and two ticks.
+    On the fast path it costs two attribute writes: a thread looks in every `tick_s` seconds and publishes what has not
+    changed between two looks: a wait, in whichever group of the rank, or that it does something else.
     """
 
-    def __init__(self, store: Store | None, rank: int, size: int, tick_s: float) -> None:
+    def __init__(self, store: Store | None, group: str, rank: int, size: int, ledger: Ledger, tick_s: float) -> None:
+        """ledger: of all groups of the rank."""
         self.waiting: Call | None = None
         self.num_started = 0
+        self.group = group
         self._store = store
         self._rank = rank
         self._size = size
+        self._ledger = ledger
         self._tick_s = tick_s
         self._closed = threading.Event()
         if store is not None:
+            ledger.boards = (*ledger.boards, self)
             threading.Thread(target=self._watch, name=f"phalanx-waits-{rank}", daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
+        self._ledger.boards = tuple(board for board in self._ledger.boards if board is not self)
 
     def read_others(self) -> dict[int, RankStatus]:
         """What the others published, once those that began to wait just before this call have had time to.
@@ -78,23 +102,69 @@ class WaitBoard:
 
     def _watch(self) -> None:
         assert self._store is not None
-        seen: Call | None = None
-        published: Call | None = None
+        seen: RankStatus | None = None
+        published: RankStatus | None = None
         while not self._closed.wait(self._tick_s):
-            now = self.waiting
+            now = self._look()
             try:
-                if published is not None and now is not published:
-                    self._publish(self._store, published, waiting=False)
-                    published = None
-                if now is not None and now is seen and now is not published:
-                    self._publish(self._store, now, waiting=True)
+                if published is not None and published.waiting and now != published:
+                    published = published._replace(waiting=False)  # no longer there
+                    self._publish(self._store, published)
+                if now == seen and now != published:
+                    self._publish(self._store, now)
                     published = now
             except RuntimeError:
                 return  # the store is gone, and with it the readers of this board
             seen = now
 
-    def _publish(self, store: Store, call: Call, *, waiting: bool) -> None:
-        store.set(_key(self._rank), json.dumps((self.num_started, *call[:3], waiting)))
+    def _look(self) -> RankStatus:
+        ledger = self._ledger
+        for board in (self, *ledger.boards):
+            if (call := board.waiting) is not None:
+                return RankStatus(self.num_started, True, board.group, *call[:3], ledger.layer, ledger.step)
+        last = ledger.newest
+        if last is None:
+            return RankStatus(self.num_started, False, self.group, "", 0, None, ledger.layer, ledger.step)
+        return RankStatus(self.num_started, False, last.group, last.op, last.seq, last.peer, ledger.layer, ledger.step)
+
+    def _publish(self, store: Store, status: RankStatus) -> None:
+        store.set(_key(self._rank), json.dumps(status))
+
+
+class Causes(NamedTuple):
+    """What a wait comes down to, by numbers in the group. guilty: ranks that wait for nobody, or were never seen to.
+    elsewhere: ranks that wait in other groups. Neither: the ranks wait for each other.
+    """
+
+    guilty: tuple[int, ...]
+    elsewhere: tuple[int, ...]
+
+
+def find_causes(
+    missing: Sequence[int], statuses: Mapping[int, RankStatus], group: str, size: int, rank: int, num_started: int
+) -> Causes:
+    """Follows the waits of the `missing` to the ranks that those wait for in turn, as far as it goes.
+
+    statuses: of the others, as far as they are known. rank, num_started: who asks, which waits itself.
+    """
+    started = {rank: num_started, **{other: status.num_started for other, status in statuses.items()}}
+    following, met = list(missing), {rank}
+    guilty, elsewhere = [], []
+    while following:
+        other = following.pop()
+        if other in met:
+            continue
+        met.add(other)
+        status = statuses.get(other)
+        if status is None or not status.waiting:
+            guilty.append(other)
+        elif status.group != group:
+            elsewhere.append(other)
+        elif status.peer is not None:
+            following.append(status.peer)
+        else:
+            following += [each for each in range(size) if started.get(each, -1) < status.seq]
+    return Causes(tuple(sorted(guilty)), tuple(sorted(elsewhere)))
 
 
 def _key(rank: int) -> str:

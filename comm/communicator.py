@@ -9,8 +9,9 @@ from typing import ClassVar, Generic, Literal, NoReturn, Self, TypeVar, overload
 
 import torch
 
-from phalanx.comm.board import Call, RankStatus, WaitBoard
+from phalanx.comm.board import Call, Causes, RankStatus, WaitBoard, find_causes
 from phalanx.comm.group import GroupSpec
+from phalanx.comm.names import in_range, profiled
 from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
 from phalanx.errors import CommError
 from phalanx.kernels.rms_norm import rms_norm
@@ -94,7 +95,9 @@ class Communicator(ABC):
         self._num_open = 0
         self._num_sent: dict[tuple[str, int], int] = {}
         tick_s = min(0.5, spec.timeout_s / 8)
-        self._board = WaitBoard(spec.store if spec.size > 1 else None, spec.rank, spec.size, tick_s)
+        self._board = WaitBoard(
+            spec.store if spec.size > 1 else None, spec.name, spec.rank, spec.size, spec.ledger, tick_s
+        )
         weakref.finalize(self, self._board.close)
 
     # ---- operations ----
@@ -359,6 +362,8 @@ class Communicator(ABC):
     def _run(
         self, call: Call, result: Result, async_op: bool, start: Callable[..., Work], *arguments: object
     ) -> Result | Handle[Result]:
+        if profiled():
+            start = in_range(f"start {call[0]}", call[1], self.group, start)
         started_s = self._clock_s()
         self._num_open += 1
         try:
@@ -377,9 +382,10 @@ class Communicator(ABC):
             self._check_usable(self._describe(call))
         # A blocking call is exposed from its start; an asynchronous one while it started, and from here on.
         blocked_from_s = started_s if starting_s is None else self._clock_s() - starting_s
-        self._board.waiting = call
+        op, seq, peer, num_bytes = self._board.waiting = call
+        wait = in_range(op, seq, self.group, work.wait) if profiled() else work.wait
         try:
-            if not work.wait(self.timeout_s):
+            if not wait(self.timeout_s):
                 self._give_up(call)
         except (RuntimeError, ConnectionError) as error:
             self._fail(call, error)
@@ -387,12 +393,14 @@ class Communicator(ABC):
             self._board.waiting = None
         self._num_open -= 1
         ended_s = self._clock_s()
-        self.ledger.record(call[1], self.group, call[0], call[3], started_s, ended_s - blocked_from_s, ended_s)
+        peer = -1 if peer is None else peer
+        self.ledger.record(seq, self.group, op, num_bytes, started_s, ended_s - blocked_from_s, ended_s, peer)
 
     def _describe(self, call: Call) -> str:
         op, seq, peer, num_bytes = call
         ranks = "" if peer is None else f" {'to' if op == 'send' else 'from'} rank {peer}"
-        return f"{op} #{seq}{ranks} of group {self.group!r} ({num_bytes:,} bytes)"
+        layer = "" if self.ledger.layer < 0 else f" in layer {self.ledger.layer}"
+        return f"{op} #{seq}{ranks} of group {self.group!r}{layer} ({num_bytes:,} bytes)"
 
     def _fail(self, call: Call, error: Exception) -> NoReturn:
         what, peer = self._describe(call), call[2]
@@ -412,23 +420,21 @@ class Communicator(ABC):
     def _give_up(self, call: Call) -> NoReturn:
         what, (op, seq, peer, _) = self._describe(call), call
         statuses = self._board.read_others()
-        missing: list[int] = []
-        notes: list[str] = []
-        for rank in range(self.size) if peer is None else [peer]:
-            if rank == self.rank:
-                continue
-            status = statuses.get(rank)
-            arrived = peer is None and status is not None and status.num_started >= seq
-            if not arrived:
-                missing.append(rank)
-            notes.append(f"rank {rank} {_whereabouts(op, seq, status, arrived)}")
-        names = ", ".join(f"rank {rank}" for rank in missing) or "no rank: all have started it"
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        arrived = [rank for rank in others if peer is None and rank in statuses and statuses[rank].num_started >= seq]
+        missing = [rank for rank in others if rank not in arrived] if peer is None else [peer]
+        causes = find_causes(missing, statuses, self.group, self.size, self.rank, self._board.num_started)
+        told = others if peer is None else sorted({peer, *causes.guilty, *causes.elsewhere})
+        notes = [
+            f"rank {rank} {_whereabouts(op, seq, self.group, statuses.get(rank), rank in arrived)}" for rank in told
+        ]
         self._break(f"{what} waited longer than {self.timeout_s:g} s")
         raise WaitTimeoutError(
-            f"{what} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: {names} "
-            f"({'; '.join(notes)}). The cause is most likely a rank that does not "
-            "wait itself; if that one is only slow, raise the limit (timeout_s)",
+            f"{what} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: "
+            f"{_ranks(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). {_verdict(causes)}; if that "
+            "is only slow, raise the limit (timeout_s)",
             missing,
+            causes.guilty,
         )
 
     def _break(self, why: str) -> None:
@@ -438,9 +444,21 @@ class Communicator(ABC):
         self._abort()
 
 
-def _whereabouts(op: str, seq: int, status: RankStatus | None, arrived: bool) -> str:
+def _whereabouts(op: str, seq: int, group: str, status: RankStatus | None, arrived: bool) -> str:
     if status is None:
-        return "is not waiting in this group: busy, stuck or dead"
-    if arrived and status.seq == seq and status.peer is None and status.op != op:
+        return "is not waiting for any rank: busy, stuck or dead"
+    if arrived and status.group == group and status.seq == seq and status.peer is None and status.op != op:
         return f"called {status.op} as #{status.seq}: the ranks do not make the same calls"
-    return f"{'has started it, ' if arrived else 'is '}{status}"
+    return f"{'has started it, ' if arrived else 'is '}{status.told(group)}"
+
+
+def _verdict(causes: Causes) -> str:
+    if causes.guilty:
+        return f"The cause is most likely {_ranks(causes.guilty)}, not seen waiting for anybody"
+    if causes.elsewhere:
+        return f"The cause lies in another group, where {_ranks(causes.elsewhere)} waits"
+    return "The ranks wait for each other: they do not make the same calls in the same order"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ", ".join(f"rank {rank}" for rank in ranks)

@@ -6,7 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from phalanx.comm.board import WaitBoard
 
 
 class LedgerEntry(NamedTuple):
@@ -28,6 +31,8 @@ class LedgerEntry(NamedTuple):
     started_us: float
     waited_us: float
     total_us: float
+    peer: int = -1
+    last: int = -1
 
     @property
     def hidden_us(self) -> float:
@@ -45,7 +50,9 @@ class OpTotals(NamedTuple):
 
 
 class CommTotals(NamedTuple):
-    """Sums over operations of one kind in one layer, -1 for what belongs to none, in microseconds and bytes."""
+    """Sums over operations of one kind in one layer, -1 for what belongs to none, and one group, in microseconds and
+    bytes.
+    """
 
     layer: int
     op: str
@@ -53,6 +60,34 @@ class CommTotals(NamedTuple):
     num_bytes: int
     exposed_us: float
     hidden_us: float
+    group: str = ""
+
+
+class LateTotals(NamedTuple):
+    """What a rank waited for another one: for the last to arrive in a collective, for the other end of a recv or send.
+
+    rank: that one, by its number in `group`.
+    """
+
+    group: str
+    rank: int
+    num_ops: int
+    exposed_us: float
+
+
+class Taken(NamedTuple):
+    """What was recorded since the last time it was taken. num_lost: operations that are not in it, because newer ones
+    took their place. entries: all that are, the oldest first, where they were asked for.
+    """
+
+    totals: tuple[CommTotals, ...]
+    late: tuple[LateTotals, ...]
+    num_lost: int
+    entries: tuple[LedgerEntry, ...] = ()
+
+
+# Of an entry, in its order, but for the times: started, waited and ended, in seconds.
+_Recorded = tuple[int, int, int, str, str, int, float, float, float, int, int]
 
 
 class Ledger:
@@ -66,21 +101,38 @@ class Ledger:
         self.clock_s = clock_s
         self.step = -1
         self.layer = -1
+        self.boards: tuple[WaitBoard, ...] = ()  # of the groups that write here: what the rank waits for now
         self.num_recorded = 0
         self._num_taken = 0
         # Plain tuples: making a NamedTuple runs Python code, which is slow with cold caches, as between two layers.
-        self._entries: deque[tuple[int, int, int, str, str, int, float, float, float]] = deque(maxlen=capacity)
+        self._entries: deque[_Recorded] = deque(maxlen=capacity)
 
     def begin_step(self, step: int) -> None:
         """Operations recorded from now on belong to `step`."""
         self.step = step
 
     def record(
-        self, seq: int, group: str, op: str, num_bytes: int, started_s: float, waited_s: float, ended_s: float
+        self,
+        seq: int,
+        group: str,
+        op: str,
+        num_bytes: int,
+        started_s: float,
+        waited_s: float,
+        ended_s: float,
+        peer: int = -1,
+        last: int = -1,
     ) -> None:
         """Writes down an operation. started_s, ended_s: by the ledger's clock. waited_s: seconds that it blocked."""
         self.num_recorded += 1
-        self._entries.append((self.step, self.layer, seq, group, op, num_bytes, started_s, waited_s, ended_s))
+        self._entries.append(
+            (self.step, self.layer, seq, group, op, num_bytes, started_s, waited_s, ended_s, peer, last)
+        )
+
+    @property
+    def newest(self) -> LedgerEntry | None:
+        """The operation that ended last. May be read from any thread."""
+        return _entry(self._entries[-1]) if self._entries else None
 
     @property
     def num_dropped(self) -> int:
@@ -89,26 +141,36 @@ class Ledger:
 
     def entries(self, step: int | None = None) -> list[LedgerEntry]:
         """The operations held, in the order they ended; of one step only where `step` is given."""
-        return [
-            LedgerEntry(of, layer, seq, group, op, size, start_s * 1e6, waited_s * 1e6, (end_s - start_s) * 1e6)
-            for of, layer, seq, group, op, size, start_s, waited_s, end_s in self._entries
-            if step is None or of == step
-        ]
+        return [_entry(each) for each in self._entries if step is None or each[0] == step]
 
-    def take(self) -> tuple[CommTotals, ...]:
-        """Totals of what was recorded since the last call, by layer and operation; of no more than is still held."""
-        totals: dict[tuple[int, str], list[float]] = {}
-        num_new = min(self.num_recorded - self._num_taken, len(self._entries))
+    def take(self, *, whole: bool = False) -> Taken:
+        """Totals of what was recorded since the last call, by layer, operation and group, and by who was waited for;
+        of no more than is still held. whole: with the entries themselves.
+        """
+        totals: dict[tuple[int, str, str], list[float]] = {}
+        late: dict[tuple[str, int], list[float]] = {}
+        num_new = self.num_recorded - self._num_taken
+        num_held = min(num_new, len(self._entries))
         self._num_taken = self.num_recorded
-        for _, layer, _, _, op, size, start_s, waited_s, end_s in islice(reversed(self._entries), num_new):
-            sums = totals.setdefault((layer, op), [0, 0, 0.0, 0.0])
+        recorded = list(islice(reversed(self._entries), num_held))
+        for _, layer, _, group, op, size, start_s, waited_s, end_s, peer, last in recorded:
+            sums = totals.setdefault((layer, op, group), [0, 0, 0.0, 0.0])
             sums[0] += 1
             sums[1] += size
             sums[2] += waited_s
             sums[3] += end_s - start_s - waited_s
-        return tuple(
-            CommTotals(layer, op, int(count), int(size), exposed_s * 1e6, hidden_s * 1e6)
-            for (layer, op), (count, size, exposed_s, hidden_s) in totals.items()
+            if (other := max(peer, last)) >= 0:
+                waits = late.setdefault((group, other), [0, 0.0])
+                waits[0] += 1
+                waits[1] += waited_s
+        return Taken(
+            tuple(
+                CommTotals(layer, op, int(count), int(size), exposed_s * 1e6, hidden_s * 1e6, group)
+                for (layer, op, group), (count, size, exposed_s, hidden_s) in totals.items()
+            ),
+            tuple(LateTotals(*key, int(count), waited_s * 1e6) for key, (count, waited_s) in late.items()),
+            num_new - num_held,
+            tuple(_entry(each) for each in reversed(recorded)) if whole else (),
         )
 
     def summary(self, step: int | None = None) -> dict[str, OpTotals]:
@@ -123,3 +185,9 @@ class Ledger:
                 so_far.hidden_us + entry.hidden_us,
             )
         return totals
+
+
+def _entry(recorded: _Recorded) -> LedgerEntry:
+    step, layer, seq, group, op, size, start_s, waited_s, end_s, peer, last = recorded
+    times_us = start_s * 1e6, waited_s * 1e6, (end_s - start_s) * 1e6
+    return LedgerEntry(step, layer, seq, group, op, size, *times_us, peer, last)

@@ -188,7 +188,7 @@ def local_address(towards: str | None = None, interface: str | None = None) -> s
     and for a host that cannot be resolved or reached.
     """
     if interface is not None:
-        address = _interface_addresses().get(interface)
+        address = interface_addresses().get(interface)
         if address is None:
             known = any(name == interface for _, name in socket.if_nameindex())
             problem = "has no address" if known else "does not exist"
@@ -208,7 +208,7 @@ def local_address(towards: str | None = None, interface: str | None = None) -> s
         ) from error
 
 
-def _interface_addresses() -> dict[str, str]:
+def interface_addresses() -> dict[str, str]:
     """Address by interface: IPv4 where it has one, else its first IPv6 one that is not link-local."""
     addresses: dict[str, str] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -227,7 +227,7 @@ def _interface_addresses() -> dict[str, str]:
 
 
 def _interface_table() -> str:
-    return ", ".join(f"{name} ({address})" for name, address in _interface_addresses().items())
+    return ", ".join(f"{name} ({address})" for name, address in interface_addresses().items())
 
 
 def _first_line(error: Exception) -> str:

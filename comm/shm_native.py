@@ -13,6 +13,7 @@ import torch
 from phalanx.comm.board import Call
 from phalanx.comm.communicator import FUSED, Handle, ReduceOp
 from phalanx.comm.group import GroupSpec
+from phalanx.comm.names import in_range, profiled
 from phalanx.comm.native import find_native
 from phalanx.comm.shm import ShmCommunicator
 from phalanx.comm.shm_calls import DTYPE_CODES, WINDOW, unlike_error
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Failure = tuple[int, int, int, int]
+Ended = int | Failure  # who arrived last, or what went wrong
 
 _NORMED = (torch.bfloat16, torch.float16, torch.float32)
 _LATE, _ABORTED, _LEFT, _ENDED, _UNLIKE = range(1, 6)  # `End` in `csrc/waiter.hpp`
@@ -68,18 +70,19 @@ class NativeShmCommunicator(ShmCommunicator):
             or not num_bytes
             or not x.is_cpu
             or not x.is_contiguous()
+            or profiled()
         ):
             return super().all_reduce(x, op=op, async_op=async_op)  # type: ignore[call-overload, no-any-return]
         board = self._board
         board.num_started = seq = board.num_started + 1
         board.waiting = call = ("all_reduce", seq, None, num_bytes)
         started_s = self._clock_s()
-        failure = self._group.all_reduce(x.data_ptr(), num_bytes, code, False, self.timeout_s)
-        if failure is not None:
-            self._explain(call, failure)
+        last = self._group.all_reduce(x.data_ptr(), num_bytes, code, False, self.timeout_s)
+        if isinstance(last, tuple):
+            self._explain(call, last)
         board.waiting = None
         ended_s = self._clock_s()
-        self.ledger.record(seq, self.group, "all_reduce", num_bytes, started_s, ended_s - started_s, ended_s)
+        self.ledger.record(seq, self.group, "all_reduce", num_bytes, started_s, ended_s - started_s, ended_s, -1, last)
         return x
 
     def fused_all_reduce_rms_norm(
@@ -106,15 +109,19 @@ class NativeShmCommunicator(ShmCommunicator):
         self._run_native(call, getattr(self, f"_native_{op}"), *arguments)
         return result
 
-    def _run_native(self, call: Call, native: Callable[..., Failure | None], *arguments: object) -> None:
+    def _run_native(self, call: Call, native: Callable[..., Ended], *arguments: object) -> None:
+        op, seq, peer, num_bytes = call
         self._board.waiting = call
         started_s = self._clock_s()
-        failure = native(*arguments)
-        if failure is not None:
-            self._explain(call, failure)
+        if profiled():
+            native = in_range(op, seq, self.group, native)
+        last = native(*arguments)
+        if isinstance(last, tuple):
+            self._explain(call, last)
         self._board.waiting = None
         ended_s = self._clock_s()
-        self.ledger.record(call[1], self.group, call[0], call[3], started_s, ended_s - started_s, ended_s)
+        peer = -1 if peer is None else peer
+        self.ledger.record(seq, self.group, op, num_bytes, started_s, ended_s - started_s, ended_s, peer, last)
 
     def _explain(self, call: Call, failure: Failure) -> NoReturn:
         """Raises what the same failure raises without the library."""
@@ -141,31 +148,29 @@ class NativeShmCommunicator(ShmCommunicator):
             return self._collectives
         return self._sends[peer] if op == "send" else self._receives[peer]
 
-    def _native_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Failure | None:
+    def _native_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Ended:
         return self._group.all_reduce(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], op == "max", self.timeout_s)
 
-    def _native_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Failure | None:
+    def _native_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Ended:
         row_bytes = output.nbytes // output.shape[0]
         counts = [rows * row_bytes for rows in sizes or [x.shape[0]] * self.size]
         return self._group.all_gather(output.data_ptr(), x.data_ptr(), counts, DTYPE_CODES[x.dtype], self.timeout_s)
 
-    def _native_reduce_scatter(
-        self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None
-    ) -> Failure | None:
+    def _native_reduce_scatter(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Ended:
         row = x.numel() // x.shape[0]
         counts = [rows * row for rows in sizes or [output.shape[0]] * self.size]
         return self._group.reduce_scatter(output.data_ptr(), x.data_ptr(), counts, DTYPE_CODES[x.dtype], self.timeout_s)
 
-    def _native_broadcast(self, x: torch.Tensor, root: int) -> Failure | None:
+    def _native_broadcast(self, x: torch.Tensor, root: int) -> Ended:
         return self._group.broadcast(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], root, self.timeout_s)
 
-    def _native_barrier(self) -> Failure | None:
+    def _native_barrier(self) -> Ended:
         return self._group.barrier(self.timeout_s)
 
-    def _native_send(self, x: torch.Tensor, to: int) -> Failure | None:
+    def _native_send(self, x: torch.Tensor, to: int) -> Ended:
         return self._group.send(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], to, self.timeout_s)
 
-    def _native_recv(self, x: torch.Tensor, source: int) -> Failure | None:
+    def _native_recv(self, x: torch.Tensor, source: int) -> Ended:
         self._num_posted_slots[source] += -(-x.nbytes // RING_BYTES)
         return self._group.recv(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], source, self.timeout_s)
 

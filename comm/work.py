@@ -34,10 +34,13 @@ FINISHED = FinishedWork()
 
 
 class WaitTimeoutError(CommError):
-    """An operation that waited longer than its limit. `missing_ranks`: those in the group that had not arrived."""
+    """An operation that waited longer than its limit. `missing_ranks`: those in the group that had not arrived.
+    `guilty_ranks`: those that were not seen waiting themselves, among the missing and those they wait for in turn.
+    """
 
-    def __init__(self, message: str, missing_ranks: Sequence[int]) -> None:
+    def __init__(self, message: str, missing_ranks: Sequence[int], guilty_ranks: Sequence[int] = ()) -> None:
         super().__init__(message)
+        self.guilty_ranks = tuple(guilty_ranks)
         self.missing_ranks = tuple(missing_ranks)
 
 

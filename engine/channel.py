@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from types import TracebackType
 from typing import Self
 
 import msgspec
 import zmq
 
-from phalanx.engine.messages import ToEngine, ToRank
+from phalanx.engine.clock import ClockExchange
+from phalanx.engine.messages import ClockAnswer, ClockAsk, ToEngine, ToRank
 from phalanx.errors import PhalanxError
 
 LINGER_MS = 1000  # how long a closing side waits for its last words (Shutdown, RankFailed) to leave
@@ -19,15 +21,16 @@ LINGER_MS = 1000  # how long a closing side waits for its last words (Shutdown, 
 class EngineChannel:
     """The engine's end: one socket for all ranks of a replica.
 
-    A message from anyone who does not know the formation's secret is dropped unread. Used from one thread, but for
-    `wake`. woken: whether the last `receive` ended because of that.
+    A message from anyone who does not know the formation's secret is dropped unread. Ranks that ask for the time are
+    answered while something is received. Used from one thread, but for `wake`. woken: whether the last `receive` ended
+    because of that.
     """
 
     def __init__(self, address: str, secret: str) -> None:
         """Binds to a free port of `address`, an address of this machine that every rank can reach."""
         self._secret = secret.encode()
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._decoder = msgspec.msgpack.Decoder(ToEngine | ClockAsk)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -62,17 +65,27 @@ class EngineChannel:
 
     def receive(self, timeout_s: float) -> ToEngine | None:
         """The next message of any rank, or None if none came in time or someone called `wake`."""
-        ready = dict(self._poller.poll(int(timeout_s * 1000)))
-        self.woken = self._wake_in.fileno() in ready
-        if self.woken:
-            self._wake_in.recv(4096)
-        if self._socket not in ready:
-            return None
-        identity, *parts = self._socket.recv_multipart()
-        if len(parts) != 1 or not identity.startswith(self._secret + b":"):
-            return None
-        message: ToEngine = self._decoder.decode(parts[0])
-        return message
+        until_s = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, until_s - time.monotonic())
+            ready = dict(self._poller.poll(int(left_s * 1000)))
+            heard_s = time.perf_counter()
+            self.woken = self._wake_in.fileno() in ready
+            if self.woken:
+                self._wake_in.recv(4096)
+            if self._socket not in ready:
+                return None
+            identity, *parts = self._socket.recv_multipart()
+            if len(parts) != 1 or not identity.startswith(self._secret + b":"):
+                return None
+            message: ToEngine | ClockAsk = self._decoder.decode(parts[0])
+            if not isinstance(message, ClockAsk):
+                return message
+            answer = ClockAnswer(message.asked_s, heard_s, time.perf_counter())
+            with contextlib.suppress(zmq.ZMQError):  # who asked is gone
+                self._socket.send_multipart([identity, self._encoder.encode(answer)])
+            if self.woken:
+                return None
 
     def close(self) -> None:
         self._context.destroy(linger=LINGER_MS)
@@ -95,11 +108,18 @@ class RankChannel:
         """Connects to the engine's address; ZMQ keeps trying until it answers."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToRank)
+        self._answers = msgspec.msgpack.Decoder(ClockAnswer)
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, _identity(secret.encode(), rank))
-        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
-        self._socket.connect(engine)
+        self._socket = self._connect(engine, _identity(secret.encode(), rank))
+        # Of its own: another thread asks for the time, while the rank computes.
+        self._clock = self._connect(engine, _identity(secret.encode(), rank) + b":clock")
+
+    def _connect(self, engine: str, identity: bytes) -> zmq.Socket[bytes]:
+        made = self._context.socket(zmq.DEALER)
+        made.setsockopt(zmq.IDENTITY, identity)
+        made.setsockopt(zmq.LINGER, LINGER_MS)
+        made.connect(engine)
+        return made
 
     def send(self, message: ToEngine) -> None:
         self._socket.send(self._encoder.encode(message))
@@ -110,6 +130,18 @@ class RankChannel:
             return None
         message: ToRank = self._decoder.decode(self._socket.recv())
         return message
+
+    def ask_time(self, timeout_s: float) -> ClockExchange | None:
+        """Asks for the engine's time; None where no answer comes within the limit. From one thread at a time."""
+        asked_s = time.perf_counter()
+        self._clock.send(msgspec.msgpack.encode(ClockAsk(asked_s)))
+        until_s = time.monotonic() + timeout_s
+        while self._clock.poll(int(max(0.0, until_s - time.monotonic()) * 1000)):
+            had_s = time.perf_counter()
+            answer = self._answers.decode(self._clock.recv())
+            if answer.asked_s == asked_s:  # else one that came too late for the question before
+                return ClockExchange(asked_s, answer.heard_s, answer.answered_s, had_s)
+        return None
 
     def close(self) -> None:
         self._context.destroy(linger=LINGER_MS)

@@ -9,14 +9,17 @@ from phalanx.comm.ledger import CommTotals
 from phalanx.engine.messages import CommReport
 
 RankTotals = Mapping[int, tuple[CommTotals, ...]]
-"""By rank: one a layer and operation, in the order of layers; -1 is what belongs to none."""
+"""By rank: one a layer, operation and group, in the order of layers; -1 is what belongs to none."""
+Waits = Mapping[int, Mapping[int, float]]
+"""By rank: microseconds that it waited for another, by that one's number, as far as it knows for whom."""
 
 
 class CommBook:
     """Sums since the start. May be read from any thread."""
 
     def __init__(self) -> None:
-        self._totals: dict[int, dict[tuple[int, str], CommTotals]] = {}
+        self._totals: dict[int, dict[tuple[int, str, str], CommTotals]] = {}
+        self._waits: dict[int, dict[int, float]] = {}
         self._last_steps: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -25,8 +28,11 @@ class CommBook:
             self._last_steps[report.rank] = report.last_step
             totals = self._totals.setdefault(report.rank, {})
             for each in report.totals:
-                key = each.layer, each.op
+                key = _key(each)
                 totals[key] = _sum(totals.get(key), each)
+            waits = self._waits.setdefault(report.rank, {})
+            for late in report.late:
+                waits[late.rank] = waits.get(late.rank, 0.0) + late.exposed_us
 
     @property
     def last_step(self) -> int:
@@ -38,24 +44,38 @@ class CommBook:
         with self._lock:
             return {rank: tuple(totals[key] for key in sorted(totals)) for rank, totals in sorted(self._totals.items())}
 
+    def waits(self) -> Waits:
+        with self._lock:
+            return {rank: dict(waits) for rank, waits in sorted(self._waits.items())}
+
+
+def waits_between(before: Waits, after: Waits) -> Waits:
+    """What came between two readings of a book."""
+    return {
+        rank: {other: waited_us - before.get(rank, {}).get(other, 0.0) for other, waited_us in waits.items()}
+        for rank, waits in after.items()
+    }
+
 
 def between(before: RankTotals, after: RankTotals) -> RankTotals:
     """What came between two readings of a book."""
     found = {}
     for rank, totals in after.items():
-        known = {(each.layer, each.op): each for each in before.get(rank, ())}
-        differences = (_sum(known.get((each.layer, each.op)), each, sign=-1) for each in totals)
+        known = {_key(each): each for each in before.get(rank, ())}
+        differences = (_sum(known.get(_key(each)), each, sign=-1) for each in totals)
         found[rank] = tuple(each for each in differences if each.num_ops)
     return found
+
+
+def _key(totals: CommTotals) -> tuple[int, str, str]:
+    return totals.layer, totals.op, totals.group
 
 
 def _sum(one: CommTotals | None, other: CommTotals, sign: int = 1) -> CommTotals:
     """The other and `sign` times the one."""
     if one is None:
         return other
-    return CommTotals(
-        other.layer,
-        other.op,
+    return other._replace(
         num_ops=other.num_ops + sign * one.num_ops,
         num_bytes=other.num_bytes + sign * one.num_bytes,
         exposed_us=other.exposed_us + sign * one.exposed_us,

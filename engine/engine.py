@@ -10,12 +10,13 @@ import msgspec
 
 from phalanx.engine.comm_book import CommBook
 from phalanx.engine.guide import next_mask
-from phalanx.engine.messages import CommReport, StageReport, StepPlan, StepResult
+from phalanx.engine.messages import CommReport, Report, StageReport, StepPlan, StepResult
 from phalanx.engine.request import Event, Request, Track
 from phalanx.engine.sampling_params import check_tokens, completion_seed, sampling_for
 from phalanx.engine.scheduler import Limits, Scheduler, Stepped
 from phalanx.engine.stats import WINDOW_S, EngineStats, Rate
 from phalanx.engine.timeline import Timeline
+from phalanx.engine.trace_book import TraceBook
 from phalanx.errors import QueueFullError, RequestError
 
 
@@ -25,7 +26,7 @@ class Executor(Protocol):
     def submit(self, plan: StepPlan) -> None:
         """Sends a step to every rank. Returns without waiting for it."""
 
-    def receive(self, timeout_s: float) -> StepResult | StageReport | CommReport | None:
+    def receive(self, timeout_s: float) -> StepResult | Report | None:
         """The next message, or None if none came in time or `wake` was called. Raises RankFailedError as soon as a rank
         has failed.
         """
@@ -45,8 +46,9 @@ class Engine:
         self._scheduler = Scheduler(limits)
         self._vocab_size = vocab_size
         self._clock_s = clock_s
-        self.timeline = Timeline(limits.num_stages, clock_s)
+        self.timeline = Timeline(limits.num_stages)
         self.comm_book = CommBook()
+        self.trace_book = TraceBook()
         self.last_result_s = clock_s()  # when a step was last known to be done
         self._rate = Rate(clock_s)
         self._tracks: dict[int, Track] = {}  # unfinished ones, by the names of their sequences
@@ -123,11 +125,13 @@ class Engine:
         """Sends what can run, waits for one message, and returns what it brought."""
         self._submit()
         message = self._executor.receive(timeout_s)
-        while isinstance(message, StageReport | CommReport):
+        while isinstance(message, Report):
             if isinstance(message, StageReport):
                 self.timeline.add(message)
-            else:
+            elif isinstance(message, CommReport):
                 self.comm_book.add(message)
+            else:
+                self.trace_book.add(message)
             message = self._executor.receive(0.0)
         if message is None:
             return []

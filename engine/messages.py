@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from phalanx.comm.ledger import CommTotals
+from phalanx.comm.ledger import CommTotals, LateTotals, LedgerEntry
+from phalanx.engine.clock import ClockReading
 from phalanx.models.checkpoint import TensorEntry
 from phalanx.models.config import DecoderConfig
 from phalanx.parallel.layout import Layout
@@ -54,7 +55,7 @@ class RankSpec:
     belongs to this formation. dtype: of weights and activations. device: `cpu` or `cuda`. num_threads: compute threads.
     entries: where the tensors of the checkpoint lie, by canonical name. num_pages, page_size: KV cache, in pages and
     tokens a page; `measure` says how many where `num_pages` is 0. max_sequences, max_batch_tokens: most slots, and most
-    tokens of a step. max_length: most tokens of a sequence.
+    tokens of a step. max_length: most tokens of a sequence. trace: whether every step and transfer is handed over.
     """
 
     replica: int
@@ -74,6 +75,7 @@ class RankSpec:
     engine: str
     secret: str
     measure: KVMeasure | None = None
+    trace: bool = False
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -160,6 +162,14 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """End of a formation: the rank releases what it holds and returns."""
 
 
+class ClockAnswer(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The engine's time to a `ClockAsk`: asked_s as it was asked, heard_s and answered_s on the engine's clock."""
+
+    asked_s: float
+    heard_s: float
+    answered_s: float
+
+
 class TokenLogprobs(NamedTuple):
     """Log-probability of a token, and the most likely tokens at its position with theirs, best first."""
 
@@ -190,21 +200,48 @@ class StageStep(NamedTuple):
     started_s: float
     ended_s: float
 
+    def shifted(self, offset_s: float) -> StageStep:
+        """The same on a clock that is so many seconds ahead."""
+        return StageStep(self.step, self.started_s + offset_s, self.ended_s + offset_s)
+
 
 class StageReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """What a stage did lately, from its first rank. sent_s: now, on the clock of the steps."""
+    """What a stage did lately, from its first rank. clock: of the steps."""
 
     stage: int
     steps: tuple[StageStep, ...]
-    sent_s: float
+    clock: ClockReading
 
 
 class CommReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """What a rank's transfers took since its last report. last_step: the latest step that is in it."""
+    """What a rank's transfers took since its last report. last_step: the latest step that is in it. late: what this
+    rank waited for others, by their numbers in the replica, as far as it knows whom it waited for.
+    """
 
     rank: int
     last_step: int
     totals: tuple[CommTotals, ...]
+    late: tuple[LateTotals, ...] = ()
+
+
+class TraceReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Every step and transfer of a rank since its last report, on its own clock. groups: the ranks of each group, by
+    their numbers in the replica; a rank's number in the group is its place among them. num_lost: transfers that are
+    missing, because newer ones took their place.
+    """
+
+    rank: int
+    steps: tuple[StageStep, ...]
+    transfers: tuple[LedgerEntry, ...]
+    clock: ClockReading
+    groups: dict[str, tuple[int, ...]]
+    num_lost: int
+
+
+class ClockAsk(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A rank's question for the engine's time; asked_s: on its own clock."""
+
+    asked_s: float
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -220,6 +257,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A rank that can serve. startup_s: seconds by part. weight_bytes: held; bytes_read: from the checkpoint's files.
 
     num_pages: pages of the KV cache. choices: what this rank chose among, the choice and why, for the start-up table.
+    groups: as in `TraceReport`. link_bytes_per_s: of its network interface, 0 where that is not known.
     """
 
     rank: int
@@ -231,6 +269,8 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     kv_bytes: int
     num_pages: int = 0
     choices: dict[str, str] = {}
+    groups: dict[str, tuple[int, ...]] = {}
+    link_bytes_per_s: float = 0.0
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -244,4 +284,6 @@ class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 ToRank = StepPlan | Shutdown
-ToEngine = StepResult | StageReport | CommReport | Progress | RankReady | RankFailed
+Report = StageReport | CommReport | TraceReport
+"""What ranks say of their work; nothing waits for it."""
+ToEngine = StepResult | Report | Progress | RankReady | RankFailed

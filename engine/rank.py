@@ -12,16 +12,18 @@ import socket
 import threading
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.comm.create import create_communicator
 from phalanx.comm.ledger import Ledger
-from phalanx.comm.rendezvous import connect_store
+from phalanx.comm.link import link_bytes_per_s
+from phalanx.comm.rendezvous import connect_store, local_address, parse_rendezvous
 from phalanx.comm.work import GroupBrokenError
 from phalanx.engine.channel import RankChannel
+from phalanx.engine.clock import ClockKeeper
 from phalanx.engine.feedback import TokenReceiver, TokenSender
 from phalanx.engine.kv_budget import free_device_bytes, num_pages_for
 from phalanx.engine.messages import (
@@ -38,6 +40,7 @@ from phalanx.engine.messages import (
     StageReport,
     StageStep,
     StepPlan,
+    TraceReport,
 )
 from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
@@ -77,6 +80,7 @@ class Rank:
         self._stage = spec.layout.stages[self._place.stage]
         torch.set_num_threads(spec.num_threads)
         self._comms: list[Communicator] = []
+        self._groups: dict[str, tuple[int, ...]] = {}  # ranks of the replica, in the order of their numbers in a group
         self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
         try:
             self._rendezvous()
@@ -91,11 +95,12 @@ class Rank:
         spec, place = self._spec, self._place
         store = connect_store(spec.comm.store, timeout_s=spec.comm.timeout_s) if spec.layout.num_ranks > 1 else None
 
-        def connect(group: str, rank: int, size: int) -> Communicator:
+        def connect(group: str, ranks: Sequence[int]) -> Communicator:
+            self._groups[group] = tuple(ranks)
             comm = create_communicator(
                 spec.comm.backend,
-                rank=rank,
-                size=size,
+                rank=ranks.index(place.rank),
+                size=len(ranks),
                 rendezvous=store,
                 group=group,
                 device=spec.device,
@@ -106,26 +111,25 @@ class Rank:
             self._comms.append(comm)
             return comm
 
-        self._comm = connect(f"stage{place.stage}", place.tensor_rank, self._stage.num_ranks)
+        ranks = spec.layout.stage_ranks(place.stage)
+        self._comm = connect(f"stage{place.stage}", ranks)
         self.choices = {"comm": f"{self._comm.backend}: {self._comm.reason}"}
         before = after = tokens_in = tokens_out = None
         layout = spec.layout
         self._everyone = self._comm
         if len(layout.stages) > 1:
-            pipeline = connect("pipeline", place.rank, layout.num_ranks)
+            pipeline = connect("pipeline", range(layout.num_ranks))
             self._everyone = pipeline
             self.choices["comm between stages"] = f"{pipeline.backend}: {pipeline.reason}"
-            ranks = layout.stage_ranks(place.stage)
             if not self._stage.first:
                 before = HandOver(pipeline, layout.stage_ranks(place.stage - 1), ranks, self._comm)
             if not self._stage.last:
                 after = HandOver(pipeline, ranks, layout.stage_ranks(place.stage + 1), self._comm)
             if self._stage.first or self._stage.last:
                 # A group of its own: tokens go back while hidden states go forward.
-                num_senders, num_receivers = layout.stages[-1].num_ranks, layout.stages[0].num_ranks
-                number = place.tensor_rank + (num_senders if self._stage.first else 0)
-                ends = connect("tokens", number, num_senders + num_receivers)
-                senders, receivers = range(num_senders), range(num_senders, ends.size)
+                last, first = layout.stage_ranks(len(layout.stages) - 1), layout.stage_ranks(0)
+                ends = connect("tokens", (*last, *first))
+                senders, receivers = range(len(last)), range(len(last), ends.size)
                 if self._stage.first:
                     tokens_in = TokenReceiver(ends, senders, receivers, len(layout.stages) + 1)
                 else:
@@ -236,14 +240,16 @@ class Rank:
         self.ledger.begin_step(plan.step)
         return self._runner.run(plan)
 
-    def serve(self, channel: RankChannel) -> None:
+    def serve(self, channel: RankChannel, clock: ClockKeeper) -> None:
         """Runs steps until the engine says `Shutdown`."""
         self.ledger.take()  # what the warm-up took is no part of it
         times: list[StageStep] = []
         while True:
             message = channel.receive(REPORT_S if times else None)
             if times and (message is None or times[-1].ended_s - times[0].started_s > MOST_REPORTED_S):
-                self._tell(channel, times)
+                self._tell(channel, times, clock)
+                if isinstance(message, StepPlan):
+                    clock.refresh()  # while the engine is awake
                 times = []
             if isinstance(message, Shutdown):
                 return
@@ -253,12 +259,19 @@ class Rank:
                     channel.send(ran.result)
                 times.append(ran.times)
 
-    def _tell(self, channel: RankChannel, times: list[StageStep]) -> None:
+    def _tell(self, channel: RankChannel, times: list[StageStep], clock: ClockKeeper) -> None:
         """What was done lately: by the stage, as its first rank tells it, and by this rank's transfers."""
+        rank, steps = self._spec.rank, tuple(times)
         if self._place.tensor_rank == 0:
-            channel.send(StageReport(self._place.stage, tuple(times), time.perf_counter()))
+            channel.send(StageReport(self._place.stage, steps, clock.reading()))
+        taken = self.ledger.take(whole=self._spec.trace)
         if self._spec.layout.num_ranks > 1:
-            channel.send(CommReport(self._spec.rank, times[-1].step, self.ledger.take()))
+            known = (each for each in taken.late if each.group in self._groups)
+            late = (each._replace(rank=self._groups[each.group][each.rank]) for each in known)
+            others = tuple(each for each in late if each.rank != rank)
+            channel.send(CommReport(rank, steps[-1].step, taken.totals, others))
+        if self._spec.trace:
+            channel.send(TraceReport(rank, steps, taken.entries, clock.reading(), self._groups, taken.num_lost))
 
     def ready(self) -> RankReady:
         return RankReady(
@@ -271,7 +284,15 @@ class Rank:
             kv_bytes=self._cache.num_bytes,
             num_pages=self._cache.num_pages,
             choices=self.choices,
+            groups=self._groups,
+            link_bytes_per_s=self._link_bytes_per_s(),
         )
+
+    def _link_bytes_per_s(self) -> float:
+        comm = self._spec.comm
+        if self._spec.layout.num_ranks == 1:
+            return 0.0
+        return link_bytes_per_s(local_address(parse_rendezvous(comm.store).host, comm.interface)) or 0.0
 
     def close(self) -> None:
         """Releases the connections; the process's end releases the rest."""
@@ -292,8 +313,9 @@ def run_rank(spec: RankSpec) -> None:
     """Starts a rank and serves steps until the engine says `Shutdown`.
 
     Reports `Progress`, then `RankReady`, then a `StepResult` a step (the first rank of the last stage) and now and then
-    a `StageReport` (the first rank of each stage) and a `CommReport` over the engine's channel. A failure is reported
-    there as `RankFailed` and raised. Blocks; the caller's process is the rank.
+    a `StageReport` (the first rank of each stage) and a `CommReport` over the engine's channel, and a `TraceReport`
+    where all is traced. A failure is reported there as `RankFailed` and raised. Blocks; the caller's process is the
+    rank.
     """
     with RankChannel(spec.engine, spec.rank, spec.secret) as channel:
         try:
@@ -303,8 +325,12 @@ def run_rank(spec: RankSpec) -> None:
                     # What start-up made stays: a full collection that walks it stalled steps for 100 ms and more.
                     gc.collect()
                     gc.freeze()
+                clock = ClockKeeper(channel.ask_time)
                 channel.send(rank.ready())
-                rank.serve(channel)
+                try:
+                    rank.serve(channel, clock)
+                finally:
+                    clock.close()
             finally:
                 rank.close()
         except Exception as error:

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from phalanx.engine.messages import StageReport, StageStep
-
-SAME_CLOCK_S = 0.005  # clocks that differ by no more than a message takes are one clock
 
 
 class Timeline:
     """The last steps of every stage, on the engine's clock. May be read from any thread."""
 
-    def __init__(self, num_stages: int, clock_s: Callable[[], float], capacity: int = 8192) -> None:
-        """clock_s: in seconds; that of ranks on this machine too. capacity: steps a stage."""
-        self._clock_s = clock_s
-        self._offsets_s: list[float | None] = [None] * num_stages
+    def __init__(self, num_stages: int, capacity: int = 8192) -> None:
+        """capacity: steps a stage."""
         self._steps: list[deque[StageStep]] = [deque(maxlen=capacity) for _ in range(num_stages)]
         self._lock = threading.Lock()
 
     def add(self, report: StageReport) -> None:
-        """Takes a report that has just come; the quickest one so far tells how far the stage's clock is off."""
-        behind_s = self._clock_s() - report.sent_s
         with self._lock:
-            known = self._offsets_s[report.stage]
-            offset_s = behind_s if known is None else min(known, behind_s)
-            self._offsets_s[report.stage] = offset_s
-            shift_s = 0.0 if 0 <= offset_s < SAME_CLOCK_S else offset_s
-            self._steps[report.stage].extend(
-                StageStep(step, started_s + shift_s, ended_s + shift_s) for step, started_s, ended_s in report.steps
-            )
+            self._steps[report.stage].extend(step.shifted(report.clock.offset_s) for step in report.steps)
 
     def steps(self, since_s: float = float("-inf")) -> list[list[StageStep]]:
         """What each stage did since then, oldest first."""

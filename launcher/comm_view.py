@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from phalanx.engine.comm_book import RankTotals
+from phalanx.engine.comm_book import RankTotals, Waits
+from phalanx.launcher.link_rates import GroupLink
 
 SMALLEST_GAP = 0.1  # of a step's exposed time, from which a rank is said to keep others waiting
 
 
 @dataclass(frozen=True, slots=True)
 class OpUse:
-    """What one kind of operation took on a rank and in a step, in the mean over ranks."""
+    """What one kind of operation took on a rank and in a step, in the mean over ranks.
+
+    link_bytes_per_s: of the slowest link between machines that it uses, None where that is not known.
+    achieved_bytes_per_s: of those that cross it, over all the time that the operations were under way: what they
+    waited for ranks that came late, too.
+    """
 
     op: str
     per_step: float
     bytes_per_step: float
     exposed_us_per_step: float
     hidden_us_per_step: float
+    link_bytes_per_s: float | None = None
+    achieved_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +38,20 @@ class CommUse:
 
     ops: by operation. layers: number of each layer and what was exposed in it, in the mean over its ranks; -1 for what
     belongs to none. ranks: what each rank waited; who waits least is whom the others wait for.
+    waits: for each rank what all others together waited for it, as far as they know for whom.
     """
 
     steps: int
     ops: tuple[OpUse, ...]
     layers: tuple[tuple[int, float], ...]
     ranks: tuple[tuple[int, float], ...]
+    waits: tuple[tuple[int, float], ...] = ()
 
     @classmethod
-    def of(cls, totals: RankTotals, steps: int) -> CommUse:
-        """totals: of `steps` steps."""
+    def of(
+        cls, totals: RankTotals, steps: int, waits: Waits | None = None, links: Mapping[str, GroupLink] | None = None
+    ) -> CommUse:
+        """totals, waits: of `steps` steps. links: by group."""
         steps = max(1, steps)
         sums: dict[str, list[float]] = {}
         layers, ranks, layer_ranks = defaultdict[int, float](float), defaultdict[int, float](float), Counter[int]()
@@ -47,15 +59,20 @@ class CommUse:
             layer_ranks.update({each.layer for each in found})
             for each in found:
                 values = sums.setdefault(each.op, [0.0] * 4)
-                for place, value in enumerate(each[2:]):
+                for place, value in enumerate(each[2:6]):
                     values[place] += value / steps / len(totals)
                 layers[each.layer] += each.exposed_us / steps
                 ranks[rank] += each.exposed_us / steps
+        late = defaultdict[int, float](float)
+        for mine in (waits or {}).values():
+            for rank, waited_us in mine.items():
+                late[rank] += waited_us / steps
         return cls(
             steps=steps,
-            ops=tuple(OpUse(op, *values) for op, values in sums.items()),
+            ops=tuple(OpUse(op, *values, *_over_link(op, totals, links or {})) for op, values in sums.items()),
             layers=tuple((layer, layers[layer] / layer_ranks[layer]) for layer in sorted(layers)),
             ranks=tuple(sorted(ranks.items())),
+            waits=tuple(sorted(late.items())),
         )
 
     def to_json(self) -> dict[str, object]:
@@ -68,9 +85,10 @@ class CommUse:
 
 
 def comm_table(use: CommUse) -> Table:
-    """By operation, the layers that wait most, and the rank that the others wait for."""
+    """By operation; with what was achieved of the links between machines where their rates are known."""
     table = Table("of a step, mean of ranks", box=None)
-    for name in ("times", "KB", "exposed, us", "hidden, us"):
+    linked = any(each.link_bytes_per_s for each in use.ops)
+    for name in ("times", "KB", "exposed, us", "hidden, us", *(["Mbit/s of the link's"] if linked else [])):
         table.add_column(name, justify="right")
     for each in use.ops:
         table.add_row(
@@ -79,8 +97,25 @@ def comm_table(use: CommUse) -> Table:
             f"{each.bytes_per_step / 1e3:,.1f}",
             f"{each.exposed_us_per_step:,.0f}",
             f"{each.hidden_us_per_step:,.0f}",
+            *([_link_words(each)] if linked else []),
         )
     return table
+
+
+def _link_words(use: OpUse) -> str:
+    if use.link_bytes_per_s is None or use.achieved_bytes_per_s is None:
+        return ""
+    return f"{use.achieved_bytes_per_s * 8 / 1e6:,.0f} of {use.link_bytes_per_s * 8 / 1e6:,.0f}"
+
+
+def _over_link(op: str, totals: RankTotals, links: Mapping[str, GroupLink]) -> tuple[float, float] | tuple[None, None]:
+    """The link's rate and what was achieved of it, in bytes a second."""
+    crossing = [each for mine in totals.values() for each in mine if each.op == op and each.group in links]
+    taken_s = sum(each.exposed_us + each.hidden_us for each in crossing) / 1e6
+    num_bytes = sum(links[each.group].crossing_bytes(op, each.num_bytes) for each in crossing)
+    if not num_bytes or not taken_s:
+        return None, None
+    return min(links[each.group].bytes_per_s for each in crossing), num_bytes / taken_s
 
 
 def comm_words(use: CommUse) -> Sequence[str]:
@@ -94,8 +129,15 @@ def comm_words(use: CommUse) -> Sequence[str]:
             f"exposed in a layer: {mean_us:,.0f} us; least {least[0]:,.0f} in layer {least[1]}, most {most[0]:,.0f} in "
             f"layer {most[1]}"
         )
+    late = sorted(((waited_us, rank) for rank, waited_us in use.waits), reverse=True)
     waits = sorted((waited_us, rank) for rank, waited_us in use.ranks)
-    if len(waits) > 1 and waits[1][0] - waits[0][0] > SMALLEST_GAP * use.exposed_us:
+    if late:
+        if late[0][0] - (late[1][0] if len(late) > 1 else 0.0) > SMALLEST_GAP * sum(waited for waited, _ in waits):
+            words.append(
+                f"the slowest is rank {late[0][1]}: the others together waited {late[0][0]:,.0f} us a step for it, "
+                f"{sum(waited for waited, _ in waits):,.0f} for all"
+            )
+    elif len(waits) > 1 and waits[1][0] - waits[0][0] > SMALLEST_GAP * use.exposed_us:
         words.append(
             f"the others waited for rank {waits[0][1]}: it waited {waits[0][0]:,.0f} us a step itself, they "
             f"{waits[1][0]:,.0f} to {waits[-1][0]:,.0f}"

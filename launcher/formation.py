@@ -14,13 +14,12 @@ from typing import Any, Self
 from phalanx.comm.rendezvous import host_store, local_address
 from phalanx.engine.channel import EngineChannel
 from phalanx.engine.messages import (
-    CommReport,
     Progress,
     RankFailed,
     RankReady,
     RankSpec,
+    Report,
     Shutdown,
-    StageReport,
     StepPlan,
     StepResult,
     ToEngine,
@@ -168,14 +167,14 @@ class Formation:
             self.check()
             raise
 
-    def receive(self, timeout_s: float) -> StepResult | StageReport | CommReport | None:
+    def receive(self, timeout_s: float) -> StepResult | Report | None:
         """The next result or report, or None if none came in time or `wake` was called. Raises RankFailedError within
         moments of a rank's failure.
         """
         deadline = time.monotonic() + timeout_s
         while True:
             message = self._next(deadline)
-            if message is None or isinstance(message, StepResult | StageReport | CommReport):
+            if message is None or isinstance(message, StepResult | Report):
                 return message
 
     def wake(self) -> None:

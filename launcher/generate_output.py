@@ -56,15 +56,25 @@ def print_as_text(llm: LLM, prompts: Sequence[Prompt], params: Sequence[Sampling
 
 def _comm(llm: LLM) -> list[CommUse]:
     """What transfers took, by replica; nothing where there are none, or the ranks do not tell in time."""
-    until_s = time.perf_counter() + REPORTS_S
-    while not llm.comm_is_told():
-        if time.perf_counter() > until_s:
-            return []
-        time.sleep(0.01)
+    if not await_reports(llm):
+        return []
     uses = [
-        CommUse.of(totals, stats.steps) for totals, stats in zip(llm.comm_totals(), llm.replica_stats(), strict=True)
+        CommUse.of(totals, stats.steps, waits, llm.link_rates(replica))
+        for replica, (totals, stats, waits) in enumerate(
+            zip(llm.comm_totals(), llm.replica_stats(), llm.comm_waits(), strict=True)
+        )
     ]
     return [use for use in uses if use.ops]
+
+
+def await_reports(llm: LLM) -> bool:
+    """Waits until all ranks have told what they did; False where they do not in time."""
+    until_s = time.perf_counter() + REPORTS_S
+    while not llm.all_is_told():
+        if time.perf_counter() > until_s:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def print_as_json(llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:

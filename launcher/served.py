@@ -9,14 +9,14 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from phalanx.engine.comm_book import RankTotals
+from phalanx.engine.comm_book import RankTotals, Waits
 from phalanx.engine.driver import EngineDriver
 from phalanx.engine.engine import Engine
 from phalanx.engine.messages import Progress, RankReady, StageStep
@@ -30,10 +30,12 @@ from phalanx.launcher.check import review
 from phalanx.launcher.config import load_config
 from phalanx.launcher.formation import Formation, open_host
 from phalanx.launcher.hosts import RankHost
+from phalanx.launcher.link_rates import GroupLink, group_links
 from phalanx.launcher.machine import this_machine
 from phalanx.launcher.run_plan import Decision, RunPlan, plan_run
 from phalanx.launcher.schema import Config
 from phalanx.launcher.specs import cluster_settings, rank_specs
+from phalanx.launcher.trace import TracedRank, TracedRun
 from phalanx.models.chat import render_chat
 from phalanx.models.resolve import ModelSource, resolve_model
 from phalanx.models.tokenizer import Tokenizer
@@ -42,6 +44,7 @@ from phalanx.parallel.layout import RankPlace
 Prompt = str | Sequence[int]
 OnProgress = Callable[[RankPlace, Progress], None]
 
+ALL_STEPS = range(sys.maxsize)
 DEAD = sys.maxsize  # the load of a replica that has failed: no other has more
 
 STARTUP_PARTS = ("ray", "actors", "imports", "rendezvous", "weights", "warmup")
@@ -107,17 +110,28 @@ class Served:
         return cls.from_config(load_config(path, changes), on_progress=on_progress)
 
     @classmethod
-    def from_config(cls, config: Config, *, on_progress: OnProgress | None = None, ranks_apart: bool = False) -> Self:
+    def from_config(
+        cls,
+        config: Config,
+        *,
+        on_progress: OnProgress | None = None,
+        ranks_apart: bool = False,
+        trace: bool = False,
+    ) -> Self:
         """From a configuration that was loaded before. ranks_apart: a rank is not run in this process even where it is
-        the only one: for programs whose other threads must not wait for Python's lock while it computes.
+        the only one: for programs whose other threads must not wait for Python's lock while it computes. trace: ranks
+        hand over every step and transfer, for `traced`.
         """
         served = cls.__new__(cls)
-        served._open(config, on_progress, ranks_apart)
+        served._open(config, on_progress, ranks_apart, trace)
         return served
 
-    def _open(self, config: Config, on_progress: OnProgress | None, ranks_apart: bool = False) -> None:
+    def _open(
+        self, config: Config, on_progress: OnProgress | None, ranks_apart: bool = False, trace: bool = False
+    ) -> None:
         started = time.perf_counter()
         self.config = config
+        self._traces = trace
         self._formations: list[Formation] = []
         self._drivers: list[EngineDriver] = []
         self._calls: dict[str, Call] = {}
@@ -140,7 +154,7 @@ class Served:
                 for _ in range(layout.replicas):
                     hosts.append(open_host(settings, layout.num_ranks))
                 for replica in range(layout.replicas):
-                    specs = rank_specs(config, self.plan, self._source.config, entries, replica)
+                    specs = rank_specs(config, self.plan, self._source.config, entries, replica, trace=trace)
                     host = hosts.pop(0)
                     self._formations.append(Formation.start(specs, settings, on_progress=on_progress, host=host))
                 self._tokenizer = tokenizer.result()
@@ -240,11 +254,36 @@ class Served:
         """By replica and rank: what transfers took since the start. Ranks report twice a second, and once idle."""
         return [driver.engine.comm_book.totals() for driver in self._drivers]
 
-    def comm_is_told(self) -> bool:
-        """Whether all ranks have reported all steps that were planned so far."""
-        return self.plan.layout.num_ranks == 1 or all(
-            driver.engine.comm_book.last_step >= driver.engine.stats().steps - 1 for driver in self._drivers
-        )
+    def comm_waits(self) -> list[Waits]:
+        """By replica and rank: for whom it waited so far, where it knows."""
+        return [driver.engine.comm_book.waits() for driver in self._drivers]
+
+    def link_rates(self, replica: int) -> dict[str, GroupLink]:
+        """The links of a replica's groups, where they are between machines and of known rates."""
+        return group_links(self._formations[replica].ready)
+
+    def all_is_told(self) -> bool:
+        """Whether all ranks have reported all steps that were planned so far: their transfers, and what is traced."""
+        return all(self._is_told(driver.engine) for driver in self._drivers)
+
+    def _is_told(self, engine: Engine) -> bool:
+        last, num_ranks = engine.stats().steps - 1, self.plan.layout.num_ranks
+        if num_ranks > 1 and engine.comm_book.last_step < last:
+            return False
+        told = engine.trace_book.last_steps
+        return not self._traces or last < 0 or (len(told) == num_ranks and min(told.values()) >= last)
+
+    def traced(self, steps: Sequence[Container[int]] | None = None) -> TracedRun:
+        """What every rank did, on one clock; steps: those of each replica that are wanted, None for all.
+
+        Only of ranks that were started to trace; of each the last 131072 transfers.
+        """
+        replicas = []
+        for replica, driver in enumerate(self._drivers):
+            traces = driver.engine.trace_book.traces(ALL_STEPS if steps is None else steps[replica])
+            places = self.plan.layout.places(replica)
+            replicas.append(tuple(TracedRank(place, traces[place.rank]) for place in places if place.rank in traces))
+        return TracedRun(tuple(replicas))
 
     def end_calls(self, name: str) -> None:
         """Ends every prompt of the call of this name. Nothing where it has ended."""

@@ -26,11 +26,18 @@ def cluster_settings(config: Config, plan: RunPlan, *, apart: bool = False) -> C
 
 
 def rank_specs(
-    config: Config, plan: RunPlan, model: DecoderConfig, entries: dict[str, TensorEntry] | None, replica: int
+    config: Config,
+    plan: RunPlan,
+    model: DecoderConfig,
+    entries: dict[str, TensorEntry] | None,
+    replica: int,
+    *,
+    trace: bool = False,
 ) -> list[RankSpec]:
     """A specification for each rank of a replica. Addresses and the secret are the formation's to fill in.
 
     A rank is told only where the tensors lie that it holds. entries: None for ranks that load nothing.
+    trace: see `RankSpec`.
     """
     pool = plan.kv_pool
     measure = None
@@ -71,6 +78,7 @@ def rank_specs(
                 engine="",
                 secret="",
                 measure=measure,
+                trace=trace,
             )
         )
     return specs

@@ -22,8 +22,8 @@ bool interrupted() {
   return PyErr_CheckSignals() != 0;
 }
 
-// A group as Python holds it. Each call waits without the interpreter's lock; it returns None, or of what went wrong
-// (end, rank, header, expected).
+// A group as Python holds it. Each call waits without the interpreter's lock; it returns who arrived last, or of what
+// went wrong (end, rank, header, expected).
 class PyGroup {
  public:
   // owner: keeps the mapping alive.
@@ -94,9 +94,10 @@ class PyGroup {
     {
       nb::gil_scoped_release released;
       outcome = group_.aborted();
+      group_.forget_last();
       if (outcome) outcome = call();
     }
-    if (outcome) return nb::none();
+    if (outcome) return nb::int_(group_.last());
     if (outcome.end == End::kInterrupted) throw nb::python_error();
     return nb::make_tuple(int(outcome.end), outcome.rank, outcome.header, outcome.expected);
   }

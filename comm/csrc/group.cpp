@@ -63,7 +63,17 @@ Outcome Group::confirm(int rank, int64_t call) const {
 
 Outcome Group::meet(int64_t call, Deadline& deadline) {
   publish(call);
-  Outcome outcome = until_all(epoch(), deadline);
+  // Whoever is still missing when those before it are all here comes after them; where nobody is, this rank does.
+  int last = rank_;
+  Outcome outcome;
+  for (int rank = 0; outcome && rank < size_; rank++) {
+    if (rank == rank_) continue;
+    const Word& theirs = segment_.of_rank(rank, segment_.at.epoch);
+    if (theirs.load(std::memory_order_acquire) >= epoch()) continue;
+    last = rank;
+    outcome = waiter_.until(theirs, rank, epoch(), deadline);
+  }
+  if (last_ < 0) last_ = last;  // later rounds tell who is slow to copy
   for (int rank = 0; outcome && rank < size_; rank++) {
     if (rank != rank_) outcome = confirm(rank, call);
   }

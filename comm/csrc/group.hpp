@@ -24,6 +24,10 @@ class Group {
   // Whether a rank has ended the group; to be asked before a call.
   Outcome aborted() const;
 
+  // Who arrived last in the collective since `forget_last`, as far as this rank saw; -1 where that does not show.
+  int last() const { return last_; }
+  void forget_last() { last_ = -1; }
+
   Outcome all_reduce(char* x, size_t num_bytes, int dtype, bool max, double timeout_s);
   // x: replaced by the sum's norm. sum: receives the sum and the residual. See AddRmsNorm.
   Outcome all_reduce_rms_norm(char* x, char* sum, const char* residual, const char* weight, float eps, size_t num_rows,
@@ -56,6 +60,7 @@ class Group {
   Waiter waiter_;
   const int rank_, size_;
   const int64_t window_;
+  int last_ = -1;
   Word &epoch_, &cursor_;
   Slots slots_;                      // of the round under way, by rank
   std::vector<const void*> inputs_;  // the same, of a sum

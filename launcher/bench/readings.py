@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from phalanx.engine.messages import StageStep
 from phalanx.launcher.comm_view import CommUse
+from phalanx.launcher.trace import TracedRun
 
 
 class RequestReading(NamedTuple):
@@ -52,7 +53,7 @@ class LatencyLimits(NamedTuple):
 class Round:
     """requests: one a request of the workload, in order. stages: by replica and stage, the steps of this round.
     cached_tokens: tokens of prompts that the prefix cache held. steps, preemptions: of all replicas. comm: what
-    transfers took, by replica; empty where a replica is one rank.
+    transfers took, by replica; empty where a replica is one rank. trace: of the last round, where ranks trace.
     """
 
     requests: tuple[RequestReading, ...]
@@ -61,6 +62,7 @@ class Round:
     preemptions: int
     steps: int
     comm: tuple[CommUse, ...] = ()
+    trace: TracedRun | None = None
 
     @property
     def elapsed_s(self) -> float:

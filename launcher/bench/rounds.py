@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
+from typing import NamedTuple
 
-from phalanx.engine.comm_book import RankTotals, between
+from phalanx.engine.comm_book import RankTotals, Waits, between, waits_between
 from phalanx.engine.messages import StageStep
 from phalanx.engine.request import Delta
 from phalanx.engine.sampling_params import SamplingParams
@@ -21,6 +23,14 @@ REPORTS_S = 120.0  # for what stages report late: an idle engine looks twice a s
 POLL_S = 0.02
 
 
+class _Reading(NamedTuple):
+    """Of each replica, at a moment when nothing runs: since the start."""
+
+    stats: list[EngineStats]
+    totals: list[RankTotals]
+    waits: list[Waits]
+
+
 async def measure(
     engine: AsyncEngine, requests: Sequence[RequestShape], num_rounds: int, on_round: Callable[[int], None]
 ) -> list[Round]:
@@ -32,18 +42,16 @@ async def measure(
     """
     on_round(0)
     await play(engine, [shape._replace(arrival_s=0.0) for shape in requests])
-    played, stats, comm = [], [engine.replica_stats()], [await _comm_totals(engine)]
+    played, seen = [], [await _read(engine)]
     for number in range(1, num_rounds + 1):
         on_round(number)
         played.append(await play(engine, [turned(shape, number) for shape in requests]))
-        stats.append(engine.replica_stats())
-        comm.append(await _comm_totals(engine))
+        seen.append(await _read(engine))
     async with asyncio.timeout(REPORTS_S):
         steps = await _all_steps(engine)
-    return [
-        _round(readings, stats[number : number + 2], comm[number : number + 2], steps)
-        for number, readings in enumerate(played)
-    ]
+    rounds = [_round(engine, each, seen[number], seen[number + 1], steps) for number, each in enumerate(played)]
+    rounds[-1] = replace(rounds[-1], trace=engine.traced(_numbers(seen[-2], seen[-1])))
+    return rounds
 
 
 def turned(shape: RequestShape, number: int) -> RequestShape:
@@ -88,26 +96,37 @@ async def _all_steps(engine: AsyncEngine) -> list[list[list[StageStep]]]:
         await asyncio.sleep(POLL_S)
 
 
-async def _comm_totals(engine: AsyncEngine) -> list[RankTotals]:
-    """By replica: what transfers took so far; waits until all ranks have told."""
+async def _read(engine: AsyncEngine) -> _Reading:
+    """Waits until all ranks have told what they did so far."""
     async with asyncio.timeout(REPORTS_S):
-        while not engine.comm_is_told():
+        while not engine.all_is_told():
             await asyncio.sleep(POLL_S)
-    return engine.comm_totals()
+    return _Reading(engine.replica_stats(), engine.comm_totals(), engine.comm_waits())
+
+
+def _numbers(before: _Reading, after: _Reading) -> list[range]:
+    """The steps of each replica between two readings."""
+    return [range(start.steps, end.steps) for start, end in zip(before.stats, after.stats, strict=True)]
 
 
 def _round(
+    engine: AsyncEngine,
     readings: Sequence[RequestReading],
-    stats: Sequence[Sequence[EngineStats]],
-    comm: Sequence[Sequence[RankTotals]],
+    before: _Reading,
+    after: _Reading,
     stages: Sequence[Sequence[Sequence[StageStep]]],
 ) -> Round:
-    """stats, comm: of each replica, before the round and after it. stages: all steps of all rounds."""
-    before, after = stats
-    numbers = [range(start.steps, end.steps) for start, end in zip(before, after, strict=True)]
-    start, end = EngineStats.together(before), EngineStats.together(after)
+    """stages: all steps of all rounds."""
+    numbers = _numbers(before, after)
+    start, end = EngineStats.together(before.stats), EngineStats.together(after.stats)
     uses = [
-        CommUse.of(between(*totals), len(mine)) for totals, mine in zip(zip(*comm, strict=True), numbers, strict=True)
+        CommUse.of(
+            between(before.totals[replica], after.totals[replica]),
+            len(mine),
+            waits_between(before.waits[replica], after.waits[replica]),
+            engine.link_rates(replica),
+        )
+        for replica, mine in enumerate(numbers)
     ]
     return Round(
         requests=tuple(readings),

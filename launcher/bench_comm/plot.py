@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from phalanx.launcher.bench.plot import COLOURS, GREY
 from phalanx.launcher.bench_comm.measure import GroupResult, SizeResult
 from phalanx.launcher.sizes import format_bytes
+from phalanx.launcher.trace_plot import COLOURS, GREY
 
 WIDTH, HEIGHT = 3.6, 3.2  # inches of a panel
 

@@ -34,7 +34,16 @@ PlotFile = Annotated[
         "--plot",
         metavar="FILE.png",
         dir_okay=False,
-        help="Draw when each stage worked on which step, in the last round of each workload.",
+        help="Draw when each rank worked on which step and what it waited for, in the last round of each workload.",
+    ),
+]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE.json",
+        dir_okay=False,
+        help="Write every step and transfer of all ranks, in the last round of each workload, for ui.perfetto.dev.",
     ),
 ]
 Overrides = Annotated[
@@ -52,12 +61,13 @@ def latency(
     scale: Scale = 1.0,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
+    trace_file: TraceFile = None,
     overrides: Overrides = None,
 ) -> None:
     """One request at a time (W1): a prompt of 64 tokens, 128 new. Time to the first token, and per token after it."""
     from phalanx.launcher.bench.jobs import BenchOptions
 
-    _run(context, config, overrides, BenchOptions(("W1",), rounds, seed, scale), json_file, plot_file)
+    _run(context, config, overrides, BenchOptions(("W1",), rounds, seed, scale), json_file, plot_file, trace_file)
 
 
 @bench.command()
@@ -86,6 +96,7 @@ def throughput(
     scale: Scale = 1.0,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
+    trace_file: TraceFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Many requests: tokens a second of W2 and W3; latencies of W4 as they spread, and its goodput: requests a second
@@ -103,7 +114,7 @@ def throughput(
         OpenLoop(rate, num_requests),
         LatencyLimits(ttft_limit_ms / 1e3, tpot_limit_ms / 1e3),
     )
-    _run(context, config, overrides, options, json_file, plot_file)
+    _run(context, config, overrides, options, json_file, plot_file, trace_file)
 
 
 def _run(
@@ -113,6 +124,7 @@ def _run(
     options: BenchOptions,
     json_file: Path | None,
     plot_file: Path | None,
+    trace_file: Path | None,
 ) -> None:
     import asyncio
     import json
@@ -126,13 +138,15 @@ def _run(
     from phalanx.launcher.bench.rounds import measure
     from phalanx.launcher.config import load_config
     from phalanx.launcher.progress import StartProgress
+    from phalanx.launcher.trace import TracedRun
+    from phalanx.launcher.trace_file import write_trace
 
-    check_outputs(json_file, plot_file)
-    plot_rounds = None if plot_file is None else plotter("phalanx.launcher.bench.plot", "plot_rounds")
+    check_outputs(json_file, plot_file, trace_file)
+    plot_runs = None if plot_file is None else plotter("phalanx.launcher.trace_plot", "plot_runs")
     settings = load_config(config, overrides or ())
     jobs = plan_jobs(settings, options)
     with StartProgress() as progress:
-        engine = AsyncEngine.from_config(settings, on_progress=progress.update)
+        engine = AsyncEngine.from_config(settings, on_progress=progress.update, trace=bool(plot_file or trace_file))
     try:
         progress.show_startup(engine.startup, engine.plan)
         results = []
@@ -150,9 +164,12 @@ def _run(
     Console(highlight=False).print(report_view(report))
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n")
-    if plot_rounds is not None and plot_file is not None:
-        rounds = [(f"{each.job.name}: {title(each.job.name, options)}", each.rounds[-1]) for each in results]
-        plot_rounds(", ".join(str(report.config[name]) for name in ("model", "dtype", "layout")), rounds, plot_file)
+    runs = [(each, each.rounds[-1].trace) for each in results]
+    traced = [(f"{each.job.name}: {title(each.job.name, options)}", run) for each, run in runs if run is not None]
+    if trace_file is not None:
+        write_trace(TracedRun.together([run for _, run in traced]), trace_file)
+    if plot_runs is not None and plot_file is not None:
+        plot_runs(", ".join(str(report.config[name]) for name in ("model", "dtype", "layout")), traced, plot_file)
 
 
 def check_outputs(*paths: Path | None) -> None:

@@ -39,6 +39,24 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a prompt, in order, then one with a summary.")
     ] = False,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE.json",
+            dir_okay=False,
+            help="Write every step and transfer of all ranks on one clock, for ui.perfetto.dev.",
+        ),
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE.png",
+            dir_okay=False,
+            help="Draw when each rank worked on which step and what it waited for.",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: parallel.tensor=3. Repeatable."),
@@ -48,11 +66,14 @@ def generate(
     error.
     """
     from phalanx.engine.sampling_params import SamplingParams
+    from phalanx.launcher.bench.report import model_name
+    from phalanx.launcher.commands.bench import check_outputs, plotter
     from phalanx.launcher.config import load_config
-    from phalanx.launcher.generate_output import print_as_json, print_as_text
+    from phalanx.launcher.generate_output import await_reports, print_as_json, print_as_text
     from phalanx.launcher.llm import LLM
     from phalanx.launcher.progress import StartProgress
     from phalanx.launcher.prompts import PromptLine, read_prompts
+    from phalanx.launcher.trace_file import write_trace
 
     defaults = SamplingParams(
         max_tokens=max_tokens,
@@ -71,14 +92,24 @@ def generate(
         lines += read_prompts(prompts, defaults)
     if not lines:
         raise typer.BadParameter("give at least one prompt with -p TEXT or --prompts FILE.jsonl")
+    check_outputs(trace_file, plot_file)
+    plot_runs = None if plot_file is None else plotter("phalanx.launcher.trace_plot", "plot_runs")
     settings = load_config(config, overrides or ())
     with StartProgress() as progress:
-        llm = LLM.from_config(settings, on_progress=progress.update)
+        llm = LLM.from_config(settings, on_progress=progress.update, trace=bool(trace_file or plot_file))
     with llm:
         progress.show_startup(llm.startup, llm.plan)
         inputs = [_chat(llm, line.prompt) if chat else line.prompt for line in lines]
         show = print_as_json if as_json else print_as_text
         show(llm, inputs, [line.params for line in lines])
+        if trace_file is not None or plot_file is not None:
+            if not await_reports(llm):
+                typer.echo("not all ranks have told of their last steps, which are not in the trace", err=True)
+            run = llm.traced()
+            if trace_file is not None:
+                write_trace(run, trace_file)
+            if plot_runs is not None and plot_file is not None:
+                plot_runs(f"{model_name(settings)}, {llm.plan.layout}", [("generate", run)], plot_file)
 
 
 def _text(prompt: str) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from phalanx.launcher.bench.plot import COLOURS, GREY
+from phalanx.launcher.trace_plot import COLOURS, GREY
 from phalanx.serve.bench.points import read_figures
 from phalanx.serve.bench.report import ServeReport
 

@@ -39,6 +39,7 @@ def main() -> None:
                     "type": type(error).__name__,
                     "message": str(error),
                     "missing": getattr(error, "missing_ranks", None),
+                    "guilty": getattr(error, "guilty_ranks", None),
                     "peer": getattr(error, "peer", None),
                     "traceback": traceback.format_exc(),
                 }

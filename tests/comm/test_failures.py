@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch._C._distributed_c10d import Store
 
-from phalanx.comm import Communicator, GroupBrokenError
+from phalanx.comm import Communicator, GroupBrokenError, create_communicator
+from phalanx.comm.board import RankStatus, find_causes
 from phalanx.errors import CommError
 
 DIED = {"error": {"type": "died"}}
@@ -43,7 +44,7 @@ def test_a_wait_past_its_limit_names_the_operation_and_the_missing_rank(any_pool
     late = [error for error in told if error["type"] == "WaitTimeoutError"]
     assert late, told
     for error in late:
-        assert error["missing"] == [2]
+        assert error["missing"] == error["guilty"] == [2]
         assert "all_reduce #2 of group 'fresh-" in error["message"]
         assert "(2,304 bytes)" in error["message"]
         assert "not arrived: rank 2 " in error["message"]
@@ -74,6 +75,65 @@ def test_a_wait_past_its_limit_tells_where_the_missing_rank_is(any_pool: Any) ->
         or ("all_reduce #2" in message and "rank 0 is waiting in recv #1 with rank 1" in message)
         for message in messages
     ), answers
+    for answer in answers[:2]:
+        if answer["error"]["type"] == "WaitTimeoutError":
+            assert answer["error"]["guilty"] == [2]  # not the one that waits for it
+
+
+def rank_waits_elsewhere(comm: Communicator, store: Store, key: str) -> object:
+    """Rank 0 waits for rank 1, and that in another group for rank 2, which is busy in layer 7."""
+    comm.barrier()
+    comm.ledger.begin_step(12)
+    comm.ledger.layer = 3 + comm.rank
+    if comm.rank == 0:
+        try:
+            return comm.all_reduce(torch.ones(8)).tolist()
+        finally:
+            store.add(key, 1)
+    with create_communicator(
+        comm.backend, rank=comm.rank - 1, size=2, rendezvous=store, group=key, timeout_s=30.0, ledger=comm.ledger
+    ) as pair:
+        if comm.rank == 2:
+            comm.ledger.layer = 7
+            wait_until(store, key, 1)
+            return pair.send(torch.ones(8), 0).tolist()
+        return pair.recv(torch.empty(8), 1).tolist()
+
+
+def test_who_waits_in_another_group_is_not_blamed(any_pool: Any) -> None:
+    key = f"elsewhere-{any_pool.backend}"
+    first, second, third = any_pool.outcomes(rank_waits_elsewhere, 3, fresh=True, timeout_s=1.5, key=key)
+    assert second == third == {"ok": [1.0] * 8}
+    error = first["error"]
+    assert error["type"] == "WaitTimeoutError"
+    assert "in layer 3 (32 bytes)" in error["message"]
+    assert error["missing"] == [1, 2]
+    assert error["guilty"] == [2]
+    assert f"rank 1 is waiting in recv #1 of group '{key}' with rank 1 there in layer 4" in error["message"]
+    assert (
+        "rank 2 is not waiting for any rank: busy, stuck or dead; last seen in layer 7 of step 12" in error["message"]
+    )
+    assert "The cause is most likely rank 2, not seen waiting for anybody" in error["message"]
+
+
+def status(num_started: int, group: str = "g", peer: int | None = None, *, waiting: bool = True) -> RankStatus:
+    return RankStatus(num_started, waiting, group, "recv" if peer is not None else "barrier", num_started, peer, 0, 0)
+
+
+def test_the_cause_of_a_wait_is_found_over_those_that_wait_in_turn() -> None:
+    chain = {1: status(4, peer=2), 2: status(4, peer=3), 3: status(4, waiting=False)}
+    assert find_causes([1], chain, "g", 4, 0, 4) == ((3,), ())
+    assert find_causes([1], {1: status(5, peer=2)}, "g", 3, 0, 5) == ((2,), ())
+
+
+def test_ranks_that_wait_for_each_other_are_not_told_guilty() -> None:
+    assert find_causes([1], {1: status(4, peer=0)}, "g", 2, 0, 4) == ((), ())
+    circle = {1: status(6), 2: status(5, peer=1)}
+    assert find_causes([1, 2], circle, "g", 3, 0, 5) == ((), ())
+
+
+def test_a_cause_in_another_group_is_told_so() -> None:
+    assert find_causes([1], {1: status(4, group="h", peer=5)}, "g", 2, 0, 4) == ((), (1,))
 
 
 def rank_unlike_calls(comm: Communicator, store: Store) -> object:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from phalanx.comm import Ledger, OpTotals
-from phalanx.comm.ledger import CommTotals
+from phalanx.comm.ledger import CommTotals, LateTotals
 
 
 def test_totals_are_sums_by_operation_and_step() -> None:
@@ -39,17 +39,38 @@ def test_what_is_taken_is_summed_by_layer_and_told_once() -> None:
     ledger.layer = 3
     ledger.record(2, "stage0", "all_reduce", 8, started_s=2.0, waited_s=1.0, ended_s=3.0)
     ledger.record(3, "stage0", "all_reduce", 4, started_s=3.0, waited_s=0.0, ended_s=5.0)
-    assert sorted(ledger.take()) == [
-        CommTotals(layer=-1, op="all_reduce", num_ops=1, num_bytes=8, exposed_us=0.5e6, hidden_us=0.5e6),
-        CommTotals(layer=3, op="all_reduce", num_ops=2, num_bytes=12, exposed_us=1e6, hidden_us=2e6),
+    assert sorted(ledger.take().totals) == [
+        CommTotals(
+            layer=-1, op="all_reduce", num_ops=1, num_bytes=8, exposed_us=0.5e6, hidden_us=0.5e6, group="stage0"
+        ),
+        CommTotals(layer=3, op="all_reduce", num_ops=2, num_bytes=12, exposed_us=1e6, hidden_us=2e6, group="stage0"),
     ]
-    assert ledger.take() == ()
+    assert ledger.take() == ((), (), 0, ())
     ledger.record(4, "stage0", "barrier", 0, 5.0, 1.0, 6.0)
-    assert [(each.op, each.num_ops) for each in ledger.take()] == [("barrier", 1)]
+    assert [(each.op, each.num_ops) for each in ledger.take().totals] == [("barrier", 1)]
 
 
 def test_what_has_given_way_is_not_taken() -> None:
     ledger = Ledger(capacity=2)
     for seq in range(5):
         ledger.record(seq, "world", "barrier", 0, 0.0, 0.0, 0.0)
-    assert [each.num_ops for each in ledger.take()] == [2]
+    assert [each.num_ops for each in ledger.take().totals] == [2]
+
+
+def test_what_was_waited_for_is_summed_by_whom() -> None:
+    ledger = Ledger()
+    ledger.record(1, "g", "all_reduce", 8, 0.0, 1.0, 1.0, last=2)
+    ledger.record(2, "g", "all_reduce", 8, 0.0, 2.0, 2.0, last=2)
+    ledger.record(1, "h", "recv", 8, 0.0, 4.0, 4.0, peer=2)
+    ledger.record(3, "g", "all_reduce", 8, 0.0, 8.0, 8.0)  # nobody knows for whom
+    assert sorted(ledger.take().late) == [LateTotals("g", 2, 2, 3e6), LateTotals("h", 2, 1, 4e6)]
+
+
+def test_the_entries_are_taken_with_the_totals_where_asked_for() -> None:
+    ledger = Ledger(capacity=2)
+    for seq in range(3):
+        ledger.record(seq, "g", "barrier", 0, 0.0, 0.0, 0.0)
+    taken = ledger.take(whole=True)
+    assert ([each.seq for each in taken.entries], taken.num_lost) == ([1, 2], 1)
+    ledger.record(3, "g", "barrier", 0, 0.0, 0.0, 0.0)
+    assert [each.seq for each in ledger.take(whole=True).entries] == [3]

@@ -19,6 +19,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from phalanx.comm import Communicator, create, create_communicator, machine, shm_segment
+from phalanx.comm.native import find_native
 from phalanx.comm.shm_segment import NUM_RING, RING_BYTES, ROUND_BYTES, SMALL_BYTES
 from phalanx.errors import CommError
 
@@ -395,3 +396,18 @@ def rank_cannot_map(comm: Communicator, store: Store, name: str) -> str:
 def test_where_one_rank_cannot_map_the_memory_all_are_told(shm_pool: Any) -> None:
     for message in shm_pool.run(rank_cannot_map, 3, name=f"unmapped-{shm_pool.backend}"):
         assert "cannot share memory: rank 1: Cannot allocate memory. Use the backend gloo" in message
+
+
+def rank_last_to_come(comm: Communicator, store: Store) -> list[int]:
+    for late in range(comm.size):
+        comm.barrier()
+        if comm.rank == late:
+            time.sleep(0.1)
+        comm.all_reduce(torch.ones(4))
+    return [entry.last for entry in comm.ledger.entries() if entry.op == "all_reduce"]
+
+
+def test_the_ledger_knows_who_came_last(pool: Any) -> None:
+    if find_native().library is None:
+        pytest.skip("needs the native library, which sees it")
+    assert pool.run(rank_last_to_come, 3, backend="shm", fresh=True) == [[0, 1, 2]] * 3

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
 from tests.tiny_models import TINY_MODELS, make
 
-from phalanx.engine.messages import CommSettings, KVMeasure, RankSpec
+from phalanx.engine.channel import RankChannel
+from phalanx.engine.clock import ClockExchange, ClockKeeper
+from phalanx.engine.messages import CommSettings, KVMeasure, RankSpec, Shutdown, ToEngine, ToRank, TraceReport
 from phalanx.engine.rank import WARMUP, Rank
 from phalanx.errors import PhalanxError
 from phalanx.models.resolve import resolve_model
@@ -65,3 +68,35 @@ def test_a_rank_without_room_for_the_longest_sequence_says_so(spec: RankSpec) ->
     measure = KVMeasure(share=1e-9, device_part=1.0, limit_pages=21, least_pages=4, copies=1)
     with pytest.raises(PhalanxError, match=r"no room for the KV cache: .* at least 4 are needed"):
         Rank(replace(spec, num_pages=0, measure=measure), lambda _: None)
+
+
+class Scripted:
+    """A channel that says what it is told to, and keeps what it hears."""
+
+    def __init__(self, *messages: ToRank | None) -> None:
+        self._messages = list(messages)
+        self.heard: list[ToEngine] = []
+
+    def receive(self, timeout_s: float | None = None) -> ToRank | None:
+        return self._messages.pop(0)
+
+    def send(self, message: ToEngine) -> None:
+        self.heard.append(message)
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_rank_hands_over_its_ledger_where_it_traces_and_only_there(spec: RankSpec, trace: bool) -> None:
+    plans = [msgspec.structs.replace(plan, step=step) for step, plan in enumerate(WARMUP)]
+    channel = Scripted(*plans, None, Shutdown())
+    rank = Rank(replace(spec, trace=trace), lambda _: None)
+    clock = ClockKeeper(lambda _: ClockExchange(1.0, 8.0, 8.0, 1.5))
+    rank.serve(cast("RankChannel", channel), clock)
+    rank.close()
+    clock.close()
+    reports = [message for message in channel.heard if isinstance(message, TraceReport)]
+    assert len(reports) == trace
+    for report in reports:
+        assert [step.step for step in report.steps] == [0, 1]
+        assert [each.step for each in report.transfers] == [0, 1]
+        assert report.clock.offset_s == 6.75
+        assert report.groups == {"stage0": (0,)}

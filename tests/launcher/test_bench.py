@@ -22,9 +22,11 @@ from typer.testing import CliRunner, Result
 
 from phalanx import AsyncEngine
 from phalanx.cli import app
+from phalanx.engine.clock import ClockReading
 from phalanx.engine.messages import RankReady, StageStep
 from phalanx.engine.request import Delta, RequestOutput
 from phalanx.engine.sampling_params import SamplingParams
+from phalanx.engine.trace_book import RankTrace
 from phalanx.errors import PhalanxError, RequestError
 from phalanx.launcher.bench.figures import Spread, percentile, read_figures
 from phalanx.launcher.bench.jobs import BenchOptions, plan_jobs, scaled
@@ -34,7 +36,9 @@ from phalanx.launcher.bench.rounds import measure, play, turned
 from phalanx.launcher.bench.stages import busy_shares, full_span
 from phalanx.launcher.bench.workloads import RequestShape, WorkloadName
 from phalanx.launcher.config import load_config
+from phalanx.launcher.trace import TracedRank, TracedRun
 from phalanx.models.resolve import ModelSource
+from phalanx.parallel.layout import RankPlace
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = LatencyLimits(time_to_first_token_s=1.0, time_per_output_token_s=0.5)
@@ -330,7 +334,7 @@ def tiny_config(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     """All of `phalanx bench throughput` on two stages, and the directory with what it wrote."""
     folder = tmp_path_factory.mktemp("out")
-    files = ("--json", folder / "out.json", "--plot", folder / "out.png")
+    files = ("--json", folder / "out.json", "--plot", folder / "out.png", "--trace", folder / "trace.json")
     open_loop = ("--rate", 100, "--num-requests", 5, "--ttft-limit-ms", 1e6, "--tpot-limit-ms", 0)
     options = ("--scale", 0.1, "--rounds", 2, "--seed", 7, *open_loop, *files)
     result = phalanx("bench", "throughput", tiny_config, *options, "--set", "parallel.pipeline=2")
@@ -394,7 +398,7 @@ def test_the_json_has_the_readings_of_every_round(report: dict[str, Any]) -> Non
 def test_what_was_typed_is_kept_without_this_machines_paths(run: tuple[Result, Path], report: dict[str, Any]) -> None:
     assert report["command"].split("throughput ")[1] == (
         "tiny.yaml --rate 100.0 --num-requests 5 --ttft-limit-ms 1000000.0 --tpot-limit-ms 0.0 --rounds 2 --seed 7 "
-        "--scale 0.1 --json out.json --plot out.png --set parallel.pipeline=2"
+        "--scale 0.1 --json out.json --plot out.png --trace trace.json --set parallel.pipeline=2"
     )
     assert str(run[1].parent) not in (run[1] / "out.json").read_text()
 
@@ -405,12 +409,33 @@ def test_the_plot_is_a_png_with_something_in_it(run: tuple[Result, Path]) -> Non
     assert len(picture) > 20_000
 
 
-def test_a_plot_of_replicas_and_of_rounds_without_steps(tmp_path: Path) -> None:
-    from phalanx.launcher.bench.plot import plot_rounds
+def test_the_trace_has_the_last_round_of_each_workload(run: tuple[Result, Path], report: dict[str, Any]) -> None:
+    trace = json.loads((run[1] / "trace.json").read_text())
+    steps = [event["args"]["step"] for event in trace["traceEvents"] if event.get("cat") == "step"]
+    num_steps = sum(workload["rounds"][-1]["steps"] for workload in report["workloads"].values())
+    assert len(steps) == 2 * num_steps  # two ranks
+    assert len(set(steps)) == num_steps
+    assert {event["args"]["step"] for event in trace["traceEvents"] if event.get("cat") == "transfer"} == set(steps)
+
+
+def test_a_plot_of_replicas_and_of_runs_without_steps(tmp_path: Path) -> None:
+    from phalanx.launcher.trace_plot import plot_runs
+
+    def run(*stages: Sequence[StageStep]) -> TracedRun:
+        return TracedRun(
+            tuple(
+                tuple(
+                    TracedRank(
+                        RankPlace(replica, rank, rank, 0), RankTrace(rank, tuple(mine), (), {}, ClockReading(), 0)
+                    )
+                    for rank, mine in enumerate(stages)
+                )
+                for replica in range(2)
+            )
+        )
 
     path = tmp_path / "out.png"
-    busy, idle = round_of(stages=[[FIRST, SECOND]] * 2), round_of(stages=[[(), ()]] * 2)
-    plot_rounds("title", [("busy", busy), ("idle", idle)], path)
+    plot_runs("title", [("busy", run(FIRST, SECOND)), ("idle", run((), ())), ("nobody", TracedRun(((),)))], path)
     assert path.read_bytes().startswith(PNG)
 
 
@@ -419,7 +444,7 @@ def test_a_plot_without_matplotlib_is_refused_before_a_start(
 ) -> None:
     for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "phalanx.launcher.bench.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "phalanx.launcher.trace_plot", raising=False)
     result = phalanx("bench", "latency", tiny_config, "--plot", tmp_path / "out.png")
     assert isinstance(result.exception, PhalanxError)
     assert "pip install 'phalanx[plot]'" in str(result.exception)

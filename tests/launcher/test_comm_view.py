@@ -4,7 +4,9 @@ import pytest
 from rich.console import Console
 
 from phalanx.comm.ledger import CommTotals
+from phalanx.engine.messages import RankReady
 from phalanx.launcher.comm_view import CommUse, comm_table, comm_words
+from phalanx.launcher.link_rates import GroupLink, group_links
 
 TOTALS = {
     0: (CommTotals(-1, "recv", 10, 1000, 500.0, 0.0), CommTotals(0, "all_reduce", 20, 4000, 900.0, 100.0)),
@@ -44,3 +46,37 @@ def test_the_table_has_a_row_for_each_operation() -> None:
     rows = [line.split() for line in capture.get().splitlines()]
     assert ["recv", "0.5", "0.1", "25", "0"] in rows
     assert ["all_reduce", "3.0", "0.6", "65", "20"] in rows
+
+
+def test_where_ranks_know_for_whom_they_waited_that_one_is_named() -> None:
+    use = CommUse.of(TOTALS, 10, {0: {1: 900.0}, 1: {0: 100.0}})
+    assert use.waits == ((0, 10.0), (1, 90.0))
+    assert "the slowest is rank 1: the others together waited 90 us a step for it, 180 for all" in comm_words(use)[1]
+    even = CommUse.of(TOTALS, 10, {0: {1: 900.0}, 1: {0: 890.0}})
+    assert len(comm_words(even)) == 1
+
+
+def ready(rank: int, node: str, mbits_per_s: float) -> RankReady:
+    groups = {"pipeline": (0, 1, 2), "stage0": (0, 1)}
+    return RankReady(rank, node, 1, {}, 0, 0, 0, groups=groups, link_bytes_per_s=mbits_per_s * 1e6 / 8)
+
+
+def test_what_is_achieved_of_a_link_is_told_where_its_rate_is_known() -> None:
+    links = group_links([ready(0, "a", 1000), ready(1, "a", 1000), ready(2, "b", 100)])
+    assert links == {"pipeline": GroupLink((0, 0, 2), 12.5e6)}  # the slower; within a machine there is no link
+    totals = {
+        0: (CommTotals(-1, "send", 1, 1000, 50.0, 150.0, "pipeline"), CommTotals(-1, "send", 1, 9, 1.0, 0.0, "stage0")),
+        1: (CommTotals(0, "all_reduce", 1, 1000, 50.0, 0.0, "stage0"),),
+    }
+    ops = {each.op: each for each in CommUse.of(totals, 1, None, links).ops}
+    assert ops["send"].link_bytes_per_s == 12.5e6
+    assert ops["send"].achieved_bytes_per_s == pytest.approx(5e6)
+    assert ops["all_reduce"].link_bytes_per_s is None
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(comm_table(CommUse.of(totals, 1, None, links)))
+    assert "40 of 100" in capture.get()
+
+
+def test_a_link_of_unknown_rate_is_not_told() -> None:
+    assert group_links([ready(0, "a", 1000), ready(1, "a", 1000), ready(2, "b", 0)]) == {}

@@ -73,7 +73,7 @@ def test_a_link_cut_for_good_ends_the_wait_at_its_limit_and_names_who_did_not_co
         assert LIMIT_S <= answer["after_s"] < 2 * LIMIT_S + 10
     # On this side all miss the rank that was cut off; on the other side that one misses all.
     assert all(2 in answer["missing"] for answer in answers[:2])
-    assert all("rank 2 is not waiting in this group: busy, stuck or dead" in each["message"] for each in answers[:2])
+    assert all("rank 2 is not waiting for any rank: busy, stuck or dead" in each["message"] for each in answers[:2])
     assert answers[2]["missing"] == [0, 1]
 
 

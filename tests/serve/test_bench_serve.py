@@ -844,7 +844,7 @@ def test_errors_are_found_before_anything_is_sent(arguments: tuple[object, ...],
 def test_a_plot_without_matplotlib_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("phalanx.serve.bench.plot", "phalanx.launcher.bench.plot"):
+    for name in ("phalanx.serve.bench.plot", "phalanx.launcher.trace_plot"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     result = phalanx("localhost:1", "--plot", tmp_path / "out.png")
     assert "pip install 'phalanx[plot]'" in str(result.exception)
