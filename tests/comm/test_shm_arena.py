@@ -44,6 +44,7 @@ def test_a_place_is_taken_again_only_when_all_have_read_what_lay_there(sizes: li
     with segment_of_one() as segment:
         arena = Arena(segment, 0)
         laid: list[tuple[int, int, int]] = []  # begin, end, epoch
+        waited_for = 0
         for num_bytes in sizes * 3:
             foretold = arena.needed(num_bytes)
             place, needed = arena.take(num_bytes)
@@ -54,8 +55,9 @@ def test_a_place_is_taken_again_only_when_all_have_read_what_lay_there(sizes: li
             assert begin % HEADER_BYTES == 0
             assert begin // BLOCK_BYTES == (end - 1) // BLOCK_BYTES < NUM_BLOCKS
             under = [each for each in laid if each[0] < end and begin < each[1]]
-            # Others that have published `needed` rounds have read all but the last WINDOW of them.
-            assert all(each[2] <= needed - WINDOW for each in under)
+            # Others that have published so many rounds have read all but the last WINDOW of them.
+            waited_for = max(waited_for, needed)
+            assert all(each[2] <= waited_for - WINDOW for each in under)
             laid = [each for each in laid if each not in under] + [(begin, end, epoch)]
 
 
