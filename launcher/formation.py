@@ -41,6 +41,7 @@ SHUTDOWN_S = 10.0  # for a healthy rank to finish its step and release what it h
 FAILED_SHUTDOWN_S = 0.5  # the same beside a failed one, for whose sake it may wait until a limit of its own
 
 OnProgress = Callable[[RankPlace, Progress], None]
+OpenHost = Callable[[ClusterSettings, int], RankHost]
 
 
 def open_host(settings: ClusterSettings, num_ranks: int, target: str = DEFAULT_TARGET) -> RankHost:

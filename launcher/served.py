@@ -28,7 +28,7 @@ from phalanx.engine.stats import EngineStats
 from phalanx.errors import ConfigError, RequestError
 from phalanx.launcher.check import review
 from phalanx.launcher.config import load_config
-from phalanx.launcher.formation import Formation, open_host
+from phalanx.launcher.formation import Formation, OpenHost, open_host
 from phalanx.launcher.hosts import RankHost
 from phalanx.launcher.machine import this_machine
 from phalanx.launcher.run_plan import Decision, RunPlan, plan_run
@@ -107,15 +107,29 @@ class Served:
         return cls.from_config(load_config(path, changes), on_progress=on_progress)
 
     @classmethod
-    def from_config(cls, config: Config, *, on_progress: OnProgress | None = None, ranks_apart: bool = False) -> Self:
+    def from_config(
+        cls,
+        config: Config,
+        *,
+        on_progress: OnProgress | None = None,
+        ranks_apart: bool = False,
+        open_host: OpenHost = open_host,
+    ) -> Self:
         """From a configuration that was loaded before. ranks_apart: a rank is not run in this process even where it is
-        the only one: for programs whose other threads must not wait for Python's lock while it computes.
+        the only one: for programs whose other threads must not wait for Python's lock while it computes. open_host:
+        makes what runs the ranks of a replica, given where they run and their number.
         """
         served = cls.__new__(cls)
-        served._open(config, on_progress, ranks_apart)
+        served._open(config, on_progress, ranks_apart, open_host)
         return served
 
-    def _open(self, config: Config, on_progress: OnProgress | None, ranks_apart: bool = False) -> None:
+    def _open(
+        self,
+        config: Config,
+        on_progress: OnProgress | None,
+        ranks_apart: bool = False,
+        open_host: OpenHost = open_host,
+    ) -> None:
         started = time.perf_counter()
         self.config = config
         self._formations: list[Formation] = []

@@ -73,7 +73,10 @@ def cross(num_senders: int, num_receivers: int, *hidden_states: torch.Tensor) ->
             border.flush()
             assert pipeline.num_pending == 0
             return pipeline.sent, pipeline.most_pending
-        got = [border.receive(x.shape[0], x.shape[1], x.dtype, x.device) for x in hidden_states]
+        got = []
+        for x in hidden_states:
+            border.expect(x.shape[0], x.shape[1], x.dtype, x.device)
+            got.append(border.receive())
         assert pipeline.sent == []
         return got, 0
 
