@@ -32,18 +32,22 @@ async def measure(
     """
     on_round(0)
     await play(engine, [shape._replace(arrival_s=0.0) for shape in requests])
-    played, stats, comm = [], [engine.replica_stats()], [await _comm_totals(engine)]
+    rounds = []
     for number in range(1, num_rounds + 1):
         on_round(number)
-        played.append(await play(engine, [turned(shape, number) for shape in requests]))
-        stats.append(engine.replica_stats())
-        comm.append(await _comm_totals(engine))
+        rounds.append(await play_round(engine, requests, number))
+    return rounds
+
+
+async def play_round(engine: AsyncEngine, requests: Sequence[RequestShape], number: int) -> Round:
+    """Round `number` of the requests, by itself: what its callers saw, its stages did and its transfers took."""
+    stats, comm = [engine.replica_stats()], [await _comm_totals(engine)]
+    readings = await play(engine, [turned(shape, number) for shape in requests])
+    stats.append(engine.replica_stats())
+    comm.append(await _comm_totals(engine))
     async with asyncio.timeout(REPORTS_S):
         steps = await _all_steps(engine)
-    return [
-        _round(readings, stats[number : number + 2], comm[number : number + 2], steps)
-        for number, readings in enumerate(played)
-    ]
+    return _round(readings, stats, comm, steps)
 
 
 def turned(shape: RequestShape, number: int) -> RequestShape:

@@ -53,9 +53,7 @@ class NetHost:
 
     def __init__(self, seats: Seats, settings: ClusterSettings) -> None:
         self._seats = seats
-        self._hosts = {
-            name: ProcessHost(settings, prefix=seats.enter[name]) for name in dict.fromkeys(seats.hosts)
-        }
+        self._hosts = {name: ProcessHost(settings, prefix=seats.enter[name]) for name in dict.fromkeys(seats.hosts)}
 
     @property
     def address(self) -> str:
@@ -90,5 +88,3 @@ def pin(pids: Iterable[int], cores: Sequence[int]) -> None:
     for pid, core in zip(pids, cores, strict=True):
         for thread in Path(f"/proc/{pid}/task").iterdir():
             os.sched_setaffinity(int(thread.name), {core})
-
-
