@@ -55,7 +55,10 @@ connection = socket.create_connection((sys.argv[1], 5001), 5)
 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 times = []
 for _ in range(300):
-    began = time.perf_counter(); connection.sendall(b"x"); connection.recv(64); times.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    connection.sendall(b"x")
+    connection.recv(64)
+    times.append(time.perf_counter() - began)
 print(statistics.median(times))
 """
 

@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.multinode_share import Share, planned_steps, run_shares  # noqa: E402
+from tests.multinode.net_host import Seats, pin  # noqa: E402
+from tests.multinode.netlab import LINK  # noqa: E402
+
 from phalanx.engine.scheduler import Limits  # noqa: E402
 from phalanx.launcher.async_engine import AsyncEngine  # noqa: E402
 from phalanx.launcher.bench.jobs import scaled  # noqa: E402
@@ -26,8 +29,6 @@ from phalanx.launcher.config import load_config  # noqa: E402
 from phalanx.launcher.schema import CommSection  # noqa: E402
 from phalanx.launcher.specs import rank_specs  # noqa: E402
 from phalanx.models.resolve import resolve_model  # noqa: E402
-from tests.multinode.net_host import Seats, pin  # noqa: E402
-from tests.multinode.netlab import LINK  # noqa: E402
 
 MODEL = "smollm2-135m"
 OVERLAPS: tuple[str, ...] = get_args(CommSection.model_fields["overlap"].annotation)

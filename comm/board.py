@@ -37,16 +37,18 @@ class WaitBoard:
     """This rank's notice on the group's store, and the reading of the others'.
 
     On the fast path it costs two attribute writes: a thread looks in every `tick_s` seconds and publishes a wait that
-    it meets twice, so one that has lasted between one and two ticks.
+    it meets twice, so one that has lasted between one and two ticks. The same thread learns what the others are called,
+    in good time: a store that a cut link leads to tells nothing any more.
     """
 
-    def __init__(self, store: Store | None, rank: int, size: int, tick_s: float) -> None:
+    def __init__(self, store: Store | None, rank: int, size: int, tick_s: float, member: str = "") -> None:
         self.waiting: Call | None = None
         self.num_started = 0
         self._store = store
         self._rank = rank
         self._size = size
         self._tick_s = tick_s
+        self.members = {rank: member}  # by rank, as far as they are known
         self._closed = threading.Event()
         if store is not None:
             threading.Thread(target=self._watch, name=f"phalanx-waits-{rank}", daemon=True).start()
@@ -80,9 +82,15 @@ class WaitBoard:
         assert self._store is not None
         seen: Call | None = None
         published: Call | None = None
+        told = False
         while not self._closed.wait(self._tick_s):
             now = self.waiting
             try:
+                if not told:
+                    self._store.set(_member_key(self._rank), self.members[self._rank])
+                    told = True
+                if len(self.members) < self._size:
+                    self._read_members(self._store)
                 if published is not None and now is not published:
                     self._publish(self._store, published, waiting=False)
                     published = None
@@ -93,9 +101,18 @@ class WaitBoard:
                 return  # the store is gone, and with it the readers of this board
             seen = now
 
+    def _read_members(self, store: Store) -> None:
+        for rank in set(range(self._size)) - self.members.keys():
+            if store.check([_member_key(rank)]):
+                self.members[rank] = store.get(_member_key(rank)).decode()
+
     def _publish(self, store: Store, call: Call, *, waiting: bool) -> None:
         store.set(_key(self._rank), json.dumps((self.num_started, *call[:3], waiting)))
 
 
 def _key(rank: int) -> str:
     return f"waiting/{rank}"
+
+
+def _member_key(rank: int) -> str:
+    return f"member/{rank}"

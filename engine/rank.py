@@ -103,6 +103,7 @@ class Rank:
                 interface=spec.comm.interface,
                 timeout_s=spec.comm.timeout_s,
                 ledger=self.ledger,
+                member=f"rank {place.rank} of the replica, on {socket.gethostname()}",
             )
             self._comms.append(comm)
             return comm

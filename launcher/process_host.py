@@ -41,9 +41,7 @@ logger = logging.getLogger(__name__)
 class ProcessHost:
     """Forks a process a rank on this machine. The nursery starts importing as soon as the host is made."""
 
-    def __init__(
-        self, settings: ClusterSettings, target: str = DEFAULT_TARGET, *, prefix: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, settings: ClusterSettings, target: str = DEFAULT_TARGET, *, prefix: Sequence[str] = ()) -> None:
         """prefix: command that runs the ranks' parent process by replacing itself, such as `numactl --membind=0`."""
         self._settings = settings
         self._nodes: dict[int, str] = {}

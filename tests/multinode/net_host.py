@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from tests.multinode.netlab import Net
+
 from phalanx.engine.messages import RankSpec
 from phalanx.launcher.hosts import ClusterSettings, RankExit
 from phalanx.launcher.process_host import ProcessHost
-from tests.multinode.netlab import Net
 
 
 @dataclass(frozen=True, slots=True)
