@@ -200,11 +200,11 @@ class Formation:
         """Raises RankFailedError, with the first cause, if a rank has failed or ended."""
         if self._error is None:
             self._watch()
-            if self._failures:
-                self._collect(GRACE_S)
-                self._error = self._failures.error()
-        if self._error is not None:
-            raise self._error
+            if not self._failures:
+                return
+            self._collect(GRACE_S)
+            self._error = self._failures.error()
+        raise self._error
 
     def close(self) -> None:
         """Ends the ranks and releases all: processes, actors, placement group, sockets, our own Ray. Idempotent."""
@@ -251,6 +251,9 @@ class Formation:
                 self._watch()
                 if self._failures:
                     self.check()
+            if message is None and (overdue := self._steps.overdue()) is not None:
+                self._error = stuck_error(overdue, self._layout, self._places, self._host.nodes())
+                raise self._error
             if message is not None or left <= 0 or self._require_channel().woken:
                 return message
 
@@ -258,9 +261,6 @@ class Formation:
         self._watched_s = time.monotonic()
         for ended in self._host.exits():
             self._failures.add_exit(ended)
-        overdue = self._steps.overdue()
-        if overdue is not None and self._error is None and not self._failures:
-            self._error = stuck_error(overdue, self._layout, self._places, self._host.nodes())
 
     def _collect(self, grace_s: float) -> None:
         """Hears the other ranks out, for the failure that is noticed first is seldom the one that happened first."""
