@@ -56,11 +56,14 @@ class WaitBoard:
     """This rank's notice on the group's store, and the reading of the others'.
 
     On the fast path it costs two attribute writes: a thread looks in every `tick_s` seconds and publishes what has not
-    changed between two looks: a wait, in whichever group of the rank, or that it does something else.
+    changed between two looks: a wait, in whichever group of the rank, or that it does something else. The same thread
+    learns what the others are called, in good time: a store that a cut link leads to tells nothing any more.
     """
 
-    def __init__(self, store: Store | None, group: str, rank: int, size: int, ledger: Ledger, tick_s: float) -> None:
-        """ledger: of all groups of the rank."""
+    def __init__(
+        self, store: Store | None, group: str, rank: int, size: int, ledger: Ledger, tick_s: float, member: str = ""
+    ) -> None:
+        """ledger: of all groups of the rank. member: what this rank is called, beside its number."""
         self.waiting: Call | None = None
         self.num_started = 0
         self.group = group
@@ -69,6 +72,7 @@ class WaitBoard:
         self._size = size
         self._ledger = ledger
         self._tick_s = tick_s
+        self.members = {rank: member}  # by rank, as far as they are known
         self._closed = threading.Event()
         if store is not None:
             ledger.boards = (*ledger.boards, self)
@@ -104,9 +108,15 @@ class WaitBoard:
         assert self._store is not None
         seen: RankStatus | None = None
         published: RankStatus | None = None
+        told = False
         while not self._closed.wait(self._tick_s):
             now = self._look()
             try:
+                if not told:
+                    self._store.set(_member_key(self._rank), self.members[self._rank])
+                    told = True
+                if len(self.members) < self._size:
+                    self._read_members(self._store)
                 if published is not None and published.waiting and now != published:
                     published = published._replace(waiting=False)  # no longer there
                     self._publish(self._store, published)
@@ -116,6 +126,11 @@ class WaitBoard:
             except RuntimeError:
                 return  # the store is gone, and with it the readers of this board
             seen = now
+
+    def _read_members(self, store: Store) -> None:
+        for rank in set(range(self._size)) - self.members.keys():
+            if store.check([_member_key(rank)]):
+                self.members[rank] = store.get(_member_key(rank)).decode()
 
     def _look(self) -> RankStatus:
         ledger = self._ledger
@@ -169,3 +184,7 @@ def find_causes(
 
 def _key(rank: int) -> str:
     return f"waiting/{rank}"
+
+
+def _member_key(rank: int) -> str:
+    return f"member/{rank}"

@@ -95,9 +95,8 @@ class Communicator(ABC):
         self._num_open = 0
         self._num_sent: dict[tuple[str, int], int] = {}
         tick_s = min(0.5, spec.timeout_s / 8)
-        self._board = WaitBoard(
-            spec.store if spec.size > 1 else None, spec.name, spec.rank, spec.size, spec.ledger, tick_s
-        )
+        store = spec.store if spec.size > 1 else None
+        self._board = WaitBoard(store, spec.name, spec.rank, spec.size, spec.ledger, tick_s, spec.member)
         weakref.finalize(self, self._board.close)
 
     # ---- operations ----
@@ -411,7 +410,7 @@ class Communicator(ABC):
             self._break(f"the connection to {who} was lost in {what}")
             raise PeerLostError(
                 f"{what} on rank {self.rank}: the connection to {who} was lost ({error}). It has most likely died or "
-                "given up: its own error is the cause, this is a symptom",
+                f"given up: its own error is the cause, this is a symptom{self._who([peer])}",
                 peer,
             ) from error
         self._break(f"{what} failed")
@@ -431,11 +430,17 @@ class Communicator(ABC):
         self._break(f"{what} waited longer than {self.timeout_s:g} s")
         raise WaitTimeoutError(
             f"{what} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: "
-            f"{_ranks(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). {_verdict(causes)}; if that "
-            "is only slow, raise the limit (timeout_s)",
+            f"{_ranks(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). {_verdict(causes)}; if it "
+            f"is only slow, raise the limit (timeout_s){self._who(sorted({*missing, *causes.guilty}))}",
             missing,
             causes.guilty,
         )
+
+    def _who(self, others: Sequence[int | None]) -> str:
+        """What this rank and others are, beside their numbers, as the end of a message."""
+        known = {rank: member for rank, member in sorted(self._board.members.items()) if member}
+        told = [f"rank {rank} is {member}" for rank, member in known.items() if rank == self.rank or rank in others]
+        return f". In this group {', '.join(told)}" if told else ""
 
     def _break(self, why: str) -> None:
         """Closes the connections, so that ranks waiting for this one or for each other learn of the failure at once."""

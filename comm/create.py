@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -117,6 +118,7 @@ def create_communicator(
     interface: str | None = None,
     timeout_s: float = 60.0,
     ledger: Ledger | None = None,
+    member: str | None = None,
 ) -> Communicator:
     """Joins a group of ranks and returns this rank's end of it, once all have come.
 
@@ -126,7 +128,7 @@ def create_communicator(
     groups share it best). group: a name of its own on that store. device: `cpu`, `cuda` or `cuda:N`, where the tensors
     live. interface: network interface to be reached at; None for the one that leads to the store. timeout_s: longest
     wait for the other ranks, now and in each operation. ledger: where operations are written; None for a new one,
-    `communicator.ledger`.
+    `communicator.ledger`. member: what this rank is beside its number, told in messages of all; None for its host.
 
     Raises CommError where the backend cannot serve, the store cannot be reached, or ranks are missing.
     """
@@ -160,8 +162,11 @@ def create_communicator(
         )
         apart = find_apart(PrefixStore(f"{prefix}/seats", store), group, own_seat(obstacle), rank, size, timeout_s)
         choice = choose_backend(backend, device, size, apart=apart)
+    member = f"on {socket.gethostname()}" if member is None else member
     return _backends[choice.name].factory(
-        GroupSpec(rank, size, group, device, timeout_s, PrefixStore(prefix, store), address, ledger, choice.reason)
+        GroupSpec(
+            rank, size, group, device, timeout_s, PrefixStore(prefix, store), address, ledger, choice.reason, member
+        )
     )
 
 

@@ -20,6 +20,7 @@ class GroupSpec:
     store: where the ranks of this group alone find each other, or None in a group of one.
     address: of the network interface to bind to, or None in a group of one.
     reason: why the backend that is given this was chosen.
+    member: what the others call this rank in messages beside its number, such as `on host-3`.
     """
 
     rank: int
@@ -31,3 +32,4 @@ class GroupSpec:
     address: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
     reason: str = ""
+    member: str = ""

@@ -21,7 +21,7 @@ class CommSettings:
     backend: name of a registered communicator backend, or `auto`. store: `host:port` of the rendezvous store.
     interface: network interface whose address a rank binds to, or None for the route to the store.
     timeout_s: how long an operation may wait for another rank before it is an error. overlap: `auto` for transfers
-    behind products where that is measured to pay, `none` for never.
+    behind compute, inside a stage where that is measured to pay, `none` for never.
     """
 
     store: str

@@ -12,6 +12,7 @@ import socket
 import threading
 import traceback
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -107,6 +108,7 @@ class Rank:
                 interface=spec.comm.interface,
                 timeout_s=spec.comm.timeout_s,
                 ledger=self.ledger,
+                member=f"rank {place.rank} of the replica, on {socket.gethostname()}",
             )
             self._comms.append(comm)
             return comm
@@ -187,6 +189,7 @@ class Rank:
             dtype=self._dtype,
             device=self._device,
             reports=part == 0,
+            drains=self._overlap is None,
         )
 
     def _warm_up(self) -> None:
@@ -244,17 +247,25 @@ class Rank:
         """Runs steps until the engine says `Shutdown`."""
         self.ledger.take()  # what the warm-up took is no part of it
         times: list[StageStep] = []
-        while True:
-            message = channel.receive(REPORT_S if times else None)
-            if times and (message is None or times[-1].ended_s - times[0].started_s > MOST_REPORTED_S):
-                self._tell(channel, times, clock)
+        plans: deque[StepPlan] = deque()  # the next step and, where transfers go behind compute, the one after it
+        most = 1 if self._overlap is None else 2
+        ending = False
+        while plans or not ending:
+            while not ending and len(plans) < most:
+                message = channel.receive(0.0 if plans else REPORT_S if times else None)
+                if message is None:
+                    break
+                ending = isinstance(message, Shutdown)
                 if isinstance(message, StepPlan):
+                    self._runner.expect(message)
+                    plans.append(message)
+            if times and not ending and (not plans or times[-1].ended_s - times[0].started_s > MOST_REPORTED_S):
+                self._tell(channel, times, clock)
+                if plans:
                     clock.refresh()  # while the engine is awake
                 times = []
-            if isinstance(message, Shutdown):
-                return
-            if isinstance(message, StepPlan):
-                ran = self.run(message)
+            if plans:
+                ran = self.run(plans.popleft())
                 if ran.result is not None:
                     channel.send(ran.result)
                 times.append(ran.times)

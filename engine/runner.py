@@ -53,8 +53,11 @@ class StepRunner:
         dtype: torch.dtype,
         device: torch.device,
         reports: bool,
+        drains: bool = False,
     ) -> None:
-        """sampler: on the last stage. reports: whether this rank returns the step's result."""
+        """sampler: on the last stage. reports: whether this rank returns the step's result. drains: whether a step ends
+        when what it hands on has left, not before.
+        """
         self._decoder = decoder
         self._cache = cache
         self._tables = tables
@@ -64,7 +67,16 @@ class StepRunner:
         self._dtype = dtype
         self._device = device
         self._reports = reports
+        self._drains = drains
         self._prompt_logprobs: dict[int, int] = {}  # of the slots that ask for them
+
+    def expect(self, plan: StepPlan) -> None:
+        """Makes ready for what the stage before hands over for a step: it may come while an earlier step is computed.
+
+        To be called in the order of steps; `run` does so where nobody has.
+        """
+        if self._links.before is not None:
+            self._links.before.expect(plan.num_tokens, self._hidden_size, self._dtype, self._device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Ran:
@@ -84,13 +96,18 @@ class StepRunner:
             self._links.after.flush()  # what was sent before, which takes long where the next stage is far behind
             waited_s += time.perf_counter() - asked_s
             self._links.after.send(hidden)
-        return Ran(StageStep(plan.step, began_s + waited_s, time.perf_counter()), result)
+        ran = Ran(StageStep(plan.step, began_s + waited_s, time.perf_counter()), result)
+        if self._drains and self._links.after is not None:
+            self._links.after.flush()
+        return ran
 
     def _input(self, plan: StepPlan) -> torch.Tensor:
         """Tokens on the first stage, hidden states elsewhere; waits until they are there."""
         before, tokens_in = self._links.before, self._links.tokens_in
         if before is not None:
-            return before.receive(plan.num_tokens, self._hidden_size, self._dtype, self._device)
+            if not before.num_expected:
+                self.expect(plan)
+            return before.receive()
         if tokens_in is not None:
             tokens_in.collect(plan.decodes, self._tables.last_tokens)
             tokens_in.expect(plan.step, plan.drawn_slots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from phalanx.engine.messages import (
     RankSpec,
     Report,
     Shutdown,
+    StageReport,
     StepPlan,
     StepResult,
     ToEngine,
@@ -30,6 +32,7 @@ from phalanx.launcher.failures import FailureLog
 from phalanx.launcher.hosts import DEFAULT_TARGET, ClusterSettings, RankHost
 from phalanx.launcher.process_host import ProcessHost
 from phalanx.launcher.ray_host import RayHost
+from phalanx.launcher.step_watch import StepWatch, stuck_error
 from phalanx.launcher.thread_host import ThreadHost
 from phalanx.parallel.layout import RankPlace
 
@@ -40,6 +43,7 @@ SHUTDOWN_S = 10.0  # for a healthy rank to finish its step and release what it h
 FAILED_SHUTDOWN_S = 0.5  # the same beside a failed one, for whose sake it may wait until a limit of its own
 
 OnProgress = Callable[[RankPlace, Progress], None]
+OpenHost = Callable[[ClusterSettings, int], RankHost]
 
 
 def open_host(settings: ClusterSettings, num_ranks: int, target: str = DEFAULT_TARGET) -> RankHost:
@@ -67,6 +71,10 @@ class Formation:
         self._settings = settings
         self._places = tuple(specs[0].layout.places(specs[0].replica))
         self._failures = FailureLog(self._places)
+        self._layout = specs[0].layout
+        # A rank alone waits for nobody: however long it computes, it is not stuck in a transfer.
+        timeout_s = specs[0].comm.timeout_s if len(specs) > 1 else math.inf
+        self._steps = StepWatch(len(self._layout.stages), timeout_s)
         self._error: RankFailedError | None = None
         self._channel: EngineChannel | None = None
         self._store: Any = None
@@ -151,6 +159,7 @@ class Formation:
     def submit(self, plan: StepPlan) -> None:
         """Sends a step to every rank, without waiting for it."""
         data = self._require_channel().encode(plan)
+        self._steps.planned(plan.step)
         for place in self._places:
             self._send(place.rank, data)
 
@@ -174,6 +183,10 @@ class Formation:
         deadline = time.monotonic() + timeout_s
         while True:
             message = self._next(deadline)
+            if isinstance(message, StepResult):
+                self._steps.done(message.step)
+            elif isinstance(message, StageReport):
+                self._steps.told(message.stage, message.steps[-1].step)
             if message is None or isinstance(message, StepResult | Report):
                 return message
 
@@ -204,7 +217,7 @@ class Formation:
                 for rank in self._heard:
                     with contextlib.suppress(PhalanxError):
                         self._channel.send(rank, Shutdown())
-            healthy = bool(self.ready) and not self._failures
+            healthy = bool(self.ready) and not self._failures and self._error is None
             self._host.stop(SHUTDOWN_S if healthy else FAILED_SHUTDOWN_S if self.ready else 0.0)
         finally:
             if self._channel is not None:
@@ -238,6 +251,9 @@ class Formation:
                 self._watch()
                 if self._failures:
                     self.check()
+            if message is None and (overdue := self._steps.overdue()) is not None:
+                self._error = stuck_error(overdue, self._layout, self._places, self._host.nodes())
+                raise self._error
             if message is not None or left <= 0 or self._require_channel().woken:
                 return message
 

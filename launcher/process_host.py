@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 class ProcessHost:
     """Forks a process a rank on this machine. The nursery starts importing as soon as the host is made."""
 
-    def __init__(self, settings: ClusterSettings, target: str = DEFAULT_TARGET) -> None:
+    def __init__(self, settings: ClusterSettings, target: str = DEFAULT_TARGET, *, prefix: Sequence[str] = ()) -> None:
+        """prefix: command that runs the ranks' parent process by replacing itself, such as `numactl --membind=0`."""
         self._settings = settings
         self._nodes: dict[int, str] = {}
         self._running: set[int] = set()
@@ -56,7 +57,7 @@ class ProcessHost:
         verbose = "verbose" if logger.isEnabledFor(logging.DEBUG) else "quiet"
         # Isolated from the terminal: an interrupt there is for the engine, which then ends its ranks in order.
         self._nursery = subprocess.Popen(
-            [sys.executable, "-P", "-m", "phalanx.launcher.nursery", target, verbose],
+            [*prefix, sys.executable, "-P", "-m", "phalanx.launcher.nursery", target, verbose],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -83,9 +84,9 @@ class ProcessHost:
         plan_placement(layout, need, [node])
         ranks = layout.num_ranks * layout.replicas  # the other replicas run beside this one, each in a host of its own
         devices = _shares(_visible_gpus(), need["GPU"], ranks) if need["GPU"] else [None] * ranks
-        devices = devices[specs[0].replica * layout.num_ranks :][: layout.num_ranks]
         share = max(1, cores_here() // ranks)
-        for spec, device in zip(specs, devices, strict=True):
+        for spec in specs:
+            device = devices[spec.replica * layout.num_ranks + spec.rank]
             self._nodes[spec.rank] = node.hostname
             self._running.add(spec.rank)
             environment = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}

@@ -188,7 +188,8 @@ class CommSection(Section):
     timeout_s: float = Field(default=60.0, gt=0, description="Seconds an operation may wait for another rank.")
     overlap: Literal["auto", "none"] = Field(
         default="auto",
-        description="Transfers behind products. auto: where rates measured at the start say that it pays.",
+        description="Transfers behind compute. auto: between stages always, inside a stage where rates measured at the "
+        "start say that it pays.",
     )
 
 

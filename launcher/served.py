@@ -28,7 +28,7 @@ from phalanx.engine.stats import EngineStats
 from phalanx.errors import ConfigError, RequestError
 from phalanx.launcher.check import review
 from phalanx.launcher.config import load_config
-from phalanx.launcher.formation import Formation, open_host
+from phalanx.launcher.formation import Formation, OpenHost, open_host
 from phalanx.launcher.hosts import RankHost
 from phalanx.launcher.link_rates import GroupLink, group_links
 from phalanx.launcher.machine import this_machine
@@ -117,17 +117,24 @@ class Served:
         on_progress: OnProgress | None = None,
         ranks_apart: bool = False,
         trace: bool = False,
+        open_host: OpenHost = open_host,
     ) -> Self:
         """From a configuration that was loaded before. ranks_apart: a rank is not run in this process even where it is
         the only one: for programs whose other threads must not wait for Python's lock while it computes. trace: ranks
-        hand over every step and transfer, for `traced`.
+        hand over every step and transfer, for `traced`. open_host: makes what runs the ranks of a replica, given where
+        they run and their number.
         """
         served = cls.__new__(cls)
-        served._open(config, on_progress, ranks_apart, trace)
+        served._open(config, on_progress, ranks_apart, trace, open_host)
         return served
 
     def _open(
-        self, config: Config, on_progress: OnProgress | None, ranks_apart: bool = False, trace: bool = False
+        self,
+        config: Config,
+        on_progress: OnProgress | None,
+        ranks_apart: bool = False,
+        trace: bool = False,
+        open_host: OpenHost = open_host,
     ) -> None:
         started = time.perf_counter()
         self.config = config

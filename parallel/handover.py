@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
 from phalanx.parallel.split import Split, Transfer
+
+
+class _Incoming(NamedTuple):
+    """A hand-over that is awaited. share: this rank's part of it. sizes: elements of each rank's."""
+
+    share: torch.Tensor
+    sizes: tuple[int, ...]
+    handles: list[Handle[torch.Tensor]]
+    num_tokens: int
 
 
 class HandOver:
@@ -25,6 +36,7 @@ class HandOver:
         self._receivers = receivers
         self._stage_comm = stage_comm
         self._sending: list[Handle[torch.Tensor]] = []
+        self._incoming: deque[_Incoming] = deque()
 
     def send(self, x: torch.Tensor) -> None:
         """Starts sending this rank's share of x; returns once the hand-over before it has left."""
@@ -35,13 +47,18 @@ class HandOver:
                 share = flat[transfer.interval.slice]
                 self._sending.append(self._comm.send(share, self._receivers[transfer.target], async_op=True))
 
-    def receive(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size] of the stage before."""
+    @property
+    def num_expected(self) -> int:
+        """Hand-overs expected and not yet received."""
+        return len(self._incoming)
+
+    def expect(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes room for the next hidden states, [num_tokens, hidden_size], which may then come behind other work."""
         num_elements = num_tokens * hidden_size
         parts = Split.even(num_elements, len(self._receivers))
         own = parts[self._receivers.index(self._comm.rank)]
         share = torch.empty(own.size, dtype=dtype, device=device)
-        receiving = [
+        handles = [
             self._comm.recv(
                 share[transfer.interval.start - own.start : transfer.interval.stop - own.start],
                 self._senders[transfer.source],
@@ -50,9 +67,15 @@ class HandOver:
             for transfer in self._shares(num_elements)
             if self._receivers[transfer.target] == self._comm.rank
         ]
-        for handle in receiving:
+        self._incoming.append(_Incoming(share, parts.sizes, handles, num_tokens))
+
+    def receive(self) -> torch.Tensor:
+        """The oldest hidden states expected, [num_tokens, hidden_size]."""
+        incoming = self._incoming.popleft()
+        for handle in incoming.handles:
             handle.wait()
-        return self._stage_comm.all_gather(share, sizes=parts.sizes).view(num_tokens, hidden_size)
+        whole: torch.Tensor = self._stage_comm.all_gather(incoming.share, sizes=incoming.sizes)
+        return whole.view(incoming.num_tokens, -1)
 
     def flush(self) -> None:
         """Waits until everything sent has left."""

@@ -42,16 +42,24 @@ async def measure(
     """
     on_round(0)
     await play(engine, [shape._replace(arrival_s=0.0) for shape in requests])
-    played, seen = [], [await _read(engine)]
+    rounds = []
     for number in range(1, num_rounds + 1):
         on_round(number)
-        played.append(await play(engine, [turned(shape, number) for shape in requests]))
-        seen.append(await _read(engine))
+        rounds.append(await play_round(engine, requests, number, trace=number == num_rounds))
+    return rounds
+
+
+async def play_round(
+    engine: AsyncEngine, requests: Sequence[RequestShape], number: int, *, trace: bool = False
+) -> Round:
+    """Round `number` of the requests, by itself: what its callers saw, its stages did and its transfers took."""
+    before = await _read(engine)
+    readings = await play(engine, [turned(shape, number) for shape in requests])
+    after = await _read(engine)
     async with asyncio.timeout(REPORTS_S):
         steps = await _all_steps(engine)
-    rounds = [_round(engine, each, seen[number], seen[number + 1], steps) for number, each in enumerate(played)]
-    rounds[-1] = replace(rounds[-1], trace=engine.traced(_numbers(seen[-2], seen[-1])))
-    return rounds
+    found = _round(engine, readings, before, after, steps)
+    return replace(found, trace=engine.traced(_numbers(before, after))) if trace else found
 
 
 def turned(shape: RequestShape, number: int) -> RequestShape:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -48,6 +49,7 @@ def test_a_wait_past_its_limit_names_the_operation_and_the_missing_rank(any_pool
         assert "all_reduce #2 of group 'fresh-" in error["message"]
         assert "(2,304 bytes)" in error["message"]
         assert "not arrived: rank 2 " in error["message"]
+        assert f"rank 2 is on {socket.gethostname()}" in error["message"]
     # The other one may have seen the first one give up before its own limit; then it says that it is a symptom.
     assert {error["type"] for error in told} <= {"WaitTimeoutError", "PeerLostError"}
 

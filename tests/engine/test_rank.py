@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -12,8 +14,19 @@ from tests.tiny_models import TINY_MODELS, make
 
 from phalanx.engine.channel import RankChannel
 from phalanx.engine.clock import ClockExchange, ClockKeeper
-from phalanx.engine.messages import CommSettings, KVMeasure, RankSpec, Shutdown, ToEngine, ToRank, TraceReport
+from phalanx.engine.messages import (
+    CommSettings,
+    KVMeasure,
+    RankSpec,
+    Shutdown,
+    StageStep,
+    StepPlan,
+    ToEngine,
+    ToRank,
+    TraceReport,
+)
 from phalanx.engine.rank import WARMUP, Rank
+from phalanx.engine.runner import Ran
 from phalanx.errors import PhalanxError
 from phalanx.models.resolve import resolve_model
 from phalanx.parallel.layout import StageRequest, build_layout
@@ -70,29 +83,34 @@ def test_a_rank_without_room_for_the_longest_sequence_says_so(spec: RankSpec) ->
         Rank(replace(spec, num_pages=0, measure=measure), lambda _: None)
 
 
-class Scripted:
-    """A channel that says what it is told to, and keeps what it hears."""
+class Script:
+    """The engine's messages, as a rank's channel would bring them, and what it answers. None: nothing has come yet."""
 
-    def __init__(self, *messages: ToRank | None) -> None:
-        self._messages = list(messages)
+    def __init__(self, messages: Sequence[ToRank | None]) -> None:
+        self._messages = deque(messages)
         self.heard: list[ToEngine] = []
 
     def receive(self, timeout_s: float | None = None) -> ToRank | None:
-        return self._messages.pop(0)
+        while timeout_s is None and self._messages[0] is None:
+            self._messages.popleft()
+        return self._messages.popleft()
 
     def send(self, message: ToEngine) -> None:
         self.heard.append(message)
 
 
-@pytest.mark.parametrize("trace", [False, True])
-def test_a_rank_hands_over_its_ledger_where_it_traces_and_only_there(spec: RankSpec, trace: bool) -> None:
-    plans = [msgspec.structs.replace(plan, step=step) for step, plan in enumerate(WARMUP)]
-    channel = Scripted(*plans, None, Shutdown())
-    rank = Rank(replace(spec, trace=trace), lambda _: None)
+def serve(rank: Rank, channel: Script) -> None:
     clock = ClockKeeper(lambda _: ClockExchange(1.0, 8.0, 8.0, 1.5))
     rank.serve(cast("RankChannel", channel), clock)
     rank.close()
     clock.close()
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_rank_hands_over_its_ledger_where_it_traces_and_only_there(spec: RankSpec, trace: bool) -> None:
+    plans = [msgspec.structs.replace(plan, step=step) for step, plan in enumerate(WARMUP)]
+    channel = Script([*plans, None, Shutdown()])
+    serve(Rank(replace(spec, trace=trace), lambda _: None), channel)
     reports = [message for message in channel.heard if isinstance(message, TraceReport)]
     assert len(reports) == trace
     for report in reports:
@@ -100,3 +118,52 @@ def test_a_rank_hands_over_its_ledger_where_it_traces_and_only_there(spec: RankS
         assert [each.step for each in report.transfers] == [0, 1]
         assert report.clock.offset_s == 6.75
         assert report.groups == {"stage0": (0,)}
+
+
+class Record:
+    """In place of a runner: what it was asked to do."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def expect(self, plan: StepPlan) -> None:
+        self.calls.append(("expect", plan.step))
+
+    def run(self, plan: StepPlan) -> Ran:
+        self.calls.append(("run", plan.step))
+        return Ran(StageStep(plan.step, 0.0, 0.0), None)
+
+
+def calls_of(spec: RankSpec, messages: Sequence[ToRank | None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    rank, record = Rank(spec, lambda _: None), Record()
+    monkeypatch.setattr(rank, "_runner", record)
+    serve(rank, Script(messages))
+    return [f"{name} {step}" for name, step in record.calls]
+
+
+STEPS = [StepPlan(step=step, decodes=(0,)) for step in range(3)]
+
+
+def test_the_input_of_the_next_step_is_expected_before_a_step_is_run(
+    spec: RankSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calls_of(spec, [*STEPS, Shutdown()], monkeypatch) == [
+        "expect 0",
+        "expect 1",
+        "run 0",
+        "expect 2",
+        "run 1",
+        "run 2",
+    ]
+
+
+def test_a_step_does_not_wait_for_the_one_after_it(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [STEPS[0], None, None, STEPS[1], None, Shutdown()]
+    assert calls_of(spec, messages, monkeypatch) == ["expect 0", "run 0", "expect 1", "run 1"]
+
+
+def test_without_overlap_nothing_is_expected_before_its_turn(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = replace(spec, comm=replace(spec.comm, overlap="none"))
+    assert calls_of(apart, [*STEPS, Shutdown()], monkeypatch) == [
+        f"{name} {step}" for step in range(3) for name in ("expect", "run")
+    ]

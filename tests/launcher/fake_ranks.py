@@ -107,6 +107,8 @@ def _serve(spec: RankSpec, behaviour: str, channel: RankChannel) -> None:
 
 
 def _step(spec: RankSpec, behaviour: str, plan: StepPlan, channel: RankChannel) -> None:
+    if behaviour == "ignore-step":
+        return
     if behaviour == "fail-in-step":
         _read_broken_file()
     if behaviour == "killed-in-step":

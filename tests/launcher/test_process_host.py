@@ -68,6 +68,26 @@ def wait_until_gone(pids: list[int], within_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def test_ranks_run_under_the_command_they_are_started_by() -> None:
+    host = ProcessHost(SETTINGS, TARGET, prefix=("nice", "-n", "1"))
+    with Formation.start(make_specs(2), SETTINGS, host=host) as formation:
+        assert [psutil.Process(ready.pid).nice() for ready in formation.ready] == [psutil.Process().nice() + 1] * 2
+
+
+def test_a_step_that_nobody_answers_for_is_an_error_and_the_ranks_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx.launcher.step_watch.SLACK_S", 0.0)
+    specs = [
+        replace(spec, comm=replace(spec.comm, timeout_s=0.3))
+        for spec in make_specs(1, 1, behaviour="serve,ignore-step")
+    ]
+    with Formation.start(specs, SETTINGS, host=ProcessHost(SETTINGS, TARGET)) as formation:
+        error = failure(formation)
+        assert error.rank == 0  # no stage has told anything
+        assert "has had no result for " in str(error)
+        with pytest.raises(RankFailedError):
+            formation.receive(1.0)
+
+
 def test_ranks_start_answer_and_end() -> None:
     heard: list[tuple[RankPlace, Progress]] = []
     with start(2, 1, on_progress=lambda place, progress: heard.append((place, progress))) as formation:

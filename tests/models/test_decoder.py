@@ -138,7 +138,8 @@ def phalanx_logits(
             if before is None:
                 x = torch.tensor([SEQUENCES[i][at] for i, span in work for at in span])
             else:
-                x = before.receive(len(batch.positions), config.shape.hidden_size, dtype, CPU)
+                before.expect(len(batch.positions), config.shape.hidden_size, dtype, CPU)
+                x = before.receive()
             hidden = decoder(x, batch, cache)
             if after is None:
                 logits.append(decoder.logits(hidden, batch.last_rows))

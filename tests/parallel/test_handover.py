@@ -73,7 +73,10 @@ def cross(num_senders: int, num_receivers: int, *hidden_states: torch.Tensor) ->
             border.flush()
             assert pipeline.num_pending == 0
             return pipeline.sent, pipeline.most_pending
-        got = [border.receive(x.shape[0], x.shape[1], x.dtype, x.device) for x in hidden_states]
+        got = []
+        for x in hidden_states:
+            border.expect(x.shape[0], x.shape[1], x.dtype, x.device)
+            got.append(border.receive())
         assert pipeline.sent == []
         return got, 0
 
@@ -124,6 +127,30 @@ def test_a_rank_never_has_more_than_one_hand_over_on_its_way() -> None:
     """Or hidden states would pile up in front of a slow stage."""
     crossing = cross(1, 3, *[numbered(2, 12)] * 5)
     assert crossing.most_pending == [3, 0, 0, 0]
+
+
+def test_what_is_expected_ahead_comes_while_nobody_waits_and_in_order() -> None:
+    steps = [numbered(tokens, 12) for tokens in (3, 1, 7)]
+
+    def rank(number: int, join: Join) -> list[torch.Tensor]:
+        pipeline = join("pipeline", number, 2)
+        border = HandOver(pipeline, range(1), range(1, 2), join(f"stage {number}", 0, 1))
+        if number == 0:
+            for x in steps:
+                border.send(x)
+            border.flush()
+            pipeline.barrier()
+            return []
+        for x in steps:
+            border.expect(x.shape[0], x.shape[1], x.dtype, x.device)
+        assert border.num_expected == len(steps)
+        pipeline.barrier()  # the sender gets here only once all has left it
+        received = [border.receive() for _ in steps]
+        assert border.num_expected == 0
+        return received
+
+    _, received = run_ranks(2, rank)
+    assert all(torch.equal(got, x) for got, x in zip(received, steps, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,128 @@
+"""A program that serves a model from one host over all of them, told by lines of JSON what to do: see `NetEngine`."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.multinode.net_host import Seats
+from tests.multinode.netlab import Net
+
+ROOT = Path(__file__).parents[2]
+ANSWER_LIMIT_S = 60.0
+
+
+class NetEngine:
+    """The program's other end, in the test. One formation at a time."""
+
+    def __init__(self, net: Net, hosts: Sequence[str]) -> None:
+        """hosts: of each rank; the program runs in the first."""
+        self._seats = Seats.of(net, hosts)
+        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+        self.process: subprocess.Popen[str] = net.popen(
+            hosts[0],
+            [sys.executable, "-m", "tests.multinode.net_engine", self._seats.to_json()],
+            env={"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def open(self, config: Mapping[str, Any]) -> None:
+        self.ask("open", config=config)
+
+    def close(self) -> None:
+        """Ends the formation."""
+        self.ask("close")
+
+    def start(self, do: str, **arguments: Any) -> None:
+        """Says what to do; `answer` waits for what came of it."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        ready = select.select([self.process.stdout], [], [], ANSWER_LIMIT_S)[0]
+        assert ready, f"the engine gave no answer within {ANSWER_LIMIT_S:g} s"
+        line = self.process.stdout.readline()
+        assert line, f"the engine's program ended with {self.process.wait(10)}"
+        return json.loads(line)
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        self.start(do, **arguments)
+        return self.answer()
+
+
+class _Program:
+    def __init__(self, seats: Seats) -> None:
+        self._seats = seats
+
+    def open(self, config: dict[str, Any]) -> str:
+        from phalanx import LLM
+        from phalanx.launcher.config import load_config
+
+        self._llm = LLM.from_config(load_config(config), open_host=self._seats.open)
+        return "open"
+
+    def close(self) -> str:
+        self._llm.close()
+        return "closed"
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, started: str = "", stop: str = "") -> dict[str, Any]:
+        """Tokens and seconds of each round, over and over until the file `stop` is there; `started` is written after
+        three rounds. Without files one round.
+        """
+        tokens, times_s = [], []
+        last = False
+        while not last:
+            last = not stop or Path(stop).exists()
+            began_s = time.monotonic()
+            tokens.append(self._round(prompts, max_tokens))
+            times_s.append(time.monotonic() - began_s)
+            if started and len(tokens) == 3:
+                Path(started).touch()
+        return {"tokens": tokens, "times_s": times_s}
+
+    def fail(self, prompts: list[list[int]], max_tokens: int, started: str = "") -> list[dict[str, Any]]:
+        """A call for each prompt, over and over, until each has raised: its error."""
+
+        def call(prompt: list[int]) -> dict[str, Any]:
+            try:
+                while True:
+                    self._round([prompt], max_tokens)
+                    if started:
+                        Path(started).touch()
+            except Exception as error:
+                return {"type": type(error).__name__, "message": str(error), "rank": getattr(error, "rank", None)}
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(call, prompts))
+
+    def _round(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        from phalanx import SamplingParams
+
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        return [list(output.token_ids) for output in self._llm.generate(prompts, params)]
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what torch prints must not get between the answers
+    program = _Program(Seats.from_json(sys.argv[1]))
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        answers.write(json.dumps(getattr(program, arguments.pop("do"))(**arguments)) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
