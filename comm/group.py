@@ -19,7 +19,9 @@ class GroupSpec:
     device: `cpu`, `cuda` or `cuda:N`, where the tensors live. timeout_s: longest wait for another rank.
     store: where the ranks of this group alone find each other, or None in a group of one.
     address: of the network interface to bind to, or None in a group of one.
-    reason: why the backend that is given this was chosen.
+    reason: why the backend that is given this was chosen. machines: the number of each rank's machine, counted from 0
+    in the order of ranks; empty where nobody asked. numbers: of the ranks in the group that this one is a part of, by
+    which messages call them; empty for a group of its own.
     """
 
     rank: int
@@ -31,3 +33,9 @@ class GroupSpec:
     address: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
     reason: str = ""
+    machines: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    def called(self, rank: int) -> int:
+        """The number of a rank in messages."""
+        return self.numbers[rank] if self.numbers else rank

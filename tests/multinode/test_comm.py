@@ -28,9 +28,7 @@ def workers(request: pytest.FixtureRequest) -> list[int]:
     return APART[request.param]
 
 
-def test_ranks_of_one_host_take_shared_memory_and_those_of_several_gloo_and_say_why(
-    net: Net, host_pool: RankPool
-) -> None:
+def test_the_backend_follows_from_the_hosts_of_the_ranks_and_says_why(net: Net, host_pool: RankPool) -> None:
     host = net.hosts["alpha"].address
     together = host_pool.run(rank_choice, 2, workers=[0, 1], towards=host)
     for backend, reason, _, _ in together:
@@ -38,8 +36,12 @@ def test_ranks_of_one_host_take_shared_memory_and_those_of_several_gloo_and_say_
         assert reason.startswith("memory that processes of one machine share")
     apart = host_pool.run(rank_choice, 3, workers=[0, 1, 2], towards=host)
     for backend, reason, _, _ in apart:
+        assert backend == "hierarchical"
+        assert "2 + 1 ranks; not shm: ranks in several network namespaces: 0, 1 on alpha; 2 on beta" in reason
+    alone = host_pool.run(rank_choice, 2, workers=[0, 2], towards=host)
+    for backend, reason, _, _ in alone:
         assert backend == "gloo"
-        assert "not shm: ranks in several network namespaces: 0, 1 on alpha; 2 on beta" in reason
+        assert "not hierarchical: no machine has two of the ranks" in reason
 
 
 def test_the_interface_is_that_of_the_route_to_the_store_not_that_of_the_default_route(
