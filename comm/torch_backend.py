@@ -69,9 +69,11 @@ class GlooCommunicator(TorchCommunicator):
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=spec.address)]
-        # gloo's own limit must not strike first: ours names the ranks that are missing.
-        options._timeout = timedelta(seconds=2 * spec.timeout_s + 10)
-        return cast(object, gloo(store, spec.rank, spec.size, options))
+        options._timeout = timedelta(seconds=spec.timeout_s)  # for connecting
+        process_group: Any = gloo(store, spec.rank, spec.size, options)
+        # From now on gloo's own limit must not strike first: ours names the ranks that are missing.
+        process_group._set_default_timeout(timedelta(seconds=2 * spec.timeout_s + 10))
+        return cast(object, process_group)
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
         wire = self._on_wire(x, widen=op == "sum")
