@@ -84,6 +84,7 @@ class _Queued:
         except Exception as error:  # raised where it is waited for
             self._error = error
         finally:
+            del self._job  # and with it the tensors, and whoever else could not be released while the thread lives
             self.done.set()
 
     def wait(self, timeout_s: float) -> bool:

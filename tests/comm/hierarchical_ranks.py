@@ -93,7 +93,7 @@ def rank_counts_sends(comm: Communicator, store: Store, count: int) -> object:
     try:
         comm.all_reduce(torch.ones(count, dtype=torch.bfloat16))
     finally:
-        del comm._network.start  # type: ignore[method-assign]
+        del comm._network.start
     return sent
 
 
