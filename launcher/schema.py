@@ -190,6 +190,11 @@ class CommSection(Section):
         default="auto",
         description="Transfers behind products. auto: where rates measured at the start say that it pays.",
     )
+    compress: Literal["none", "int8", "fp8"] = Field(
+        default="none",
+        description="How hidden states travel between stages on different machines: none: as they are; int8, fp8: a "
+        "byte a value and a scale a token, for slow links; it changes results a little, fp8 less than int8.",
+    )
 
 
 class EngineSection(Section):
