@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.ledger import Ledger
-from phalanx.comm.machine import Seat, exchange_seats, find_obstacle, machines_of, own_seat, why_apart
+from phalanx.comm.machine import exchange_seats, find_obstacle, machines_of, own_seat, sharing_machines, why_apart
 from phalanx.comm.native import find_native
 from phalanx.comm.rendezvous import connect_store, host_store_at, local_address, parse_rendezvous
 from phalanx.errors import CommError
@@ -69,8 +69,9 @@ def choose_backend(name: str, device: str, size: int, *, apart: str = "", machin
     """The backend for a group of `size` ranks on `device`: the one named, or for `auto` the best usable here.
 
     apart: why the ranks share no memory, such as `ranks on several machines`; empty where they do. machines: the number
-    of each rank's machine (see `machines_of`); empty where that is not known. The reason says what was passed over and
-    why. Raises CommError for a name that is not registered, or a backend that cannot serve the group.
+    of each rank's machine, within which ranks share memory; empty where that is not known, or they do not. The reason
+    says what was passed over and why. Raises CommError for a name that is not registered, or a backend that cannot
+    serve the group.
     """
     names = ", ".join(sorted(_backends))
     if name != "auto":
@@ -168,18 +169,11 @@ def create_communicator(
     seats = [own_seat(find_obstacle(device) if device == "cpu" else "")]
     if size > 1:
         seats = exchange_seats(PrefixStore(f"{prefix}/seats", store), group, seats[0], rank, size, timeout_s)
-    machines = machines_of(seats)
-    if size > 1:
-        share = all(not why_apart(_on(machine, seats, machines)) for machine in machines)
-        choice = choose_backend(backend, device, size, apart=why_apart(seats), machines=machines if share else ())
-    place = PrefixStore(prefix, store)
+        choice = choose_backend(backend, device, size, apart=why_apart(seats), machines=sharing_machines(seats))
+    place, machines = PrefixStore(prefix, store), machines_of(seats)
     return _backends[choice.name].factory(
         GroupSpec(rank, size, group, device, timeout_s, place, address, ledger, choice.reason, machines)
     )
-
-
-def _on(machine: int, seats: Sequence[Seat], machines: Sequence[int]) -> list[Seat]:
-    return [seat for seat, number in zip(seats, machines, strict=True) if number == machine]
 
 
 def _host_of(store: Store) -> str | None:

@@ -78,6 +78,13 @@ def machines_of(seats: Sequence[Seat]) -> tuple[int, ...]:
     return tuple(found.index(place) for place in places)
 
 
+def sharing_machines(seats: Sequence[Seat]) -> tuple[int, ...]:
+    """The same; empty where ranks of one machine cannot share memory."""
+    machines = machines_of(seats)
+    on_each = [[seat for seat, at in zip(seats, machines, strict=True) if at == number] for number in set(machines)]
+    return () if any(why_apart(together) for together in on_each) else machines
+
+
 def why_apart(seats: Sequence[Seat]) -> str:
     """Why ranks cannot share memory, such as `ranks on several machines: 0, 1 on a; 2 on b`; else empty."""
     for name, what in (

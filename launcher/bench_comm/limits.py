@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from phalanx.comm.machine import Seat, machines_of, why_apart
+from phalanx.comm.machine import Seat, machines_of, sharing_machines, why_apart
 from phalanx.launcher.bench_comm.groups import CommGroup, Op, border_machines, crossing_share, touched_share
 from phalanx.launcher.bench_comm.rank import Reading
 from phalanx.launcher.bench_comm.ranks import Ranks
@@ -80,7 +80,7 @@ def machine_numbers(ranks: Ranks) -> list[int]:
 def whereabouts(ranks: Ranks, group: CommGroup) -> dict[str, Any]:
     """Where the ranks of a group are, as `choose_backend` wants to know it."""
     seats = [Seat(*ranks.looks[rank]["seat"]) for rank in group.ranks]
-    return {"apart": why_apart(seats), "machines": machines_of(seats)}
+    return {"apart": why_apart(seats), "machines": sharing_machines(seats)}
 
 
 def measure_limits(ranks: Ranks, group: CommGroup, key: str, itemsize: int, device: str) -> Limits:
