@@ -18,7 +18,7 @@ COUNTS = [7, SHARED_BYTES // 2 + 4099]
 
 
 def rank_sums(comm: Communicator, store: Store, count: int, dtype: str, op: str) -> object:
-    """How many elements are wrong, and the sum of all as bytes."""
+    """How many elements are wrong."""
     ranks = torch.arange(comm.size).unsqueeze(1)
     values = (torch.arange(count) * (ranks + 2) + 3 * ranks) % 23
     expected = values.sum(0) if op == "sum" else values.amax(0)
@@ -42,7 +42,7 @@ def rank_moves_much(comm: Communicator, store: Store, rows: list[int]) -> list[b
 
 
 def rank_sum_of_reals(comm: Communicator, store: Store, count: int, dtype: str) -> object:
-    """The largest error of a sum in units of the last place of float64's result, and the bits of all of it."""
+    """The largest error of a sum, in steps of the dtype at what was added without signs; and a digest of its bits."""
     narrow: torch.dtype = getattr(torch, dtype)
     own = torch.randn(count, generator=torch.Generator().manual_seed(comm.rank)).to(narrow)
     exact = sum(
