@@ -103,7 +103,8 @@ async def measure(
         if case["plot"] and name == "decode":
             from phalanx.launcher.trace_plot import plot_runs
 
-            runs = [(f"overlap {overlap}, {name}", taken[overlap][-1].round.trace) for overlap in taken]
+            traced = {overlap: all_taken[-1].round.trace for overlap, all_taken in taken.items()}
+            runs = [(f"overlap {overlap}, {name}", run) for overlap, run in traced.items() if run is not None]
             plot_runs(case["title"], runs, Path(case["plot"]))
         found[name] = {
             "requests": len(requests),

@@ -86,6 +86,7 @@ class Communicator(ABC):
         self.device = torch.device(spec.device)
         self.timeout_s = spec.timeout_s
         self.reason = spec.reason  # why this backend was chosen
+        self.machines = spec.machines  # the number of each rank's machine; empty where nobody asked
         self.ledger = spec.ledger
         self._on_host = self.device.type == "cpu"
         self._broken: str | None = None
@@ -93,6 +94,7 @@ class Communicator(ABC):
         self._stopped = False  # broken or closed
         self._clock_s = spec.ledger.clock_s
         self._num_open = 0
+        self._in_background = False  # the operation being started is asynchronous
         self._num_sent: dict[tuple[str, int], int] = {}
         tick_s = min(0.5, spec.timeout_s / 8)
         store = spec.store if spec.size > 1 else None
@@ -259,6 +261,18 @@ class Communicator(ABC):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    # ---- for a communicator that this one is a part of: without checks, number, ledger and notice on the board ----
+
+    def start(self, op: str, *arguments: object, async_op: bool) -> Work:
+        """Starts an operation by the arguments of its hook."""
+        self._in_background = async_op
+        work: Work = getattr(self, f"_start_{op}")(*arguments)
+        return work
+
+    def perform(self, op: str, timeout_s: float, *arguments: object) -> bool:
+        """An operation from start to end, by the arguments of its hook; returns and raises as `Work.wait` does."""
+        return self.start(op, *arguments, async_op=False).wait(timeout_s)
+
     # ---- hooks of a backend ----
 
     @abstractmethod
@@ -365,6 +379,7 @@ class Communicator(ABC):
             start = in_range(f"start {call[0]}", call[1], self.group, start)
         started_s = self._clock_s()
         self._num_open += 1
+        self._in_background = async_op
         try:
             # Every rank knows alike where there is nothing to move; only a barrier means something without it.
             work = start(*arguments) if call[3] or not arguments else FINISHED

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.ledger import Ledger
-from phalanx.comm.machine import find_apart, find_obstacle, own_seat
+from phalanx.comm.machine import exchange_seats, find_obstacle, machines_of, own_seat, sharing_machines, why_apart
 from phalanx.comm.native import find_native
 from phalanx.comm.rendezvous import connect_store, host_store_at, local_address, parse_rendezvous
 from phalanx.errors import CommError
@@ -40,6 +40,7 @@ class _Backend(NamedTuple):
     probe: Callable[[str, int], Probe]
     priority: int
     shares_memory: bool
+    joins_machines: bool
 
 
 _backends: dict[str, _Backend] = {}
@@ -53,23 +54,25 @@ def register_backend(
     *,
     priority: int = 0,
     shares_memory: bool = False,
+    joins_machines: bool = False,
 ) -> None:
     """Adds a backend, or replaces the one of that name.
 
     factory: builds one rank's end of a group; called on every rank at once. probe: given the device (`cpu`, `cuda`,
     ...) and the size of the group, says whether the backend can serve it on this machine, without starting anything.
     priority: among usable backends `auto` takes the one with the highest. shares_memory: it serves only ranks that can
-    share memory, on the CPU.
+    share memory, on the CPU. joins_machines: `auto` takes it only for ranks on several machines of which one has two.
     """
-    _backends[name] = _Backend(factory, probe, priority, shares_memory)
+    _backends[name] = _Backend(factory, probe, priority, shares_memory, joins_machines)
 
 
-def choose_backend(name: str, device: str, size: int, *, apart: str = "") -> Choice:
+def choose_backend(name: str, device: str, size: int, *, apart: str = "", machines: Sequence[int] = ()) -> Choice:
     """The backend for a group of `size` ranks on `device`: the one named, or for `auto` the best usable here.
 
-    apart: why the ranks share no memory, such as `ranks on several machines`; empty where they do. The reason says what
-    was passed over and why. Raises CommError for a name that is not registered, or a backend that
-    cannot serve the group.
+    apart: why the ranks share no memory, such as `ranks on several machines`; empty where they do. machines: the number
+    of each rank's machine, within which ranks share memory; empty where that is not known, or they do not. The reason
+    says what was passed over and why. Raises CommError for a name that is not registered, or a backend that cannot
+    serve the group.
     """
     names = ", ".join(sorted(_backends))
     if name != "auto":
@@ -77,7 +80,7 @@ def choose_backend(name: str, device: str, size: int, *, apart: str = "") -> Cho
             close = get_close_matches(name, [*_backends, "auto"], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise CommError(f"there is no communicator backend {name!r}{hint} Registered: auto, {names}")
-        probe = _probe(name, device, size, apart)
+        probe = _probe(name, device, size, apart, None)
         if not probe.usable:
             raise CommError(
                 f"the communicator backend {name!r} cannot serve {size} ranks on {device!r}: {probe.reason}. "
@@ -86,7 +89,7 @@ def choose_backend(name: str, device: str, size: int, *, apart: str = "") -> Cho
         return Choice(name, f"asked for; {probe.reason}")
     passed_over: list[str] = []
     for candidate in sorted(_backends, key=lambda key: -_backends[key].priority):
-        probe = _probe(candidate, device, size, apart)
+        probe = _probe(candidate, device, size, apart, machines)
         if probe.usable:
             return Choice(candidate, "; ".join([probe.reason, *passed_over]))
         if candidate != "single":  # that several ranks are not one needs no saying
@@ -94,17 +97,28 @@ def choose_backend(name: str, device: str, size: int, *, apart: str = "") -> Cho
     raise CommError(f"no communicator backend can serve {size} ranks on {device!r}: {'; '.join(passed_over)}")
 
 
-def usable_backends(device: str, size: int, *, apart: str = "") -> list[Choice]:
-    """Every backend that can serve such a group here, each with what it is; first the one that `auto` takes."""
+def usable_backends(device: str, size: int, *, apart: str = "", machines: Sequence[int] = ()) -> list[Choice]:
+    """Every backend that `auto` could take for such a group here, each with what it is; first the one that it takes."""
     by_priority = sorted(_backends, key=lambda key: -_backends[key].priority)
-    probes = [(name, _probe(name, device, size, apart)) for name in by_priority]
+    probes = [(name, _probe(name, device, size, apart, machines)) for name in by_priority]
     return [Choice(name, probe.reason) for name, probe in probes if probe.usable]
 
 
-def _probe(name: str, device: str, size: int, apart: str) -> Probe:
+def _probe(name: str, device: str, size: int, apart: str, machines: Sequence[int] | None) -> Probe:
+    """machines: None for a backend that was asked for by name, and serves wherever the ranks are."""
     backend = _backends[name]
     probe = backend.probe(device, size)
-    return Probe(False, apart) if probe.usable and backend.shares_memory and apart else probe
+    if probe.usable and backend.shares_memory and apart:
+        return Probe(False, apart)
+    if probe.usable and backend.joins_machines and machines is not None:
+        num_machines = len(set(machines))
+        if num_machines < 2:
+            return Probe(False, "it joins machines on which ranks share memory, and several such are not known")
+        if num_machines == len(machines):
+            return Probe(False, "no machine has two of the ranks")
+        counts = " + ".join(str(machines.count(number)) for number in range(num_machines))
+        return Probe(True, f"{probe.reason}: {counts} ranks")
+    return probe
 
 
 def create_communicator(
@@ -154,19 +168,14 @@ def create_communicator(
     towards = parse_rendezvous(rendezvous).host if isinstance(rendezvous, str) else _host_of(rendezvous)
     address = local_address(towards, interface)
     prefix = f"phalanx/{group}"
-    sharing = [_backends[name] for name in ([backend] if backend != "auto" else _backends)]
-    if size > 1 and device == "cpu" and any(each.shares_memory for each in sharing):
-        obstacle = next(
-            (probe.reason for each in sharing if each.shares_memory and not (probe := each.probe(device, size)).usable),
-            "",
-        )
-        apart = find_apart(PrefixStore(f"{prefix}/seats", store), group, own_seat(obstacle), rank, size, timeout_s)
-        choice = choose_backend(backend, device, size, apart=apart)
+    seats = [own_seat(find_obstacle(device) if device == "cpu" else "")]
+    if size > 1:
+        seats = exchange_seats(PrefixStore(f"{prefix}/seats", store), group, seats[0], rank, size, timeout_s)
+        choice = choose_backend(backend, device, size, apart=why_apart(seats), machines=sharing_machines(seats))
+    place, machines = PrefixStore(prefix, store), machines_of(seats)
     member = f"on {socket.gethostname()}" if member is None else member
     return _backends[choice.name].factory(
-        GroupSpec(
-            rank, size, group, device, timeout_s, PrefixStore(prefix, store), address, ledger, choice.reason, member
-        )
+        GroupSpec(rank, size, group, device, timeout_s, place, address, ledger, choice.reason, member, machines)
     )
 
 
@@ -188,6 +197,12 @@ def _create_gloo(spec: GroupSpec) -> Communicator:
     from phalanx.comm.torch_backend import GlooCommunicator
 
     return GlooCommunicator(spec)
+
+
+def _create_hierarchical(spec: GroupSpec) -> Communicator:
+    from phalanx.comm.hierarchical import HierarchicalCommunicator
+
+    return HierarchicalCommunicator(spec)
 
 
 def _create_nccl(spec: GroupSpec) -> Communicator:
@@ -222,6 +237,13 @@ def _probe_gloo(device: str, size: int) -> Probe:
     if not dist.is_available() or not dist.is_gloo_available():
         return Probe(False, "this torch was built without gloo")
     return Probe(True, "TCP between CPUs" if device == "cpu" else "TCP, through host memory")
+
+
+def _probe_hierarchical(device: str, size: int) -> Probe:
+    if obstacle := find_obstacle(device):
+        return Probe(False, obstacle)
+    gloo = _probe_gloo(device, size)
+    return Probe(True, "shared memory in a machine, TCP between machines") if gloo.usable else gloo
 
 
 def _probe_nccl(device: str, size: int) -> Probe:
@@ -259,4 +281,5 @@ register_backend("single", _create_single, _probe_single, priority=100)
 register_backend("shm", _create_shm, _probe_shm, priority=30, shares_memory=True)
 register_backend("shm-torch", _create_shm_torch, _probe_shm_torch, priority=5, shares_memory=True)
 register_backend("nccl", _create_nccl, _probe_nccl, priority=20)
+register_backend("hierarchical", _create_hierarchical, _probe_hierarchical, priority=15, joins_machines=True)
 register_backend("gloo", _create_gloo, _probe_gloo, priority=10)

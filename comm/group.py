@@ -21,6 +21,9 @@ class GroupSpec:
     address: of the network interface to bind to, or None in a group of one.
     reason: why the backend that is given this was chosen.
     member: what the others call this rank in messages beside its number, such as `on host-3`.
+    machines: the number of each rank's machine, counted from 0 in the order of ranks; empty where nobody asked.
+    numbers: of the ranks in the group that this one is a part of, by which messages call them; empty for a group of its
+    own.
     """
 
     rank: int
@@ -33,3 +36,9 @@ class GroupSpec:
     ledger: Ledger = field(default_factory=Ledger)
     reason: str = ""
     member: str = ""
+    machines: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    def called(self, rank: int) -> int:
+        """The number of a rank in messages."""
+        return self.numbers[rank] if self.numbers else rank

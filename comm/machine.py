@@ -61,19 +61,32 @@ def own_seat(obstacle: str = "") -> Seat:
     )
 
 
-def find_apart(store: Store, group: str, seat: Seat, rank: int, size: int, timeout_s: float) -> str:
-    """Why the ranks of a group cannot share memory, such as `ranks on several machines: 0, 1 on a; 2 on b`; else empty.
+def exchange_seats(store: Store, group: str, seat: Seat, rank: int, size: int, timeout_s: float) -> list[Seat]:
+    """The seats of all ranks of a group, in their order; the same on every rank, each of which calls this.
 
-    store: a prefix of this question's own. Every rank of the group calls this and gets the same answer. Raises
-    CommError for ranks that do not come within `timeout_s` seconds.
+    store: a prefix of this question's own. Raises CommError for ranks that do not come within `timeout_s` seconds.
     """
     store.set(f"seat/{rank}", json.dumps(seat))
     meet(store, group, rank, size, timeout_s)
-    return why_apart([Seat(*json.loads(store.get(f"seat/{other}"))) for other in range(size)])
+    return [Seat(*json.loads(store.get(f"seat/{other}"))) for other in range(size)]
+
+
+def machines_of(seats: Sequence[Seat]) -> tuple[int, ...]:
+    """The number of each rank's machine, counted from 0 in the order of ranks. Hosts played by namespaces count."""
+    places = [(seat.boot, seat.processes, seat.network) for seat in seats]
+    found = list(dict.fromkeys(places))
+    return tuple(found.index(place) for place in places)
+
+
+def sharing_machines(seats: Sequence[Seat]) -> tuple[int, ...]:
+    """The same; empty where ranks of one machine cannot share memory."""
+    machines = machines_of(seats)
+    on_each = [[seat for seat, at in zip(seats, machines, strict=True) if at == number] for number in set(machines)]
+    return () if any(why_apart(together) for together in on_each) else machines
 
 
 def why_apart(seats: Sequence[Seat]) -> str:
-    """The same for the seats of all ranks, in their order."""
+    """Why ranks cannot share memory, such as `ranks on several machines: 0, 1 on a; 2 on b`; else empty."""
     for name, what in (
         ("boot", "on several machines"),
         ("processes", "in several process namespaces (containers)"),

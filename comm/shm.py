@@ -8,14 +8,13 @@ only when every other has published a round that it could not have begun before 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import TypeVar
 
 import torch
 
-from phalanx.comm.board import Call
-from phalanx.comm.communicator import Communicator, Handle, ReduceOp
+from phalanx.comm.combine import combine
+from phalanx.comm.communicator import Communicator, ReduceOp
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.rendezvous import meet
 from phalanx.comm.shm_arena import Arena
@@ -24,7 +23,6 @@ from phalanx.comm.shm_calls import (
     ALL_REDUCE,
     BARRIER,
     BROADCAST,
-    NARROW,
     REDUCE_SCATTER,
     SEND,
     WINDOW,
@@ -36,8 +34,6 @@ from phalanx.comm.shm_stream import Helper, Steps, Stream
 from phalanx.comm.shm_wait import Waiter, Watch
 from phalanx.comm.work import Work
 from phalanx.errors import CommError
-
-Result = TypeVar("Result")
 
 
 class ShmCommunicator(Communicator):
@@ -55,7 +51,7 @@ class ShmCommunicator(Communicator):
             raise CommError(f"group {spec.name!r}: a group of {spec.size} needs a store to meet on")
         meet(spec.store, spec.name, spec.rank, spec.size, spec.timeout_s)
         self._segment = segment = share_segment(spec, spec.store)
-        self._waiter = Waiter(segment, spec.rank, spec.name)
+        self._waiter = Waiter(segment, spec)
         super().__init__(spec)
         rank = self.rank
         self._ranks = ranks = range(self.size)
@@ -68,7 +64,7 @@ class ShmCommunicator(Communicator):
         self._epoch_word = segment.epoch(rank)
         self._all = Watch(tuple(segment.epoch(other) for other in self._others), self._others)
         self._one = [Watch((segment.epoch(other),), (other,)) for other in ranks]
-        self._in_background = False  # the operation being started is asynchronous
+        self._called = spec.called
 
         self._helper = Helper(f"phalanx-shm-{rank}")
         weakref.finalize(self, self._helper.stop)
@@ -84,12 +80,6 @@ class ShmCommunicator(Communicator):
         self._arrivals = [Watch((segment.produced(other, rank),), (other,)) for other in ranks]
 
     # ---- starting ----
-
-    def _run(
-        self, call: Call, result: Result, async_op: bool, start: Callable[..., Work], *arguments: object
-    ) -> Result | Handle[Result]:
-        self._in_background = async_op
-        return super()._run(call, result, async_op, start, *arguments)
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
         if self.size == 2 or x.nbytes <= SMALL_BYTES:
@@ -266,7 +256,7 @@ class ShmCommunicator(Communicator):
             number = count % NUM_RING
             header = self._words[self._rings_from[source].headers[number]]
             if header != call:
-                raise unlike_error(source, header, call)
+                raise unlike_error(self._called(source), header, call)
             start = self._rings_from[source].data[number]
             part.copy_(self._typed[torch.uint8][start : start + len(part)])
             self._words[self._consumed_from[source]] = count + 1
@@ -287,7 +277,7 @@ class ShmCommunicator(Communicator):
         for rank in self._others if ranks is None else ranks:
             header = self._words[self._headers[rank] + at // 8]
             if header != call:
-                raise unlike_error(rank, header, call)
+                raise unlike_error(self._called(rank), header, call)
 
     def _part(self, at: int, rank: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         """Elements of a rank's slot."""
@@ -296,23 +286,7 @@ class ShmCommunicator(Communicator):
 
     def _combine(self, out: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
         """The sum or maximum of `parts`, in their order. `out` may be one of the first two, of more than two none."""
-        if len(parts) == 1:
-            out.copy_(parts[0])
-            return
-        first, second, *rest = parts
-        if op == "max":
-            torch.maximum(first, second, out=out)
-            for part in rest:
-                torch.maximum(out, part, out=out)
-        elif rest and out.dtype in NARROW:
-            total = first.float()
-            for part in parts[1:]:
-                total += part
-            out.copy_(total)
-        else:
-            torch.add(first, second, out=out)
-            for part in rest:
-                out += part
+        combine(out, parts, op)
 
     def _abort(self) -> None:
         self._waiter.abort()

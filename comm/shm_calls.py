@@ -14,7 +14,6 @@ WINDOW = NUM_BLOCKS // 2
 
 OPS = ("", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "send")
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST, BARRIER, SEND = range(1, 7)
-NARROW = (torch.bfloat16, torch.float16)
 _DTYPES = sorted(DTYPES, key=str)  # the native library counts them in this order too
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 

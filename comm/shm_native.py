@@ -125,21 +125,35 @@ class NativeShmCommunicator(ShmCommunicator):
 
     def _explain(self, call: Call, failure: Failure) -> NoReturn:
         """Raises what the same failure raises without the library."""
-        end, rank, header, expected = failure
-        error: Exception
         try:
-            if end == _LATE:
+            error = self._error(failure)
+            if error is None:
                 self._give_up(call)
-            if end == _UNLIKE:
-                error = unlike_error(rank, header, expected)
-            elif end == _ABORTED:
-                error = ConnectionError(f"rank {rank} ended the group")
-            else:
-                assert end in (_LEFT, _ENDED), end
-                error = ConnectionError(f"rank {rank} has {'closed its end' if end == _LEFT else 'ended'}")
             self._fail(call, error)
         finally:
             self._board.waiting = None
+
+    def _error(self, failure: Failure) -> Exception | None:
+        """What the steps of the base class would have raised; None where a rank is late."""
+        end, rank, header, expected = failure
+        rank = self._called(rank)
+        if end == _LATE:
+            return None
+        if end == _UNLIKE:
+            return unlike_error(rank, header, expected)
+        if end == _ABORTED:
+            return ConnectionError(f"rank {rank} ended the group")
+        assert end in (_LEFT, _ENDED), end
+        return ConnectionError(f"rank {rank} has {'closed its end' if end == _LEFT else 'ended'}")
+
+    def perform(self, op: str, timeout_s: float, *arguments: object) -> bool:
+        self.timeout_s = timeout_s
+        failure: Failure | None = getattr(self, f"_native_{op}")(*arguments)
+        if failure is None:
+            return True
+        if (error := self._error(failure)) is not None:
+            raise error
+        return False
 
     def _stream(self, call: Call) -> Stream:
         """The transfers that must end before this one."""

@@ -9,6 +9,7 @@ import time
 import weakref
 from typing import NamedTuple
 
+from phalanx.comm.group import GroupSpec
 from phalanx.comm.shm_segment import ABORTED, Segment
 from phalanx.errors import CommError
 
@@ -41,10 +42,11 @@ class Waiter:
     `wait` is for one thread at a time; everything else for any.
     """
 
-    def __init__(self, segment: Segment, rank: int, group: str) -> None:
-        """segment: that all ranks hold. Raises CommError where one of them has ended already."""
+    def __init__(self, segment: Segment, spec: GroupSpec) -> None:
+        """segment: that all ranks hold. spec: of this rank. Raises CommError where one of them has ended already."""
         self._words = segment.words
-        self._rank = rank
+        self._rank = rank = spec.rank
+        self._called = spec.called
         self._address = segment.address
         self._bells = [segment.bell(other) for other in range(segment.size)]
         self._awaited = [segment.awaited(other) for other in range(segment.size)]
@@ -64,7 +66,7 @@ class Waiter:
         except OSError as error:
             self.close()
             raise CommError(
-                f"rank {pids.index(pid)} of group {group!r} (process {pid}) ended while the group was formed: "
+                f"rank {pids.index(pid)} of group {spec.name!r} (process {pid}) ended while the group was formed: "
                 "its own error is the cause"
             ) from error
         # Threads of one process take turns anyway: giving the core away would keep the interpreter's lock.
@@ -159,7 +161,7 @@ class Waiter:
     def check_aborted(self) -> None:
         """Raises ConnectionError where a rank has aborted the group."""
         if self._words[ABORTED]:
-            raise ConnectionError(f"rank {self._words[ABORTED] - 1} ended the group")
+            raise ConnectionError(f"rank {self._called(self._words[ABORTED] - 1)} ended the group")
 
     def _check(self, word: int, rank: int, target: int) -> None:
         words = self._words
@@ -167,7 +169,7 @@ class Waiter:
         gone = "closed its end" if words[self._left[rank]] else "ended" if self._ends[rank].poll(0) else ""
         # What it wrote before it went still counts.
         if gone and words[word] < target:
-            raise ConnectionError(f"rank {rank} has {gone}")
+            raise ConnectionError(f"rank {self._called(rank)} has {gone}")
 
     def _ring(self, rank: int) -> None:
         bell = self._bells[rank]

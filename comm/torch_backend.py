@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from phalanx.comm.combine import NARROW
 from phalanx.comm.communicator import Communicator, ReduceOp
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.rendezvous import meet
@@ -23,7 +24,6 @@ from phalanx.comm.work import Work
 from phalanx.errors import CommError
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-_NARROW = (torch.bfloat16, torch.float16)
 _TAG = 0
 _ABORT_TAG = 1  # nothing is ever sent under it
 
@@ -69,9 +69,11 @@ class GlooCommunicator(TorchCommunicator):
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=spec.address)]
-        # gloo's own limit must not strike first: ours names the ranks that are missing.
-        options._timeout = timedelta(seconds=2 * spec.timeout_s + 10)
-        return cast(object, gloo(store, spec.rank, spec.size, options))
+        options._timeout = timedelta(seconds=spec.timeout_s)  # for connecting
+        process_group: Any = gloo(store, spec.rank, spec.size, options)
+        # From now on gloo's own limit must not strike first: ours names the ranks that are missing.
+        process_group._set_default_timeout(timedelta(seconds=2 * spec.timeout_s + 10))
+        return cast(object, process_group)
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
         wire = self._on_wire(x, widen=op == "sum")
@@ -110,13 +112,13 @@ class GlooCommunicator(TorchCommunicator):
         work = self._process_group.broadcast(wire, root)
         return _GlooWork(work, wire, None if wire is x else lambda: x.copy_(wire))
 
-    def _start_send(self, x: torch.Tensor, to: int) -> Work:
+    def _start_send(self, x: torch.Tensor, to: int, tag: int = _TAG) -> Work:
         wire = self._on_wire(x)
-        return _GlooWork(self._process_group.send([wire], to, _TAG), wire, None)
+        return _GlooWork(_begin(self._process_group.send, wire, to, tag), wire, None)
 
-    def _start_recv(self, x: torch.Tensor, source: int) -> Work:
+    def _start_recv(self, x: torch.Tensor, source: int, tag: int = _TAG) -> Work:
         wire = _host_like(x)
-        work = self._process_group.recv([wire], source, _TAG)
+        work = _begin(self._process_group.recv, wire, source, tag)
         return _GlooWork(work, wire, None if wire is x else lambda: x.copy_(wire))
 
     def _start_barrier(self) -> Work:
@@ -136,9 +138,9 @@ class GlooCommunicator(TorchCommunicator):
     @staticmethod
     def _on_wire(x: torch.Tensor, *, widen: bool = False) -> torch.Tensor:
         """`x` as gloo sends it: itself wherever it can be."""
-        if x.is_cpu and not (widen and x.dtype in _NARROW):
+        if x.is_cpu and not (widen and x.dtype in NARROW):
             return x
-        return x.to("cpu", torch.float32 if widen and x.dtype in _NARROW else x.dtype)
+        return x.to("cpu", torch.float32 if widen and x.dtype in NARROW else x.dtype)
 
 
 class NcclCommunicator(TorchCommunicator):
@@ -207,16 +209,9 @@ class _GlooWork:
         try:
             self._work.wait(_limit(timeout_s))
         except RuntimeError as error:
-            reason = _reason(error)
-            if "imed out" in reason:
+            if "imed out" in _reason(error):
                 return False
-            if (
-                "onnection" in reason
-                or "pair closure" in reason
-                or "roken pipe" in reason
-                or "gloo/transport" in str(error)
-            ):
-                raise ConnectionError(reason) from error
+            _raise_lost(error)
             raise
         if self._then is not None:
             self._then()
@@ -241,6 +236,21 @@ class _NcclWork:
                 return False
             raise
         return True
+
+
+def _begin(start: Callable[..., Any], wire: torch.Tensor, peer: int, tag: int) -> Any:
+    try:
+        return start([wire], peer, tag)
+    except RuntimeError as error:
+        _raise_lost(error)
+        raise
+
+
+def _raise_lost(error: RuntimeError) -> None:
+    """Raises ConnectionError where gloo's error says that a peer is gone."""
+    reason = _reason(error)
+    if any(sign in reason for sign in ("onnection", "pair closure", "roken pipe")) or "gloo/transport" in str(error):
+        raise ConnectionError(reason) from error
 
 
 @lru_cache(maxsize=64)

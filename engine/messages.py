@@ -21,7 +21,8 @@ class CommSettings:
     backend: name of a registered communicator backend, or `auto`. store: `host:port` of the rendezvous store.
     interface: network interface whose address a rank binds to, or None for the route to the store.
     timeout_s: how long an operation may wait for another rank before it is an error. overlap: `auto` for transfers
-    behind compute, inside a stage where that is measured to pay, `none` for never.
+    behind compute, inside a stage where that is measured to pay, `none` for never. compress: how hidden states travel
+    between stages on different machines: `none`, `int8` or `fp8`.
     """
 
     store: str
@@ -29,6 +30,7 @@ class CommSettings:
     interface: str | None = None
     timeout_s: float = 60.0
     overlap: str = "auto"
+    compress: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,9 +124,9 @@ class Rank:
             self._everyone = pipeline
             self.choices["comm between stages"] = f"{pipeline.backend}: {pipeline.reason}"
             if not self._stage.first:
-                before = HandOver(pipeline, layout.stage_ranks(place.stage - 1), ranks, self._comm)
+                before = self._border(pipeline, layout.stage_ranks(place.stage - 1), ranks)
             if not self._stage.last:
-                after = HandOver(pipeline, ranks, layout.stage_ranks(place.stage + 1), self._comm)
+                after = self._border(pipeline, ranks, layout.stage_ranks(place.stage + 1))
             if self._stage.first or self._stage.last:
                 # A group of its own: tokens go back while hidden states go forward.
                 last, first = layout.stage_ranks(len(layout.stages) - 1), layout.stage_ranks(0)
@@ -138,6 +138,17 @@ class Rank:
                     tokens_out = TokenSender(ends, senders, receivers)
         self._links = Links(before, after, tokens_in, tokens_out)
         self._took("rendezvous")
+
+    def _border(self, pipeline: Communicator, senders: range, receivers: range) -> HandOver:
+        scheme = self._spec.comm.compress
+        border = HandOver(pipeline, senders, receivers, self._comm, scheme)
+        if scheme != "none":
+            stage = self._place.stage - (pipeline.rank in receivers)
+            num_links = len(senders) * len(receivers)
+            self.choices[f"compression after stage {stage}"] = (
+                f"{scheme}: on {border.num_compressed} of {num_links} links, those between machines"
+            )
+        return border
 
     def _load(self) -> None:
         spec = self._spec

@@ -191,6 +191,11 @@ class CommSection(Section):
         description="Transfers behind compute. auto: between stages always, inside a stage where rates measured at the "
         "start say that it pays.",
     )
+    compress: Literal["none", "int8", "fp8"] = Field(
+        default="none",
+        description="How hidden states travel between stages on different machines: none: as they are; int8, fp8: a "
+        "byte a value and a scale a token, for slow links; it changes results a little, fp8 less than int8.",
+    )
 
 
 class EngineSection(Section):

@@ -74,6 +74,7 @@ def rank_specs(
                     interface=config.cluster.interface,
                     timeout_s=config.comm.timeout_s,
                     overlap=config.comm.overlap,
+                    compress=config.comm.compress,
                 ),
                 engine="",
                 secret="",

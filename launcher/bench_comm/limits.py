@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from phalanx.comm.machine import Seat, why_apart
+from phalanx.comm.machine import Seat, machines_of, sharing_machines, why_apart
 from phalanx.launcher.bench_comm.groups import CommGroup, Op, border_machines, crossing_share, touched_share
 from phalanx.launcher.bench_comm.rank import Reading
 from phalanx.launcher.bench_comm.ranks import Ranks
@@ -74,14 +74,13 @@ class Limits(NamedTuple):
 
 def machine_numbers(ranks: Ranks) -> list[int]:
     """Of each rank: the same for ranks that share a machine."""
-    seats = [Seat(*look["seat"]) for look in ranks.looks]
-    machines: list[tuple[str, str, str]] = [(seat.boot, seat.processes, seat.network) for seat in seats]
-    return [machines.index(machine) for machine in machines]
+    return list(machines_of([Seat(*look["seat"]) for look in ranks.looks]))
 
 
-def apart_reason(ranks: Ranks, group: CommGroup) -> str:
-    """Why the ranks of a group share no memory, or empty."""
-    return why_apart([Seat(*ranks.looks[rank]["seat"]) for rank in group.ranks])
+def whereabouts(ranks: Ranks, group: CommGroup) -> dict[str, Any]:
+    """Where the ranks of a group are, as `choose_backend` wants to know it."""
+    seats = [Seat(*ranks.looks[rank]["seat"]) for rank in group.ranks]
+    return {"apart": why_apart(seats), "machines": sharing_machines(seats)}
 
 
 def measure_limits(ranks: Ranks, group: CommGroup, key: str, itemsize: int, device: str) -> Limits:

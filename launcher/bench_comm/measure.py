@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from phalanx.comm.create import Choice
 from phalanx.errors import CommError
 from phalanx.launcher.bench_comm.groups import CommGroup, Op, num_elements
-from phalanx.launcher.bench_comm.limits import Limits, apart_reason, measure_limits, together_s
+from phalanx.launcher.bench_comm.limits import Limits, measure_limits, together_s, whereabouts
 from phalanx.launcher.bench_comm.ranks import Ranks
 
 READING_S = 0.02  # what the calls of a reading should take together
@@ -101,7 +101,7 @@ class Measurement:
             "backends",
             size=len(group.ranks),
             named=self._backend,
-            apart=apart_reason(self._ranks, group),
+            **whereabouts(self._ranks, group),
         )
         chosen = answer["chosen"]
         joined: list[Choice] = []

@@ -86,11 +86,11 @@ class _Bench:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         return {"seat": own_seat(), "num_cores": cores, "cache_bytes": largest_cache_bytes()}
 
-    def _backends(self, number: int, ranks: list[int], size: int, named: str, apart: str) -> dict[str, Any]:
+    def _backends(self, number: int, ranks: list[int], size: int, named: str, **where: Any) -> dict[str, Any]:
         """What can serve a group of `size` here, and which of them a run would take."""
         device = self._spec.device
-        chosen = choose_backend(named, device, size, apart=apart)
-        return {"usable": usable_backends(device, size, apart=apart), "chosen": chosen.name}
+        chosen = choose_backend(named, device, size, **where)
+        return {"usable": usable_backends(device, size, **where), "chosen": chosen.name}
 
     def _join(self, number: int, ranks: list[int], key: str, backend: str) -> dict[str, str]:
         """Joins group `key`. Answers with the reason of the backend, or the problem where it does not serve."""

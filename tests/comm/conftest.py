@@ -20,15 +20,27 @@ class BackendPool:
         self.backend = backend
 
     def run(self, function: Callable[..., object], size: int, **options: Any) -> list[Any]:
-        return self._pool.run(function, size, **{"backend": self.backend, **options})
+        return self._pool.run(function, size, **{**self._defaults(size), **options})
 
     def outcomes(self, function: Callable[..., object], size: int, **options: Any) -> list[dict[str, Any]]:
-        return self._pool.outcomes(function, size, **{"backend": self.backend, **options})
+        return self._pool.outcomes(function, size, **{**self._defaults(size), **options})
+
+    def _defaults(self, size: int) -> dict[str, Any]:
+        machines = [f"machine {'ab'[rank % 2]}" for rank in range(size)] if self.backend == "hierarchical" else None
+        return {"backend": self.backend, "machines": machines}
+
+
+@pytest.fixture(params=["shm", "shm-torch", "gloo", "hierarchical"])
+def any_pool(pool: RankPool, request: pytest.FixtureRequest) -> BackendPool:
+    """The pool once for each backend of the CPU; with the hierarchical one every second rank takes itself to be on
+    another machine.
+    """
+    return BackendPool(pool, checked(request.param))
 
 
 @pytest.fixture(params=["shm", "shm-torch", "gloo"])
-def any_pool(pool: RankPool, request: pytest.FixtureRequest) -> BackendPool:
-    """The pool once for each backend of the CPU."""
+def flat_pool(pool: RankPool, request: pytest.FixtureRequest) -> BackendPool:
+    """The same without the hierarchical backend, which sums in two steps."""
     return BackendPool(pool, checked(request.param))
 
 

@@ -53,15 +53,17 @@ class RankPool:
         timeout_s: float = 30.0,
         backend: str = "auto",
         workers: Sequence[int] | None = None,
+        machines: Sequence[str] | None = None,
         **arguments: object,
     ) -> list[dict[str, Any]]:
         """{"ok": value}, {"error": {"type", "message", ...}} or DIED of each rank.
 
         fresh: with a group of its own. workers: the processes that are the ranks, by number; None for the first `size`.
+        machines: what each rank takes for its machine; None for the real one.
         """
         chosen = list(range(size)) if workers is None else list(workers)
         self.start(max(chosen) + 1)
-        named = f"{self._generation}-{backend}-{'-'.join(map(str, chosen))}"
+        named = f"{self._generation}-{backend}-{'-'.join(map(str, chosen))}-{'-'.join(machines or ())}"
         group = f"fresh-{next(self._numbers)}" if fresh else f"shared-{named}"
         request = {
             "file": function.__code__.co_filename,
@@ -76,7 +78,7 @@ class RankPool:
         for rank, worker in enumerate(chosen):
             stream = self._workers[worker].stdin
             assert stream is not None
-            stream.write(json.dumps({**request, "rank": rank}) + "\n")
+            stream.write(json.dumps({**request, "rank": rank, "machine": machines and machines[rank]}) + "\n")
             stream.flush()
         return [self._answer(worker) for worker in chosen]
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import Store
 
-from phalanx.comm import Communicator, connect_store, create_communicator
+from phalanx.comm import Communicator, connect_store, create, create_communicator
+from phalanx.comm.machine import own_seat
 
 
 def main() -> None:
@@ -59,6 +60,10 @@ def _run(
         modules[file] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(modules[file])
     function = getattr(modules[file], request["function"])
+    machine = request["machine"]
+    create.own_seat = lambda obstacle="": own_seat(obstacle)._replace(  # type: ignore[attr-defined]
+        **({"host": machine, "boot": machine} if machine else {})
+    )
     name = request["group"]
     if name not in communicators:
         communicators[name] = create_communicator(

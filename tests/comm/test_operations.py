@@ -57,9 +57,11 @@ def rank_sum_of_narrow(comm: Communicator, store: Store, values: list[float], dt
     ("dtype", "values", "nearest"),
     [("bfloat16", [256.0, 1.0, 1.0, 1.5], 260.0), ("float16", [2048.0, 1.0, 1.0, 1.5], 2052.0)],
 )
-def test_a_sum_of_narrow_floats_is_rounded_once(any_pool: Any, dtype: str, values: list[float], nearest: float) -> None:
+def test_a_sum_of_narrow_floats_is_rounded_once(
+    flat_pool: Any, dtype: str, values: list[float], nearest: float
+) -> None:
     # One addition after another would lose each 1.0: next to 256 (2048 in float16) the numbers are 2 apart.
-    assert any_pool.run(rank_sum_of_narrow, 4, values=values, dtype=dtype) == [[nearest]] * 4
+    assert flat_pool.run(rank_sum_of_narrow, 4, values=values, dtype=dtype) == [[nearest]] * 4
 
 
 def rank_all_gather(comm: Communicator, store: Store, rows: list[int], columns: int, dtype: str, sized: bool) -> object:

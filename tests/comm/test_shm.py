@@ -359,13 +359,15 @@ def test_ranks_of_one_machine_take_shared_memory(shm_pool: Any) -> None:
         assert "memory that processes of one machine share" in reason
 
 
-def test_ranks_of_several_machines_all_take_gloo_and_say_why(shm_pool: Any) -> None:
-    answers = shm_pool.run(
-        rank_chosen, 3, wanted="auto", hosts=["a", "b", "a"], name=f"two-machines-{shm_pool.backend}"
-    )
-    for backend, reason in answers:
-        assert backend == "gloo"
-        assert "not shm: ranks on several machines: 0, 2 on a; 1 on b" in reason
+def test_ranks_of_several_machines_say_why_they_share_no_memory(shm_pool: Any) -> None:
+    for hosts, chosen, told in (
+        (["a", "b", "a"], "hierarchical", "0, 2 on a; 1 on b"),
+        (["a", "b", "c"], "gloo", "0 on a; 1 on b; 2 on c"),
+    ):
+        name = f"{chosen}-{shm_pool.backend}"
+        for backend, reason in shm_pool.run(rank_chosen, 3, wanted="auto", hosts=hosts, name=name):
+            assert backend == chosen
+            assert f"not shm: ranks on several machines: {told}" in reason
 
 
 def test_shared_memory_asked_for_on_several_machines_is_refused_on_every_rank(shm_pool: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from phalanx.cli import app
+from phalanx.comm.machine import find_obstacle
 from phalanx.errors import ModelError
 from phalanx.launcher.check import CheckReport, check
 from phalanx.launcher.machine import Gpu, Machine, this_machine
@@ -192,6 +193,15 @@ def test_a_cluster_elsewhere_is_noted_and_not_an_error() -> None:
     assert report.ok
     assert any("cluster.ray is auto" in note for note in report.notes)
     assert any("no weights" in note for note in report.notes)
+
+
+@pytest.mark.skipif(bool(find_obstacle("cpu")), reason=f"shared memory: {find_obstacle('cpu')}")
+@pytest.mark.parametrize(("ranks", "backends"), [(2, "shm or gloo"), (3, "shm, hierarchical or gloo")])
+def test_on_a_cluster_elsewhere_the_backend_depends_on_where_its_ranks_are(ranks: int, backends: str) -> None:
+    elsewhere = ("cluster.ray=auto", "cluster.device=cpu", f"parallel.tensor={ranks}", "parallel.pipeline=1")
+    (comm,) = (each for each in checked(CONFIGS / "demo.yaml", *elsewhere).decisions if each.name.startswith("comm"))
+    assert comm.choice == backends
+    assert "shm where its ranks are all on one machine" in comm.reason
 
 
 # What is wrong, and whose fault it is

@@ -11,7 +11,7 @@ import pytest
 from tests.comm.rank_pool import RankPool
 from tests.multinode.netlab import Net, find_obstacle
 
-SEATS = ("alpha", "alpha", "beta", "gamma")  # the host of each worker of `host_pool`
+SEATS = ("alpha", "alpha", "beta", "gamma", "beta", "alpha")  # the host of each worker of `host_pool`
 STORE = """
 import sys
 from phalanx.comm import host_store

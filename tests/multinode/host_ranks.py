@@ -26,6 +26,18 @@ def rank_meets_in_a_file(comm: Communicator, store: Store, path: str, interface:
         return total
 
 
+def rank_is_cut_off(comm: Communicator, store: Store, path: str, interface: str, limit_s: float) -> list[object]:
+    """The error of a group whose ranks cannot reach each other, and after how many seconds it came."""
+    begun = time.monotonic()
+    try:
+        create_communicator(
+            rank=comm.rank, size=comm.size, rendezvous=f"file://{path}", interface=interface, timeout_s=limit_s
+        )
+    except CommError as error:
+        return [str(error), time.monotonic() - begun]
+    raise AssertionError("they reach each other")
+
+
 def rank_reduces_until(comm: Communicator, store: Store, started: str, stop: str, count: int) -> list[float]:
     """Seconds of each all-reduce, over and over until rank 0 sees the file `stop`; `started` is written after five."""
     times_s: list[float] = []

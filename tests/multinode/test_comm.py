@@ -17,10 +17,17 @@ from tests.comm.test_operations import (
     rank_reduce_scatter,
     value,
 )
-from tests.multinode.host_ranks import rank_choice, rank_meets_in_a_file
-from tests.multinode.netlab import DEAD_SUBNET, LINK, Net
+from tests.multinode.host_ranks import rank_choice, rank_is_cut_off, rank_meets_in_a_file
+from tests.multinode.netlab import DEAD_END, DEAD_SUBNET, LINK, Net
 
-APART = {"two hosts": [0, 2], "three hosts": [0, 2, 3], "three hosts, one with two ranks": [0, 1, 2, 3]}
+APART = {
+    "two hosts": [0, 2],
+    "three hosts": [0, 2, 3],
+    "three hosts, one with two ranks": [0, 1, 2, 3],
+    "two hosts with two ranks each": [0, 1, 2, 4],
+    "two hosts, their ranks in turn": [0, 2, 1, 4],
+    "two hosts with three ranks and one": [0, 1, 5, 2],
+}
 
 
 @pytest.fixture(params=APART, ids=lambda name: name.replace(" ", "-"))
@@ -28,9 +35,7 @@ def workers(request: pytest.FixtureRequest) -> list[int]:
     return APART[request.param]
 
 
-def test_ranks_of_one_host_take_shared_memory_and_those_of_several_gloo_and_say_why(
-    net: Net, host_pool: RankPool
-) -> None:
+def test_the_backend_follows_from_the_hosts_of_the_ranks_and_says_why(net: Net, host_pool: RankPool) -> None:
     host = net.hosts["alpha"].address
     together = host_pool.run(rank_choice, 2, workers=[0, 1], towards=host)
     for backend, reason, _, _ in together:
@@ -38,8 +43,12 @@ def test_ranks_of_one_host_take_shared_memory_and_those_of_several_gloo_and_say_
         assert reason.startswith("memory that processes of one machine share")
     apart = host_pool.run(rank_choice, 3, workers=[0, 1, 2], towards=host)
     for backend, reason, _, _ in apart:
+        assert backend == "hierarchical"
+        assert "2 + 1 ranks; not shm: ranks in several network namespaces: 0, 1 on alpha; 2 on beta" in reason
+    alone = host_pool.run(rank_choice, 2, workers=[0, 2], towards=host)
+    for backend, reason, _, _ in alone:
         assert backend == "gloo"
-        assert "not shm: ranks in several network namespaces: 0, 1 on alpha; 2 on beta" in reason
+        assert "not hierarchical: no machine has two of the ranks" in reason
 
 
 def test_the_interface_is_that_of_the_route_to_the_store_not_that_of_the_default_route(
@@ -57,6 +66,17 @@ def test_ranks_that_meet_in_a_file_use_the_interface_that_is_named(
     # A file leads nowhere: by itself each rank would take the default route.
     met = host_pool.run(rank_meets_in_a_file, 2, workers=[0, 2], path=str(tmp_path / "met"), interface=LINK)
     assert met == [[2.0] * 3] * 2
+
+
+def test_an_interface_that_leads_nowhere_is_an_error_at_the_limit(
+    net: Net, host_pool: RankPool, tmp_path: Path
+) -> None:
+    limit_s = 3.0
+    arguments = {"path": str(tmp_path / "met"), "interface": DEAD_END, "limit_s": limit_s}
+    for message, after_s in host_pool.run(rank_is_cut_off, 2, workers=[0, 2], **arguments):
+        assert f"cannot connect to the others from {DEAD_SUBNET}." in message
+        assert "name the network interface that reaches them" in message
+        assert after_s < 2 * limit_s + 10  # gloo's own limit for operations
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])

@@ -92,3 +92,25 @@ def test_a_link_throttled_to_a_tenth_makes_the_run_slower_and_nothing_else(
     for times_s in run_while(throttle, host_pool, rank_reduces_until, 2, workers=APART, count=125_000, **files):
         assert len(times_s) > 6
         assert median(times_s[-2:]) > 4 * median(times_s[:5])
+
+
+def test_a_link_cut_between_hosts_with_several_ranks_is_told_on_all_of_them(
+    net: Net, host_pool: RankPool, tmp_path: Path
+) -> None:
+    answers = run_while(
+        lambda: net.cut("beta"),
+        host_pool,
+        rank_reduces_until_it_fails,
+        4,
+        workers=[0, 1, 2, 4],
+        backend="hierarchical",
+        timeout_s=LIMIT_S,
+        count=50_000,
+        started=str(tmp_path / "started"),
+    )
+    for answer in answers:
+        assert answer["type"] == "WaitTimeoutError"
+        assert f"all_reduce #{answer['number']} of group 'fresh-" in answer["message"]
+    # Where the store can be read, the neighbour is known to wait too; each carries on for nobody on the other host.
+    assert [answer["missing"] for answer in answers[:2]] == [[2, 3]] * 2
+    assert all({0, 1} <= set(answer["missing"]) for answer in answers[2:])

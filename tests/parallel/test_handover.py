@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.rank_threads import Join, run_ranks
 
 from phalanx.comm import Communicator, Handle
+from phalanx.comm.compress import Rows
 from phalanx.parallel.handover import HandOver
 
 SIZES = [(1, 1), (1, 2), (1, 3), (3, 1), (2, 3), (3, 2), (2, 2), (2, 4), (4, 3)]
@@ -23,6 +24,7 @@ class Spy:
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self.rank = comm.rank
+        self.machines = comm.machines
         self.sent: list[torch.Tensor] = []
         self.num_pending = self.most_pending = 0
 
@@ -58,15 +60,22 @@ class Crossing(NamedTuple):
     most_pending: list[int]
 
 
-def cross(num_senders: int, num_receivers: int, *hidden_states: torch.Tensor) -> Crossing:
-    """Hands the hidden states over one after another."""
+def cross(
+    num_senders: int,
+    num_receivers: int,
+    *hidden_states: torch.Tensor,
+    compress: str = "none",
+    machines: tuple[int, ...] | None = None,
+) -> Crossing:
+    """Hands the hidden states over one after another. machines: of all ranks, in place of the one they are on."""
     senders, receivers = range(num_senders), range(num_senders, num_senders + num_receivers)
 
     def rank(number: int, join: Join) -> tuple[list[torch.Tensor], int]:
         pipeline = Spy(join("pipeline", number, num_senders + num_receivers))
         ranks = senders if number in senders else receivers
         stage = join(f"stage of rank {ranks.start}", number - ranks.start, len(ranks))
-        border = HandOver(cast(Communicator, pipeline), senders, receivers, stage)
+        pipeline.machines = machines or pipeline.machines
+        border = HandOver(cast(Communicator, pipeline), senders, receivers, stage, compress)
         if number in senders:
             for x in hidden_states:
                 border.send(x.clone())
@@ -166,3 +175,45 @@ def test_hidden_states_that_are_not_contiguous_cross_too() -> None:
     x = numbered(12, 5).t()
     for got in cross(2, 3, x).received:
         assert torch.equal(got[0], x)
+
+
+# ---- between machines ----
+
+
+def tokens_of_unlike_size(num_tokens: int, hidden_size: int) -> torch.Tensor:
+    """Hidden states [num_tokens, hidden_size]; each token ten times as large as the one before."""
+    x = torch.randn(num_tokens, hidden_size, generator=torch.Generator().manual_seed(num_tokens))
+    return x * 10.0 ** torch.arange(num_tokens).unsqueeze(1)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize(("num_senders", "num_receivers"), SIZES)
+def test_compressed_tokens_arrive_alike_on_all_receivers_and_close_to_what_was_sent(
+    num_senders: int, num_receivers: int, scheme: str
+) -> None:
+    machines = (0,) * num_senders + (1,) * num_receivers
+    x = tokens_of_unlike_size(5, 13)  # which no number of ranks cuts between tokens
+    crossing = cross(num_senders, num_receivers, x, x[:1], compress=scheme, machines=machines)
+    assert all(piece.dtype == torch.uint8 for pieces in crossing.sent for piece in pieces)
+    for got in crossing.received:
+        # The scales are those of whole tokens, so that cutting changes nothing.
+        assert torch.equal(got[0], Rows.of(x, scheme).decode(x.dtype))
+        assert torch.equal(got[1], got[0][:1])
+    largest = x.abs().amax(1, keepdim=True)
+    assert ((crossing.received[0][0] - x).abs() <= largest / (250 if scheme == "int8" else 16)).all()
+
+
+def test_only_what_goes_to_another_machine_is_compressed() -> None:
+    x = tokens_of_unlike_size(4, 10)
+    crossing = cross(2, 2, x, compress="int8", machines=(0, 0, 0, 1))
+    (near,), (far,) = crossing.sent
+    assert torch.equal(near, x.view(-1)[:20])
+    assert (far.dtype, far.numel()) == (torch.uint8, 20 + 2 * 4)
+    for got in crossing.received:
+        assert torch.equal(got[0][:2], x[:2])
+        assert torch.equal(got[0][2:], Rows.of(x[2:], "int8").decode(x.dtype))
+
+
+def test_ranks_of_one_machine_compress_nothing() -> None:
+    x = numbered(3, 10)
+    assert torch.equal(cross(1, 1, x, compress="int8").received[0][0], x)
