@@ -43,6 +43,7 @@ class WaitBoard:
     def __init__(self, store: Store | None, rank: int, size: int, tick_s: float) -> None:
         self.waiting: Call | None = None
         self.num_started = 0
+        self.num_arrived: int | None = None  # where that is fewer than were started: a GPU lags behind its thread
         self._store = store
         self._rank = rank
         self._size = size
@@ -94,7 +95,8 @@ class WaitBoard:
             seen = now
 
     def _publish(self, store: Store, call: Call, *, waiting: bool) -> None:
-        store.set(_key(self._rank), json.dumps((self.num_started, *call[:3], waiting)))
+        num_arrived = self.num_started if self.num_arrived is None else self.num_arrived
+        store.set(_key(self._rank), json.dumps((num_arrived, *call[:3], waiting)))
 
 
 def _key(rank: int) -> str:

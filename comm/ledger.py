@@ -68,6 +68,7 @@ class Ledger:
         self.layer = -1
         self.num_recorded = 0
         self._num_taken = 0
+        self._sources: list[Callable[[], None]] = []
         # Plain tuples: making a NamedTuple runs Python code, which is slow with cold caches, as between two layers.
         self._entries: deque[tuple[int, int, int, str, str, int, float, float, float]] = deque(maxlen=capacity)
 
@@ -75,12 +76,32 @@ class Ledger:
         """Operations recorded from now on belong to `step`."""
         self.step = step
 
+    def add_source(self, settle: Callable[[], None]) -> None:
+        """settle: called before the ledger is read, by its reader's thread, to record what is known only afterwards."""
+        self._sources.append(settle)
+
+    def remove_source(self, settle: Callable[[], None]) -> None:
+        if settle in self._sources:
+            self._sources.remove(settle)
+
     def record(
-        self, seq: int, group: str, op: str, num_bytes: int, started_s: float, waited_s: float, ended_s: float
+        self,
+        seq: int,
+        group: str,
+        op: str,
+        num_bytes: int,
+        started_s: float,
+        waited_s: float,
+        ended_s: float,
+        place: tuple[int, int] | None = None,
     ) -> None:
-        """Writes down an operation. started_s, ended_s: by the ledger's clock. waited_s: seconds that it blocked."""
+        """Writes down an operation. started_s, ended_s: by the ledger's clock. waited_s: seconds that it blocked.
+
+        place: (step, layer) that it belongs to where those are no longer the present ones.
+        """
         self.num_recorded += 1
-        self._entries.append((self.step, self.layer, seq, group, op, num_bytes, started_s, waited_s, ended_s))
+        step, layer = (self.step, self.layer) if place is None else place
+        self._entries.append((step, layer, seq, group, op, num_bytes, started_s, waited_s, ended_s))
 
     @property
     def num_dropped(self) -> int:
@@ -89,6 +110,7 @@ class Ledger:
 
     def entries(self, step: int | None = None) -> list[LedgerEntry]:
         """The operations held, in the order they ended; of one step only where `step` is given."""
+        self._settle()
         return [
             LedgerEntry(of, layer, seq, group, op, size, start_s * 1e6, waited_s * 1e6, (end_s - start_s) * 1e6)
             for of, layer, seq, group, op, size, start_s, waited_s, end_s in self._entries
@@ -97,6 +119,7 @@ class Ledger:
 
     def take(self) -> tuple[CommTotals, ...]:
         """Totals of what was recorded since the last call, by layer and operation; of no more than is still held."""
+        self._settle()
         totals: dict[tuple[int, str], list[float]] = {}
         num_new = min(self.num_recorded - self._num_taken, len(self._entries))
         self._num_taken = self.num_recorded
@@ -123,3 +146,7 @@ class Ledger:
                 so_far.hidden_us + entry.hidden_us,
             )
         return totals
+
+    def _settle(self) -> None:
+        for settle in self._sources:
+            settle()
