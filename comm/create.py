@@ -181,9 +181,13 @@ def _create_single(spec: GroupSpec) -> Communicator:
 
 
 def _create_gloo(spec: GroupSpec) -> Communicator:
-    from phalanx.comm.torch_backend import GlooCommunicator
+    if spec.device == "cpu":
+        from phalanx.comm.torch_backend import GlooCommunicator
 
-    return GlooCommunicator(spec)
+        return GlooCommunicator(spec)
+    from phalanx.comm.host_staged import StagedCommunicator
+
+    return StagedCommunicator(spec)
 
 
 def _create_nccl(spec: GroupSpec) -> Communicator:

@@ -54,7 +54,9 @@ class Gpu(Protocol):
 
     def new_stream(self) -> Stream: ...
 
-    def new_event(self, *, timed: bool) -> Event: ...
+    def new_event(self, *, timed: bool, sleeps: bool = False) -> Event:
+        """sleeps: a thread that synchronises with it leaves its core to others meanwhile."""
+        ...
 
     def is_capturing(self) -> bool:
         """Whether the current stream is being captured into a CUDA graph: nothing runs, nothing may be asked."""
@@ -95,8 +97,8 @@ class CudaGpu:
     def new_stream(self) -> Stream:
         return cast(Stream, torch.cuda.Stream(self.device, priority=_HIGH))  # type: ignore[no-untyped-call]
 
-    def new_event(self, *, timed: bool) -> Event:
-        return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
+    def new_event(self, *, timed: bool, sleeps: bool = False) -> Event:
+        return torch.cuda.Event(enable_timing=timed, blocking=sleeps)  # type: ignore[no-untyped-call]
 
     def is_capturing(self) -> bool:
         return bool(torch.cuda.is_current_stream_capturing())

@@ -119,7 +119,7 @@ class FakeGpu:
         self.streams[stream.cuda_stream] = stream
         return stream
 
-    def new_event(self, *, timed: bool) -> FakeEvent:
+    def new_event(self, *, timed: bool, sleeps: bool = False) -> FakeEvent:
         return FakeEvent(timed)
 
     def is_capturing(self) -> bool:

@@ -102,7 +102,7 @@ def test_gpus_talk_through_nccl_where_it_is_there(monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_backend_is_refused_with_the_registered_names() -> None:
     with pytest.raises(
         CommError,
-        match=r"no communicator backend 'glo'; did you mean 'gloo'\? .*auto, gloo, nccl, nccl-torch, shm, shm-torch, single",
+        match=r"backend 'glo'; did you mean 'gloo'\? .*auto, gloo, nccl, nccl-torch, shm, shm-torch, single",
     ):
         choose_backend("glo", "cpu", 2)
 
