@@ -239,20 +239,23 @@ class NcclCommunicator(StreamOrderedCommunicator):
         return [self._line, *self._pairs.values()]
 
     def _abort_here(self) -> None:
-        # NCCL frees memory, for which it may wait for whatever else the GPU does: not on our time.
-        threads = [threading.Thread(target=self._abort_one, args=(each,), daemon=True) for each in self._connections()]
-        for thread in threads:
-            thread.start()
-        deadline_s = time.monotonic() + _ABORT_S
-        for thread in threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
-
-    def _abort_one(self, connection: Line | Pair) -> None:
-        self._gpu.bind_thread()
-        connection.abort()
+        self._end_all(lambda connection: connection.abort(), _ABORT_S)
 
     def _close(self) -> None:
         super()._close()
         if self._broken is None:
-            for each in self._connections():
-                each.destroy()
+            self._end_all(lambda connection: connection.destroy(), self.timeout_s)
+
+    def _end_all(self, how: Callable[[Line | Pair], None], limit_s: float) -> None:
+        """NCCL frees memory and may wait for ranks that are gone: on threads, which past the limit are left to it."""
+
+        def end(connection: Line | Pair) -> None:
+            self._gpu.bind_thread()
+            how(connection)
+
+        threads = [threading.Thread(target=end, args=(each,), daemon=True) for each in self._connections()]
+        for thread in threads:
+            thread.start()
+        deadline_s = time.monotonic() + limit_s
+        for thread in threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))

@@ -164,6 +164,9 @@ class StreamOrderedCommunicator(Communicator):
 
     def _close(self) -> None:
         _let_go(self._unwatched, self._flights.under_way)
+        told = self._told_by_others() if self._broken is None else None
+        if told is not None:
+            self._break(told)
         if self._broken is None and not self._settled():
             self._break(f"it was closed on rank {self.rank} while operations were under way")
         self._flights.close()

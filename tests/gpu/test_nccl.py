@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gc
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -76,35 +77,36 @@ def test_memory_of_an_asynchronous_transfer_is_not_given_out_again_before_it_end
 
 
 def test_captured_operations_run_with_the_graph_while_the_watchdog_looks(alone: Communicator) -> None:
-    x, y = torch.ones(NUM, device="cuda"), torch.ones(NUM, device="cuda")
+    x, y, z = (torch.ones(NUM, device="cuda") for _ in range(3))
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
-        alone.all_reduce(x)
-        spin(1.5)  # keeps an operation under way, so that the watchdog asks for events during the capture
-        alone.all_reduce(y, async_op=True).wait()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        x.add_(1)
-        handle = alone.all_reduce(x, async_op=True)
-        y.mul_(2)
-        handle.wait()
-        alone.all_reduce(y)
-        y.add_(x)
-        time.sleep(1.2)  # longer than a tick of the watchdog
-        with pytest.raises(CommError, match="cannot be captured"):
-            alone.barrier()
-    side.synchronize()
-    x.fill_(1)
-    y.fill_(1)
-    for _ in range(3):
-        graph.replay()
-    torch.cuda.synchronize()
-    alone.check()
-    assert x[0].item() == 4
-    assert y[0].item() == ((1 * 2 + 2) * 2 + 3) * 2 + 4
-    assert [entry.seq for entry in alone.ledger.entries()] == [1, 2], "only what ran outside of the graph"
-    del graph
-    gc.collect()
+    with create_communicator("nccl", rank=0, size=1, group="other", device="cuda", timeout_s=5.0) as other:
+        for comm in (alone, other):
+            comm.all_reduce(x)
+            comm.all_reduce(y, async_op=True).wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x.add_(1)
+            handle = alone.all_reduce(x, async_op=True)
+            y.mul_(2)
+            handle.wait()
+            alone.all_reduce(y)
+            y.add_(x)
+            with torch.cuda.stream(side):  # under way during the capture, so that the watchdog asks for events
+                spin(1.5)
+                other.all_reduce(z)
+            time.sleep(1.2)  # longer than its tick
+            with pytest.raises(CommError, match="cannot be captured"):
+                alone.barrier()
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        alone.check()
+        other.check()
+        assert x[0].item() == 4
+        assert y[0].item() == ((1 * 2 + 2) * 2 + 3) * 2 + 4
+        assert [entry.seq for entry in alone.ledger.entries()] == [1, 2], "only what ran outside of the graph"
+        assert [entry.seq for entry in other.ledger.entries()] == [1, 2, 3]
+        graph.reset()
 
 
 def test_the_ledger_tells_hidden_from_exposed(alone: Communicator) -> None:
@@ -132,7 +134,7 @@ def test_the_ledger_never_blocks_the_thread(alone: Communicator) -> None:
         alone.all_reduce(x)
         alone.ledger.take()
     done.record()
-    assert not done.query(), "the calls have waited for the GPU"
+    assert not cast(Any, done).query(), "the calls have waited for the GPU"
 
 
 def test_a_split_of_one_works_beside_its_parent(alone: Communicator) -> None:
@@ -178,6 +180,8 @@ def test_two_ranks_get_the_right_result_of_every_operation(binding: NcclBinding,
 
 
 def test_two_ranks_in_cuda_graphs(binding: NcclBinding) -> None:
+    turns = threading.Lock()
+
     def use(comm: NcclCommunicator) -> float:
         x, into = torch.full((1024,), comm.rank + 1.0, device="cuda"), torch.zeros(1024, device="cuda")
         move = comm.send if comm.rank == 0 else comm.recv
@@ -185,8 +189,8 @@ def test_two_ranks_in_cuda_graphs(binding: NcclBinding) -> None:
         move(into, 1 - comm.rank)
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Two threads capture at once: each answers for its own thread alone.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        # One rank after the other: torch allows one capture at a time in a process.
+        with turns, torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             comm.all_reduce(x)
             move(x, 1 - comm.rank)
         for _ in range(2):

@@ -49,4 +49,4 @@ def run_two(binding: NcclBinding, function: Callable[[NcclCommunicator], object]
 
 def spin(seconds: float) -> None:
     """A kernel on the current stream that takes about so long."""
-    torch.cuda._sleep(int(seconds * CYCLES_PER_S))
+    torch.cuda._sleep(int(seconds * CYCLES_PER_S))  # type: ignore[no-untyped-call]
