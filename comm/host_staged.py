@@ -97,6 +97,7 @@ class Courier:
         self._jobs.put(None)
         self._thread.join(max(0.0, deadline_s - time.monotonic()))
 
+    @torch.inference_mode()  # as its callers: their tensors may be written to in no other mode
     def _serve(self) -> None:
         self._gpu.bind_thread()
         error: Exception | None = None

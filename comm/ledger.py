@@ -16,7 +16,7 @@ class LedgerEntry(NamedTuple):
     operation in its group (see `Communicator`). num_bytes: of the tensor operated on, the longer one where input and
     result differ. started_us: on the ledger's clock. waited_us: blocked in starting or in `wait`: the exposed part.
     total_us: from the start until `wait` returned; an asynchronous operation that ended before it was waited for ended
-    somewhere within.
+    somewhere within. Of operations ordered by a GPU's streams all times are the GPU's, read from events it has passed.
     """
 
     step: int

@@ -39,6 +39,7 @@ class FakeStream:
         mark = event.mark
         self.enqueue(lambda: _wait(mark.reached))
 
+    @torch.inference_mode()  # a GPU writes to any tensor; a CPU to those of inference mode only in that mode
     def _work(self) -> None:
         while True:
             self._queue.get()()

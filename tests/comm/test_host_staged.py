@@ -72,6 +72,20 @@ def test_a_send_reads_its_tensor_behind_the_kernel_that_makes_it_and_before_the_
     run(use)
 
 
+def test_tensors_of_inference_mode_are_carried_too() -> None:
+    def use(comm: Any, gpu: FakeGpu) -> None:
+        with torch.inference_mode():
+            x = torch.full((NUM_LONG,), 3.0 * (comm.rank == 0))
+            if comm.rank == 0:
+                comm.send(x, 1)
+            else:
+                comm.recv(x, 0)
+                gpu.synchronize()
+                assert bool((x == 3).all())
+
+    run(use)
+
+
 def test_both_ways_at_once() -> None:
     def use(comm: Any, gpu: FakeGpu) -> None:
         x, into = torch.full((NUM_LONG,), float(comm.rank)), torch.zeros(NUM_LONG)
