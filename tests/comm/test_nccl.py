@@ -355,6 +355,7 @@ def test_memory_is_kept_until_the_callers_stream_waits() -> None:
         handle = rank.comm.reduce_scatter(x, async_op=True)
         rank.comm.memory.clear()
         del x
+        rank.gpu.synchronize()  # the memory of a CPU must not go before that
         assert kept() is not None
         handle.wait()
         assert kept() is None
