@@ -67,6 +67,7 @@ class WaitBoard:
         self.waiting: Call | None = None
         self.num_started = 0
         self.group = group
+        self.num_arrived: int | None = None  # where that is fewer than were started: a GPU lags behind its thread
         self._store = store
         self._rank = rank
         self._size = size
@@ -134,13 +135,14 @@ class WaitBoard:
 
     def _look(self) -> RankStatus:
         ledger = self._ledger
+        num_arrived = self.num_started if self.num_arrived is None else self.num_arrived
         for board in (self, *ledger.boards):
             if (call := board.waiting) is not None:
-                return RankStatus(self.num_started, True, board.group, *call[:3], ledger.layer, ledger.step)
+                return RankStatus(num_arrived, True, board.group, *call[:3], ledger.layer, ledger.step)
         last = ledger.newest
         if last is None:
-            return RankStatus(self.num_started, False, self.group, "", 0, None, ledger.layer, ledger.step)
-        return RankStatus(self.num_started, False, last.group, last.op, last.seq, last.peer, ledger.layer, ledger.step)
+            return RankStatus(num_arrived, False, self.group, "", 0, None, ledger.layer, ledger.step)
+        return RankStatus(num_arrived, False, last.group, last.op, last.seq, last.peer, ledger.layer, ledger.step)
 
     def _publish(self, store: Store, status: RankStatus) -> None:
         store.set(_key(self._rank), json.dumps(status))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -24,6 +25,10 @@ FUSED = "fused_all_reduce_rms_norm"
 DTYPES = frozenset(
     (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int8, torch.uint8)
 )
+
+
+FP8 = frozenset((torch.float8_e4m3fn, torch.float8_e5m2))
+"""Moved, as the bytes that they are; not added up."""
 
 
 class Handle(Generic[Result]):
@@ -90,6 +95,8 @@ class Communicator(ABC):
         self.ledger = spec.ledger
         self._on_host = self.device.type == "cpu"
         self._broken: str | None = None
+        self._failure: CommError | None = None  # what broke the group behind the calls, for the next one to raise
+        self._breaking = threading.Lock()
         self._closed = False
         self._stopped = False  # broken or closed
         self._clock_s = spec.ledger.clock_s
@@ -148,7 +155,7 @@ class Communicator(ABC):
 
         sizes: rows of each rank, the same on all ranks, where they are unlike; may contain zeros.
         """
-        self._check_tensor("all_gather", x)
+        self._check_tensor("all_gather", x, moves=True)
         rows = self._check_rows("all_gather", x, sizes)
         if sizes is not None:
             if sizes[self.rank] != rows:
@@ -160,7 +167,7 @@ class Communicator(ABC):
         num_rows = rows * self.size if sizes is None else sum(sizes)
         output = x.new_empty((num_rows, *x.shape[1:]))
         call = self._number("all_gather", output.nbytes)
-        return self._run(call, output, async_op, self._start_all_gather, output, x, sizes)
+        return self._run(call, output, async_op, self._start_all_gather, _bytes(output), _bytes(x), sizes)
 
     @overload
     def reduce_scatter(
@@ -204,10 +211,10 @@ class Communicator(ABC):
     def broadcast(self, x: torch.Tensor, root: int, *, async_op: Literal[True]) -> Handle[torch.Tensor]: ...
     def broadcast(self, x: torch.Tensor, root: int, *, async_op: bool = False) -> torch.Tensor | Handle[torch.Tensor]:
         """Replaces `x`, of any shape, on every rank by the `x` of rank `root`. Returns `x`."""
-        self._check_tensor("broadcast", x)
+        self._check_tensor("broadcast", x, moves=True)
         self._check_rank("broadcast", "root", root)
         call = self._number("broadcast", x.nbytes)
-        return self._run(call, x, async_op, self._start_broadcast, x, root)
+        return self._run(call, x, async_op, self._start_broadcast, _bytes(x), root)
 
     @overload
     def send(self, x: torch.Tensor, to: int, *, async_op: Literal[False] = False) -> torch.Tensor: ...
@@ -215,10 +222,10 @@ class Communicator(ABC):
     def send(self, x: torch.Tensor, to: int, *, async_op: Literal[True]) -> Handle[torch.Tensor]: ...
     def send(self, x: torch.Tensor, to: int, *, async_op: bool = False) -> torch.Tensor | Handle[torch.Tensor]:
         """Hands `x` to rank `to`. Done when `x` may be changed, which may be before it has arrived. Returns `x`."""
-        self._check_tensor("send", x)
+        self._check_tensor("send", x, moves=True)
         self._check_peer("send", "to", to)
         call = self._number("send", x.nbytes, to)
-        return self._run(call, x, async_op, self._start_send, x, to)
+        return self._run(call, x, async_op, self._start_send, _bytes(x), to)
 
     @overload
     def recv(self, x: torch.Tensor, source: int, *, async_op: Literal[False] = False) -> torch.Tensor: ...
@@ -226,10 +233,10 @@ class Communicator(ABC):
     def recv(self, x: torch.Tensor, source: int, *, async_op: Literal[True]) -> Handle[torch.Tensor]: ...
     def recv(self, x: torch.Tensor, source: int, *, async_op: bool = False) -> torch.Tensor | Handle[torch.Tensor]:
         """Fills `x` with the next tensor that rank `source` sends here, of the same shape and dtype. Returns `x`."""
-        self._check_tensor("recv", x)
+        self._check_tensor("recv", x, moves=True)
         self._check_peer("recv", "source", source)
         call = self._number("recv", x.nbytes, source)
-        return self._run(call, x, async_op, self._start_recv, x, source)
+        return self._run(call, x, async_op, self._start_recv, _bytes(x), source)
 
     @overload
     def barrier(self, *, async_op: Literal[False] = False) -> None: ...
@@ -239,6 +246,15 @@ class Communicator(ABC):
         """Done, for the calling thread too, when every rank has made this call."""
         self._check_usable("barrier")
         return self._run(self._number("barrier", 0), None, async_op, self._start_barrier)
+
+    def check(self) -> None:
+        """Raises what has broken the group meanwhile, if anything has.
+
+        Where results are ordered by a GPU's streams, an operation may fail after the call has returned, and streams run
+        on without its result: what was copied to the host is good only if this returns afterwards.
+        """
+        if self._stopped:
+            self._check_usable("check")
 
     def abort(self) -> None:
         """Fails every pending operation of the group, on this rank and, through closed connections, on the others."""
@@ -309,18 +325,21 @@ class Communicator(ABC):
     def _check_usable(self, op: str) -> None:
         if self._closed:
             raise CommError(f"{op} in group {self.group!r}: this communicator has been closed")
+        self._raise_failure()
         if self._broken is not None:
             raise GroupBrokenError(f"{op} in group {self.group!r} cannot run: {self._broken}")
 
-    def _check_tensor(self, op: str, x: torch.Tensor) -> None:
+    def _check_tensor(self, op: str, x: torch.Tensor, *, moves: bool = False) -> None:
         if self._stopped:
             self._check_usable(op)
         if not (x.is_cpu if self._on_host else x.device.type == self.device.type):
             raise CommError(
                 f"{op} in group {self.group!r}: the tensor is on {x.device}, but the group was made for {self.device}"
             )
-        if x.dtype not in DTYPES:
-            allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
+        if x.dtype not in DTYPES and not (moves and x.dtype in FP8):
+            allowed = ", ".join(
+                sorted(str(dtype).removeprefix("torch.") for dtype in (DTYPES | FP8 if moves else DTYPES))
+            )
             raise CommError(f"{op} in group {self.group!r}: dtype {x.dtype} cannot be sent; use one of {allowed}")
         if not x.is_contiguous():
             raise CommError(
@@ -383,6 +402,9 @@ class Communicator(ABC):
         try:
             # Every rank knows alike where there is nothing to move; only a barrier means something without it.
             work = start(*arguments) if call[3] or not arguments else FINISHED
+        except CommError:  # the caller's mistake: nothing was started
+            self._num_open -= 1
+            raise
         except (RuntimeError, ConnectionError) as error:
             self._fail(call, error)
         if async_op:
@@ -396,8 +418,8 @@ class Communicator(ABC):
             self._check_usable(self._describe(call))
         # A blocking call is exposed from its start; an asynchronous one while it started, and from here on.
         blocked_from_s = started_s if starting_s is None else self._clock_s() - starting_s
-        op, seq, peer, num_bytes = self._board.waiting = call
-        wait = in_range(op, seq, self.group, work.wait) if profiled() else work.wait
+        self._board.waiting = call
+        wait = in_range(call[0], call[1], self.group, work.wait) if profiled() else work.wait
         try:
             if not wait(self.timeout_s):
                 self._give_up(call)
@@ -407,8 +429,12 @@ class Communicator(ABC):
             self._board.waiting = None
         self._num_open -= 1
         ended_s = self._clock_s()
+        self._record(call, started_s, ended_s - blocked_from_s, ended_s)
+
+    def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float) -> None:
+        op, seq, peer, num_bytes = call
         peer = -1 if peer is None else peer
-        self.ledger.record(seq, self.group, op, num_bytes, started_s, ended_s - blocked_from_s, ended_s, peer)
+        self.ledger.record(seq, self.group, op, num_bytes, started_s, waited_s, ended_s, peer)
 
     def _describe(self, call: Call) -> str:
         op, seq, peer, num_bytes = call
@@ -418,6 +444,7 @@ class Communicator(ABC):
 
     def _fail(self, call: Call, error: Exception) -> NoReturn:
         what, peer = self._describe(call), call[2]
+        self._raise_failure()
         if self._broken is not None:
             raise GroupBrokenError(f"{what} on rank {self.rank} ended early: {self._broken}") from error
         if isinstance(error, ConnectionError):
@@ -429,9 +456,18 @@ class Communicator(ABC):
                 peer,
             ) from error
         self._break(f"{what} failed")
-        raise CommError(f"{what} failed on rank {self.rank}: {error}") from error
+        raise self._failure_of(what, error) from error
+
+    def _failure_of(self, what: str, error: Exception) -> CommError:
+        return CommError(f"{what} failed on rank {self.rank}: {error}")
 
     def _give_up(self, call: Call) -> NoReturn:
+        error = self._late(call)
+        self._break(f"{self._describe(call)} waited longer than {self.timeout_s:g} s")
+        raise error
+
+    def _late(self, call: Call) -> WaitTimeoutError:
+        """The error of an operation past its limit. Asks the others where they are, which takes a while."""
         what, (op, seq, peer, _) = self._describe(call), call
         statuses = self._board.read_others()
         others = [rank for rank in range(self.size) if rank != self.rank]
@@ -442,8 +478,7 @@ class Communicator(ABC):
         notes = [
             f"rank {rank} {_whereabouts(op, seq, self.group, statuses.get(rank), rank in arrived)}" for rank in told
         ]
-        self._break(f"{what} waited longer than {self.timeout_s:g} s")
-        raise WaitTimeoutError(
+        return WaitTimeoutError(
             f"{what} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: "
             f"{_ranks(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). {_verdict(causes)}; if it "
             f"is only slow, raise the limit (timeout_s){self._who(sorted({*missing, *causes.guilty}))}",
@@ -457,11 +492,27 @@ class Communicator(ABC):
         told = [f"rank {rank} is {member}" for rank, member in known.items() if rank == self.rank or rank in others]
         return f". In this group {', '.join(told)}" if told else ""
 
-    def _break(self, why: str) -> None:
-        """Closes the connections, so that ranks waiting for this one or for each other learn of the failure at once."""
-        self._broken = why
-        self._stopped = True
+    def _break(self, why: str, failure: CommError | None = None) -> None:
+        """Closes the connections, so that ranks waiting for this one or for each other learn of the failure at once.
+
+        failure: for the next call of the communicator's own thread to raise, where this is another one. The first
+        reason stands.
+        """
+        with self._breaking:
+            if self._broken is None:
+                self._broken, self._failure = why, failure
+            self._stopped = True
         self._abort()
+
+    def _raise_failure(self) -> None:
+        with self._breaking:
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.uint8) if x.dtype in FP8 else x
 
 
 def _whereabouts(op: str, seq: int, group: str, status: RankStatus | None, arrived: bool) -> str:

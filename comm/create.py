@@ -44,6 +44,7 @@ class _Backend(NamedTuple):
 
 
 _backends: dict[str, _Backend] = {}
+_GPUS = "NCCL between GPUs, one a rank"
 _SHARED = "memory that processes of one machine share"
 
 
@@ -194,9 +195,13 @@ def _create_single(spec: GroupSpec) -> Communicator:
 
 
 def _create_gloo(spec: GroupSpec) -> Communicator:
-    from phalanx.comm.torch_backend import GlooCommunicator
+    if spec.device == "cpu":
+        from phalanx.comm.torch_backend import GlooCommunicator
 
-    return GlooCommunicator(spec)
+        return GlooCommunicator(spec)
+    from phalanx.comm.host_staged import StagedCommunicator
+
+    return StagedCommunicator(spec)
 
 
 def _create_hierarchical(spec: GroupSpec) -> Communicator:
@@ -206,9 +211,15 @@ def _create_hierarchical(spec: GroupSpec) -> Communicator:
 
 
 def _create_nccl(spec: GroupSpec) -> Communicator:
-    from phalanx.comm.torch_backend import NcclCommunicator
+    from phalanx.comm.nccl_create import create_nccl
 
-    return NcclCommunicator(spec)
+    return create_nccl(spec)
+
+
+def _create_nccl_torch(spec: GroupSpec) -> Communicator:
+    from phalanx.comm.torch_backend import TorchNcclCommunicator
+
+    return TorchNcclCommunicator(spec)
 
 
 def _create_shm(spec: GroupSpec) -> Communicator:
@@ -247,6 +258,19 @@ def _probe_hierarchical(device: str, size: int) -> Probe:
 
 
 def _probe_nccl(device: str, size: int) -> Probe:
+    probe = _probe_nccl_torch(device, size)
+    if not probe.usable:
+        return probe
+    from phalanx.comm.nccl_cupy import find_cupy
+
+    found = find_cupy()
+    if found.binding is None and size == 1:
+        return Probe(False, f"for a group of one it needs CuPy: {found.told}")
+    how = found.told if found.binding is not None else f"by torch.distributed, since {found.told}"
+    return Probe(True, f"{_GPUS} ({how})")
+
+
+def _probe_nccl_torch(device: str, size: int) -> Probe:
     if not device.startswith("cuda"):
         return Probe(False, f"it needs GPUs, the device is {device!r}")
     if find_spec("torch") is None:
@@ -258,7 +282,7 @@ def _probe_nccl(device: str, size: int) -> Probe:
         return Probe(False, "this torch was built without NCCL")
     if not torch.cuda.is_available():
         return Probe(False, "no GPU is seen")
-    return Probe(True, "NCCL between GPUs, one a rank")
+    return Probe(True, _GPUS)
 
 
 def _probe_shm(device: str, size: int) -> Probe:
@@ -282,4 +306,5 @@ register_backend("shm", _create_shm, _probe_shm, priority=30, shares_memory=True
 register_backend("shm-torch", _create_shm_torch, _probe_shm_torch, priority=5, shares_memory=True)
 register_backend("nccl", _create_nccl, _probe_nccl, priority=20)
 register_backend("hierarchical", _create_hierarchical, _probe_hierarchical, priority=15, joins_machines=True)
+register_backend("nccl-torch", _create_nccl_torch, _probe_nccl_torch, priority=16)
 register_backend("gloo", _create_gloo, _probe_gloo, priority=10)

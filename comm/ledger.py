@@ -19,7 +19,7 @@ class LedgerEntry(NamedTuple):
     operation in its group (see `Communicator`). num_bytes: of the tensor operated on, the longer one where input and
     result differ. started_us: on the ledger's clock. waited_us: blocked in starting or in `wait`: the exposed part.
     total_us: from the start until `wait` returned; an asynchronous operation that ended before it was waited for ended
-    somewhere within.
+    somewhere within. Of operations ordered by a GPU's streams all times are the GPU's, read from events it has passed.
     """
 
     step: int
@@ -104,12 +104,21 @@ class Ledger:
         self.boards: tuple[WaitBoard, ...] = ()  # of the groups that write here: what the rank waits for now
         self.num_recorded = 0
         self._num_taken = 0
+        self._sources: list[Callable[[], None]] = []
         # Plain tuples: making a NamedTuple runs Python code, which is slow with cold caches, as between two layers.
         self._entries: deque[_Recorded] = deque(maxlen=capacity)
 
     def begin_step(self, step: int) -> None:
         """Operations recorded from now on belong to `step`."""
         self.step = step
+
+    def add_source(self, settle: Callable[[], None]) -> None:
+        """settle: called before the ledger is read, by its reader's thread, to record what is known only afterwards."""
+        self._sources.append(settle)
+
+    def remove_source(self, settle: Callable[[], None]) -> None:
+        if settle in self._sources:
+            self._sources.remove(settle)
 
     def record(
         self,
@@ -122,12 +131,15 @@ class Ledger:
         ended_s: float,
         peer: int = -1,
         last: int = -1,
+        place: tuple[int, int] | None = None,
     ) -> None:
-        """Writes down an operation. started_s, ended_s: by the ledger's clock. waited_s: seconds that it blocked."""
+        """Writes down an operation. started_s, ended_s: by the ledger's clock. waited_s: seconds that it blocked.
+
+        place: (step, layer) that it belongs to where those are no longer the present ones.
+        """
         self.num_recorded += 1
-        self._entries.append(
-            (self.step, self.layer, seq, group, op, num_bytes, started_s, waited_s, ended_s, peer, last)
-        )
+        step, layer = (self.step, self.layer) if place is None else place
+        self._entries.append((step, layer, seq, group, op, num_bytes, started_s, waited_s, ended_s, peer, last))
 
     @property
     def newest(self) -> LedgerEntry | None:
@@ -141,12 +153,14 @@ class Ledger:
 
     def entries(self, step: int | None = None) -> list[LedgerEntry]:
         """The operations held, in the order they ended; of one step only where `step` is given."""
+        self._settle()
         return [_entry(each) for each in self._entries if step is None or each[0] == step]
 
     def take(self, *, whole: bool = False) -> Taken:
         """Totals of what was recorded since the last call, by layer, operation and group, and by who was waited for;
         of no more than is still held. whole: with the entries themselves.
         """
+        self._settle()
         totals: dict[tuple[int, str, str], list[float]] = {}
         late: dict[tuple[str, int], list[float]] = {}
         num_new = self.num_recorded - self._num_taken
@@ -185,6 +199,10 @@ class Ledger:
                 so_far.hidden_us + entry.hidden_us,
             )
         return totals
+
+    def _settle(self) -> None:
+        for settle in self._sources:
+            settle()
 
 
 def _entry(recorded: _Recorded) -> LedgerEntry:

@@ -208,6 +208,11 @@ def local_address(towards: str | None = None, interface: str | None = None) -> s
         ) from error
 
 
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address; None where none has it as its first."""
+    return next((name for name, own in interface_addresses().items() if own == address), None)
+
+
 def interface_addresses() -> dict[str, str]:
     """Address by interface: IPv4 where it has one, else its first IPv6 one that is not link-local."""
     addresses: dict[str, str] = {}

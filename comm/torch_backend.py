@@ -6,11 +6,14 @@ and formations live in one process.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,45 +21,22 @@ from torch._C._distributed_c10d import Store
 
 from phalanx.comm.combine import NARROW
 from phalanx.comm.communicator import Communicator, ReduceOp
+from phalanx.comm.gpu import CudaGpu
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.rendezvous import meet
+from phalanx.comm.stream_ordered import HostWait, StreamOrderedCommunicator, StreamWork
 from phalanx.comm.work import Work
 from phalanx.errors import CommError
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-_TAG = 0
+TAG = 0
+PIECE_BYTES = 4 << 20  # of a tensor that is sent
 _ABORT_TAG = 1  # nothing is ever sent under it
 
 
-class TorchCommunicator(Communicator):
-    """What the two have in common: meeting on the store, then a process group of this group's own."""
-
-    in_background = True
-
-    def __init__(self, spec: GroupSpec) -> None:
-        if spec.store is None:
-            raise CommError(f"group {spec.name!r}: a group of {spec.size} needs a store to meet on")
-        meet(spec.store, spec.name, spec.rank, spec.size, spec.timeout_s)
-        super().__init__(spec)
-        # Typed loosely: torch's stubs leave out the overloads that take a single tensor.
-        try:
-            self._process_group: Any = self._create_process_group(spec, spec.store)
-        except RuntimeError as error:
-            self._board.close()
-            raise CommError(
-                f"rank {spec.rank} of group {spec.name!r} cannot connect to the others from "
-                f"{spec.address or spec.device}: {_reason(error)}; name the network interface that reaches them"
-            ) from error
-
-    @abstractmethod
-    def _create_process_group(self, spec: GroupSpec, store: Store) -> object: ...
-
-    def _close(self) -> None:
-        del self._process_group
-
-
-class GlooCommunicator(TorchCommunicator):
-    """Over TCP, for any device. Made for the CPU: tensors of other devices pass through host memory, blocking.
+class GlooCommunicator(Communicator):
+    """Over TCP, for the CPU. Collectives take tensors of other devices too, through host memory, blocking: what
+    `host_staged.py` builds on.
 
     Sums of bfloat16 and float16 travel and are added in float32, then are rounded once: gloo's own rounds after each
     addition (mean error of a sum over 4 ranks in bfloat16 1.6 times that of one rounding). All else travels as it is.
@@ -65,15 +45,20 @@ class GlooCommunicator(TorchCommunicator):
 
     backend = "gloo"
 
-    def _create_process_group(self, spec: GroupSpec, store: Store) -> object:
+    in_background = True
+
+    def __init__(self, spec: GroupSpec) -> None:
+        store = _met(spec)
+        super().__init__(spec)
         gloo: Any = dist.ProcessGroupGloo
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname=spec.address)]
-        options._timeout = timedelta(seconds=spec.timeout_s)  # for connecting
-        process_group: Any = gloo(store, spec.rank, spec.size, options)
+        with _connecting(self, spec):
+            options = gloo._Options()
+            options._devices = [gloo.create_device(hostname=spec.address)]
+            options._timeout = timedelta(seconds=spec.timeout_s)  # for connecting
+            # Typed loosely: torch's stubs leave out the overloads that take a single tensor.
+            self._process_group: Any = gloo(store, spec.rank, spec.size, options)
         # From now on gloo's own limit must not strike first: ours names the ranks that are missing.
-        process_group._set_default_timeout(timedelta(seconds=2 * spec.timeout_s + 10))
-        return cast(object, process_group)
+        self._process_group._set_default_timeout(timedelta(seconds=2 * spec.timeout_s + 10))
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
         wire = self._on_wire(x, widen=op == "sum")
@@ -112,14 +97,17 @@ class GlooCommunicator(TorchCommunicator):
         work = self._process_group.broadcast(wire, root)
         return _GlooWork(work, wire, None if wire is x else lambda: x.copy_(wire))
 
-    def _start_send(self, x: torch.Tensor, to: int, tag: int = _TAG) -> Work:
-        wire = self._on_wire(x)
-        return _GlooWork(_begin(self._process_group.send, wire, to, tag), wire, None)
+    def _start_send(self, x: torch.Tensor, to: int, tag: int = TAG) -> Work:
+        return _all_of([self._send_piece(piece, to, tag) for piece in _pieces(x)])
 
-    def _start_recv(self, x: torch.Tensor, source: int, tag: int = _TAG) -> Work:
-        wire = _host_like(x)
-        work = _begin(self._process_group.recv, wire, source, tag)
-        return _GlooWork(work, wire, None if wire is x else lambda: x.copy_(wire))
+    def _start_recv(self, x: torch.Tensor, source: int, tag: int = TAG) -> Work:
+        return _all_of([self._recv_piece(piece, source, tag) for piece in _pieces(x)])
+
+    def _send_piece(self, x: torch.Tensor, to: int, tag: int = TAG) -> Work:
+        return _GlooWork(_begin(self._process_group.send, x, to, tag), x, None)
+
+    def _recv_piece(self, x: torch.Tensor, source: int, tag: int = TAG) -> Work:
+        return _GlooWork(_begin(self._process_group.recv, x, source, tag), x, None)
 
     def _start_barrier(self) -> Work:
         flag = torch.zeros(1, dtype=torch.uint8)
@@ -135,6 +123,9 @@ class GlooCommunicator(TorchCommunicator):
         except RuntimeError:
             return
 
+    def _close(self) -> None:
+        del self._process_group
+
     @staticmethod
     def _on_wire(x: torch.Tensor, *, widen: bool = False) -> torch.Tensor:
         """`x` as gloo sends it: itself wherever it can be."""
@@ -143,56 +134,82 @@ class GlooCommunicator(TorchCommunicator):
         return x.to("cpu", torch.float32 if widen and x.dtype in NARROW else x.dtype)
 
 
-class NcclCommunicator(TorchCommunicator):
-    """Over NCCL, one GPU a rank. Results are ordered by the current stream: a wait enqueues, and does not block.
+class TorchNcclCommunicator(StreamOrderedCommunicator):
+    """Over torch.distributed's NCCL, one GPU a rank, on streams of torch's own: where CuPy is missing."""
 
-    So the ledger's figures are those of the calling thread, and a rank that never comes is noticed by torch's own
-    watchdog, after the same limit, which ends the process. Only `barrier` blocks the thread, up to the limit.
-    """
+    backend = "nccl-torch"
 
-    backend = "nccl"
-
-    def _create_process_group(self, spec: GroupSpec, store: Store) -> object:
-        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-        self.device = torch.device("cuda", index)
+    def __init__(self, spec: GroupSpec) -> None:
+        store = _met(spec)
+        index = torch.device(spec.device).index
+        index = torch.cuda.current_device() if index is None else index
+        super().__init__(replace(spec, device=f"cuda:{index}"), CudaGpu(index))
         nccl: Any = dist.ProcessGroupNCCL
         options = nccl.Options()
-        options._timeout = timedelta(seconds=spec.timeout_s)
-        return cast(object, nccl(store, spec.rank, spec.size, options))
+        # torch's own limit ends the process; ours ends the group, and names the ranks that are missing.
+        options._timeout = timedelta(seconds=2 * spec.timeout_s + 10)
+        with _connecting(self, spec):
+            self._process_group: Any = nccl(store, spec.rank, spec.size, options)
+        self._watch()
 
-    def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
+    def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> StreamWork:
         return _NcclWork(self._process_group.allreduce(x, _REDUCE[op]))
 
-    def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
+    def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> StreamWork:
         if sizes is None:
             return _NcclWork(self._process_group._allgather_base(output, x))
         return _NcclWork(self._process_group.allgather([list(torch.split(output, list(sizes)))], [x]))
 
-    def _start_reduce_scatter(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
+    def _start_reduce_scatter(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> StreamWork:
         if sizes is None:
             return _NcclWork(self._process_group._reduce_scatter_base(output, x))
         return _NcclWork(self._process_group.reduce_scatter([output], [list(torch.split(x, list(sizes)))]))
 
-    def _start_broadcast(self, x: torch.Tensor, root: int) -> Work:
+    def _start_broadcast(self, x: torch.Tensor, root: int) -> StreamWork:
         return _NcclWork(self._process_group.broadcast(x, root))
 
-    def _start_send(self, x: torch.Tensor, to: int) -> Work:
-        return _NcclWork(self._process_group.send([x], to, _TAG))
+    def _start_send(self, x: torch.Tensor, to: int) -> StreamWork:
+        return _NcclWork(self._process_group.send([x], to, TAG))
 
-    def _start_recv(self, x: torch.Tensor, source: int) -> Work:
-        return _NcclWork(self._process_group.recv([x], source, _TAG))
+    def _start_recv(self, x: torch.Tensor, source: int) -> StreamWork:
+        return _NcclWork(self._process_group.recv([x], source, TAG))
 
-    def _start_barrier(self) -> Work:
+    def _start_barrier(self) -> StreamWork:
         flag = torch.zeros(1, device=self.device)
-        return _NcclWork(self._process_group.allreduce(flag, dist.ReduceOp.SUM), blocks_thread=True)
+        work = self._process_group.allreduce(flag, dist.ReduceOp.SUM)
+        return HostWait(work.is_completed, lambda: self._broken)
 
-    def _abort(self) -> None:
-        self._process_group.abort()
+    def _check_health(self) -> None:
+        """torch's own watchdog looks after errors."""
+
+    def _abort_here(self) -> None:
+        threading.Thread(target=self._process_group.abort, daemon=True).start()
 
     def _close(self) -> None:
+        super()._close()
         if self._broken is None:
             self._process_group.shutdown()
-        super()._close()
+        del self._process_group
+
+
+def _met(spec: GroupSpec) -> Store:
+    """The group's store, when all ranks have come to it."""
+    if spec.store is None:
+        raise CommError(f"group {spec.name!r}: a group of {spec.size} needs a store to meet on")
+    meet(spec.store, spec.name, spec.rank, spec.size, spec.timeout_s)
+    return spec.store
+
+
+@contextmanager
+def _connecting(communicator: Communicator, spec: GroupSpec) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        communicator._board.close()
+        raise CommError(
+            f"rank {spec.rank} of group {spec.name!r} cannot connect to the others from {spec.address or spec.device}: "
+            f"{_reason(error)}; name the network interface that reaches them"
+        ) from error
 
 
 class _GlooWork:
@@ -218,23 +235,37 @@ class _GlooWork:
         return True
 
 
-class _NcclWork:
-    __slots__ = ("_blocks_thread", "_work")
+class _AllOf:
+    __slots__ = ("_works",)
 
-    def __init__(self, work: Any, *, blocks_thread: bool = False) -> None:
-        self._work = work
-        self._blocks_thread = blocks_thread
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
 
     def wait(self, timeout_s: float) -> bool:
-        if not self._blocks_thread:
-            self._work.wait()
-            return True
-        try:
-            self._work.wait(_limit(timeout_s))
-        except RuntimeError as error:
-            if "imeout" in str(error) or "imed out" in str(error):
-                return False
-            raise
+        deadline_s = time.monotonic() + timeout_s
+        return all(work.wait(max(0.001, deadline_s - time.monotonic())) for work in self._works)
+
+
+def _all_of(works: Sequence[Work]) -> Work:
+    return works[0] if len(works) == 1 else _AllOf(works)
+
+
+def _pieces(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What is sent one after another: alike on ranks of all devices, since a GPU's copies and sends alternate."""
+    return (x,) if x.nbytes <= PIECE_BYTES else torch.split(x.reshape(-1).view(torch.uint8), PIECE_BYTES)
+
+
+class _NcclWork:
+    __slots__ = ("_work",)
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def is_done(self) -> bool:
+        return bool(self._work.is_completed())
+
+    def wait(self, timeout_s: float) -> bool:
+        self._work.wait()  # makes the current stream wait
         return True
 
 

@@ -252,7 +252,10 @@ class Rank:
 
     def run(self, plan: StepPlan) -> Ran:
         self.ledger.begin_step(plan.step)
-        return self._runner.run(plan)
+        ran = self._runner.run(plan)
+        for comm in self._comms:
+            comm.check()  # a GPU runs on where a transfer has failed: its results are none then
+        return ran
 
     def serve(self, channel: RankChannel, clock: ClockKeeper) -> None:
         """Runs steps until the engine says `Shutdown`."""

@@ -4,15 +4,29 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import cast
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 
-from phalanx.comm import Communicator, GroupSpec, choose_backend, create, create_communicator, register_backend
+from phalanx.comm import (
+    Communicator,
+    GroupSpec,
+    choose_backend,
+    create,
+    create_communicator,
+    nccl_cupy,
+    register_backend,
+)
 from phalanx.comm.create import Probe
 from phalanx.comm.machine import find_obstacle
 from phalanx.comm.native import Native
+from phalanx.comm.nccl_binding import NcclBinding
+from phalanx.comm.nccl_create import _agree
+from phalanx.comm.nccl_cupy import Found
 from phalanx.comm.single import SingleCommunicator
 from phalanx.errors import CommError
 
@@ -88,7 +102,7 @@ def test_gpus_talk_through_nccl_where_it_is_there(monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_backend_is_refused_with_the_registered_names() -> None:
     with pytest.raises(
         CommError,
-        match=r"no communicator backend 'glo'; did you mean 'gloo'\? .*auto, gloo, hierarchical, nccl, shm, shm-",
+        match=r"'glo'; did you mean 'gloo'\? .*auto, gloo, hierarchical, nccl, nccl-torch, shm, shm-torch, single",
     ):
         choose_backend("glo", "cpu", 2)
 
@@ -131,3 +145,23 @@ def test_importing_the_room_does_not_import_torch() -> None:
         "import sys, phalanx.comm as c; c.create_communicator, c.Ledger, c.host_store; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_nccl_says_by_what_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    told = "NCCL 2.28.9 through CuPy 14.2.0, built for NCCL 2.27.7"
+    monkeypatch.setattr(nccl_cupy, "find_cupy", lambda: Found(cast(NcclBinding, object()), told))
+    assert choose_backend("nccl", "cuda", 2).reason == f"asked for; NCCL between GPUs, one a rank ({told})"
+    assert choose_backend("nccl", "cuda", 1).name == "nccl"
+    monkeypatch.setattr(nccl_cupy, "find_cupy", lambda: Found(None, "CuPy is not installed"))
+    assert "(by torch.distributed, since CuPy is not installed)" in choose_backend("auto", "cuda", 2).reason
+    with pytest.raises(CommError, match="'nccl' cannot serve 1 ranks on 'cuda': for a group of one it needs CuPy"):
+        choose_backend("nccl", "cuda", 1)
+
+
+def test_one_rank_without_cupy_makes_all_use_torchs_nccl() -> None:
+    store = HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        specs = [GroupSpec(rank, 2, "tp", "cuda", 10.0, store) for rank in range(2)]
+        assert list(pool.map(_agree, specs, ["", "CuPy is not installed"])) == ["on rank 1 CuPy is not installed"] * 2
