@@ -148,10 +148,10 @@ class NativeShmCommunicator(ShmCommunicator):
 
     def perform(self, op: str, timeout_s: float, *arguments: object) -> bool:
         self.timeout_s = timeout_s
-        failure: Failure | None = getattr(self, f"_native_{op}")(*arguments)
-        if failure is None:
+        ended: Ended = getattr(self, f"_native_{op}")(*arguments)
+        if not isinstance(ended, tuple):
             return True
-        if (error := self._error(failure)) is not None:
+        if (error := self._error(ended)) is not None:
             raise error
         return False
 
