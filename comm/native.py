@@ -28,4 +28,4 @@ def find_native() -> Native:
         if "cannot import name" in str(error):
             return Native(None, "the native library is not built; install a C++ compiler, then Phalanx anew")
         return Native(None, f"the native library does not load ({error}); install Phalanx anew")
-    return Native(_native, f"native library, {_native.instruction_set}")
+    return Native(_native, f"native library, {_native.instruction_sets[0]}")

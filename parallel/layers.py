@@ -11,7 +11,7 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.kernels import linear, rms_norm
-from phalanx.parallel.overlap import Overlap
+from phalanx.parallel.overlap import Overlap, reduce_in_chunks
 from phalanx.parallel.split import Interval
 
 
@@ -40,19 +40,15 @@ class RowParallelLinear:
     overlap: Overlap | None = None
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
-        y_TH = self._in_chunks(x_TI, self._num_chunks(x_TI))
+        num_chunks = self._num_chunks(x_TI)
+        if num_chunks == 1:
+            y_TH = self.comm.all_reduce(linear(x_TI, self.weight))
+        else:
+            y_TH = reduce_in_chunks(self.comm, x_TI, self.weight, num_chunks)
         return y_TH if self.bias is None else y_TH + self.bias
 
     def _num_chunks(self, x_TI: torch.Tensor) -> int:
         return 1 if self.overlap is None else self.overlap.cut(x_TI.shape[0], self.weight)
-
-    def _in_chunks(self, x_TI: torch.Tensor, num_chunks: int) -> torch.Tensor:
-        if num_chunks == 1:
-            return self.comm.all_reduce(linear(x_TI, self.weight))
-        under_way = [
-            self.comm.all_reduce(linear(part, self.weight), async_op=True) for part in x_TI.tensor_split(num_chunks)
-        ]
-        return torch.cat([handle.wait() for handle in under_way])
 
     def add_and_norm(
         self, x_TI: torch.Tensor, residual_TH: torch.Tensor, norm_weight: torch.Tensor, eps: float

@@ -10,6 +10,7 @@
 #include "group.hpp"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace phalanx {
 namespace {
@@ -103,16 +104,20 @@ class PyGroup {
   }
 };
 
+// instructions: a place in `instruction_sets`.
+const Kernels& kernels_of(size_t instructions) { return *usable_kernels().at(instructions); }
+
 // out: may be one of the parts.
-void combine(uintptr_t out, const std::vector<uintptr_t>& parts, size_t count, int dtype, bool max) {
+void combine(uintptr_t out, const std::vector<uintptr_t>& parts, size_t count, int dtype, bool max, size_t instructions) {
   std::vector<const void*> inputs;
   for (uintptr_t part : parts) inputs.push_back(at(part));
-  (max ? kernels().max : kernels().sum)[dtype](at(out), inputs.data(), int(inputs.size()), count);
+  const Kernels& kernels = kernels_of(instructions);
+  (max ? kernels.max : kernels.sum)[dtype](at(out), inputs.data(), int(inputs.size()), count);
 }
 
 void add_rms_norm(uintptr_t normed, uintptr_t sum, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps,
-                  size_t num_rows, size_t width, int dtype) {
-  kernels().add_rms_norm[dtype](at(normed), at(sum), at(x), at(residual), at(weight), eps, num_rows, width);
+                  size_t num_rows, size_t width, int dtype, size_t instructions) {
+  kernels_of(instructions).add_rms_norm[dtype](at(normed), at(sum), at(x), at(residual), at(weight), eps, num_rows, width);
 }
 
 }  // namespace
@@ -128,9 +133,14 @@ void bind_comm(nb::module_& module) {
       .def("barrier", &PyGroup::barrier)
       .def("send", &PyGroup::send)
       .def("recv", &PyGroup::recv);
-  module.def("combine", &combine, nb::call_guard<nb::gil_scoped_release>());
-  module.def("add_rms_norm", &add_rms_norm, nb::call_guard<nb::gil_scoped_release>());
-  module.attr("instruction_set") = kernels().name;
+  const nb::call_guard<nb::gil_scoped_release> unlocked;
+  module.def("combine", &combine, "out"_a, "parts"_a, "count"_a, "dtype"_a, "maximum"_a,
+             "instructions"_a = 0, unlocked);
+  module.def("add_rms_norm", &add_rms_norm, "normed"_a, "total"_a, "x"_a, "residual"_a, "weight"_a, "eps"_a,
+             "num_rows"_a, "width"_a, "dtype"_a, "instructions"_a = 0, unlocked);
+  nb::list sets;
+  for (const Kernels* each : usable_kernels()) sets.append(each->name);
+  module.attr("instruction_sets") = nb::tuple(sets);
 }
 
 }  // namespace phalanx

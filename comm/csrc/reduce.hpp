@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace phalanx {
 
@@ -33,8 +34,14 @@ struct Kernels {
 extern const Kernels kPlainKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 
-// The best of these that this processor can run.
-const Kernels& kernels();
+// Those of these that this processor can run, the best first. All give the same bits.
+const std::vector<const Kernels*>& usable_kernels();
+
+inline const Kernels& kernels() {
+  static const Kernels& best = *usable_kernels().front();
+  return best;
+}
 
 }  // namespace phalanx

@@ -2,8 +2,10 @@
 // another file: of a function that two of them share, the linker would keep one, perhaps one this processor cannot run.
 //
 // All sets give the same bits: no contraction to fused multiply-adds (-ffp-contract=off), and sums of squares in a fixed
-// number of lanes. The bfloat16 instructions of AVX-512 are not used, since they take subnormal numbers for zero.
+// number of lanes. AVX-512's conversion to bfloat16 takes subnormal numbers for zero and passes parts of a not-a-number on,
+// so that where either turns up the steps of the set without it are taken.
 #include <cstring>
+#include <type_traits>
 
 #include "reduce.hpp"
 #include <immintrin.h>
@@ -44,6 +46,9 @@ inline void store(BF16* to, V v) {
   __m512i rounded = _mm512_srli_epi32(round_high(v), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
 }
+#if defined(__AVX512BF16__)
+constexpr int kRare = 0x01 | 0x20 | 0x80;  // classes of numbers: quiet not-a-number, subnormal, signalling not-a-number
+#endif
 inline void store(F16* to, V v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -53,6 +58,17 @@ inline Pair load_pair(const BF16* from) {
           _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xFFFF0000))))};
 }
 inline void store_pair(BF16* to, Pair v) {
+#if defined(__AVX512BF16__)
+  if (__builtin_expect((_mm512_fpclass_ps_mask(v.a, kRare) | _mm512_fpclass_ps_mask(v.b, kRare)) == 0, true)) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(v.b, v.a);
+    // 0, 16, 1, 17, ...: the even and the odd ones in turns.
+    const __m512i turns = _mm512_add_epi32(
+        _mm512_set1_epi32(0x00100000),
+        _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(turns, halves));
+    return;
+  }
+#endif
   __m512i odd = _mm512_and_si512(round_high(v.b), _mm512_set1_epi32(int(0xFFFF0000)));
   _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(round_high(v.a), 16), odd));
 }
@@ -153,6 +169,19 @@ inline void store_pair(T* to, Pair v) {
   store(to + kWidth, v.b);
 }
 
+// The numbers of a pair of T, as floats in the order of memory.
+template <typename T>
+inline void spread(float* to, Pair v) {
+  float a[kWidth], b[kWidth];
+  std::memcpy(a, &v.a, sizeof a);
+  std::memcpy(b, &v.b, sizeof b);
+  constexpr bool kTurns = std::is_same<T, BF16>::value && kWidth > 1;
+  for (size_t i = 0; i < kWidth; i++) {
+    to[kTurns ? 2 * i : i] = a[i];
+    to[kTurns ? 2 * i + 1 : kWidth + i] = b[i];
+  }
+}
+
 // Integers wrap, as in PyTorch; in the signed types that would be undefined.
 inline float add(float a, float b) { return a + b; }
 inline double add(double a, double b) { return a + b; }
@@ -222,48 +251,48 @@ void combine_float(void* out, const void* const* in, int num_in, size_t count) {
 template <typename T>
 void add_rms_norm(void* normed, void* sum, const void* x, const void* residual, const void* weight, float eps,
                   size_t num_rows, size_t width) {
+  constexpr size_t kStep = 2 * kWidth, kPairs = kLanes / kStep;
+  const T* weights = static_cast<const T*>(weight);
   for (size_t row = 0; row < num_rows; row++) {
     const T *x_row = static_cast<const T*>(x) + row * width, *residual_row = static_cast<const T*>(residual) + row * width;
     T *sum_row = static_cast<T*>(sum) + row * width, *normed_row = static_cast<T*>(normed) + row * width;
-    V squares[kLanes / kWidth];
-    for (V& lane : squares) lane = all(0);
-    size_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-      for (size_t lane = 0; lane < kLanes / kWidth; lane++) {
-        size_t at = i + lane * kWidth;
-        store(sum_row + at, add(load(x_row + at), load(residual_row + at)));
-        V rounded = load(sum_row + at);
-        squares[lane] = add(squares[lane], multiply(rounded, rounded));
+    Pair squares[kPairs];
+    for (Pair& pair : squares) pair = {all(0), all(0)};
+    auto add_up = [&](T* to, const T* a, const T* b) {
+      for (size_t pair = 0; pair < kPairs; pair++) {
+        const size_t at = pair * kStep;
+        store_pair(to + at, fold<false>(load_pair(a + at), load_pair(b + at)));
+        const Pair rounded = load_pair(to + at);
+        squares[pair] = fold<false>(squares[pair], {multiply(rounded.a, rounded.a), multiply(rounded.b, rounded.b)});
       }
-    }
+    };
+    size_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) add_up(sum_row + i, x_row + i, residual_row + i);
     // The rest of a row, padded with zeros to all lanes.
-    const size_t left = width - i;
+    const size_t left = (width - i) * sizeof(T);
     T a[kLanes] = {}, b[kLanes] = {};
     if (left > 0) {
-      std::memcpy(a, x_row + i, left * sizeof(T));
-      std::memcpy(b, residual_row + i, left * sizeof(T));
-      for (size_t lane = 0; lane < kLanes / kWidth; lane++) {
-        store(a + lane * kWidth, add(load(a + lane * kWidth), load(b + lane * kWidth)));
-        V rounded = load(a + lane * kWidth);
-        squares[lane] = add(squares[lane], multiply(rounded, rounded));
-      }
-      std::memcpy(sum_row + i, a, left * sizeof(T));
+      std::memcpy(a, x_row + i, left);
+      std::memcpy(b, residual_row + i, left);
+      add_up(a, a, b);
+      std::memcpy(sum_row + i, a, left);
     }
     float lanes[kLanes];
-    for (size_t lane = 0; lane < kLanes / kWidth; lane++) store(lanes + lane * kWidth, squares[lane]);
+    for (size_t pair = 0; pair < kPairs; pair++) spread<T>(lanes + pair * kStep, squares[pair]);
     for (size_t half = kLanes / 2; half > 0; half /= 2) {
       for (size_t lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
     }
     const V scale = all(1.0f / __builtin_sqrtf(lanes[0] / float(width) + eps));
-    const T* weights = static_cast<const T*>(weight);
+    auto normalise = [&](T* to, const T* from, const T* by) {
+      const Pair value = load_pair(from), factor = load_pair(by);
+      store_pair(to, {multiply(multiply(value.a, scale), factor.a), multiply(multiply(value.b, scale), factor.b)});
+    };
     size_t at = 0;
-    for (; at + kWidth <= width; at += kWidth) {
-      store(normed_row + at, multiply(multiply(load(sum_row + at), scale), load(weights + at)));
-    }
+    for (; at + kStep <= width; at += kStep) normalise(normed_row + at, sum_row + at, weights + at);
     if (at < width) {
       std::memcpy(a, sum_row + at, (width - at) * sizeof(T));
       std::memcpy(b, weights + at, (width - at) * sizeof(T));
-      store(a, multiply(multiply(load(a), scale), load(b)));
+      normalise(a, a, b);
       std::memcpy(normed_row + at, a, (width - at) * sizeof(T));
     }
   }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-instruction_set: str
+instruction_sets: tuple[str, ...]  # that this processor has, the best first, which is taken
 
 # Where all went well who arrived last, -1 where that does not show; else (end, rank, header, expected), see `End` in
 # `comm/csrc/waiter.hpp`.
@@ -41,4 +41,17 @@ class Group:
     def send(self, x: int, num_bytes: int, dtype: int, to: int, timeout_s: float, /) -> _Ended: ...
     def recv(self, x: int, num_bytes: int, dtype: int, source: int, timeout_s: float, /) -> _Ended: ...
 
-def combine(out: int, parts: Sequence[int], count: int, dtype: int, maximum: bool, /) -> None: ...
+def combine(out: int, parts: Sequence[int], count: int, dtype: int, maximum: bool, instructions: int = 0, /) -> None: ...
+def add_rms_norm(
+    normed: int,
+    total: int,
+    x: int,
+    residual: int,
+    weight: int,
+    eps: float,
+    num_rows: int,
+    width: int,
+    dtype: int,
+    instructions: int = 0,
+    /,
+) -> None: ...

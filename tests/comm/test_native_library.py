@@ -11,4 +11,4 @@ def test_the_library_is_there_where_it_can_be_built() -> None:
     if native.library is None and (excuse := excuse_for_no_library()):
         pytest.skip(f"{native.told}: {excuse}")
     assert native.library is not None, native.told
-    assert native.library.instruction_set in ("plain", "avx2", "avx512")
+    assert native.library.instruction_sets[-1] == "plain"

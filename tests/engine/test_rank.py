@@ -109,7 +109,7 @@ def serve(rank: Rank, channel: Script) -> None:
 @pytest.mark.parametrize("trace", [False, True])
 def test_a_rank_hands_over_its_ledger_where_it_traces_and_only_there(spec: RankSpec, trace: bool) -> None:
     plans = [msgspec.structs.replace(plan, step=step) for step, plan in enumerate(WARMUP)]
-    channel = Script([*plans, None, Shutdown()])
+    channel = Script([*plans, None, None, Shutdown()])
     serve(Rank(replace(spec, trace=trace), lambda _: None), channel)
     reports = [message for message in channel.heard if isinstance(message, TraceReport)]
     assert len(reports) == trace

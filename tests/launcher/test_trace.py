@@ -20,7 +20,6 @@ from phalanx.comm.ledger import LedgerEntry
 from phalanx.engine.clock import ClockReading
 from phalanx.engine.sampling_params import SamplingParams
 from phalanx.engine.trace_book import RankTrace
-from phalanx.launcher import served
 from phalanx.launcher.config import load_config
 from phalanx.launcher.formation import open_host
 from phalanx.launcher.generate_output import await_reports
@@ -49,8 +48,8 @@ def trace(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> E
     path = tmp_path_factory.mktemp("traces") / "trace.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        patch.setattr(served, "open_host", partial(open_host, target="tests.launcher.skewed_ranks:run"))
-        with LLM.from_config(load_config(config), trace=True) as llm:
+        skewed = partial(open_host, target="tests.launcher.skewed_ranks:run")
+        with LLM.from_config(load_config(config), trace=True, open_host=skewed) as llm:
             llm.generate([[1, 2, 3]], SamplingParams(max_tokens=NUM_STEPS, ignore_eos=True))
             assert await_reports(llm)
             write_trace(llm.traced(), path)

@@ -128,7 +128,7 @@ def shared_memory() -> set[str]:
 def test_a_link_cut_for_good_ends_every_call_and_the_error_names_both_ends(
     net: Net, opened: Open, layout: Layout, tmp_path: Path
 ) -> None:
-    segments = shared_memory()
+    segments, others = shared_memory(), {*net.pids("alpha"), *net.pids("beta")}
     engine = opened(layout, timeout_s=LIMIT_S)
     started = tmp_path / "started"
     engine.start("fail", prompts=SHORT, max_tokens=100, started=str(started))
@@ -147,8 +147,7 @@ def test_a_link_cut_for_good_ends_every_call_and_the_error_names_both_ends(
         assert "rank 1 of the replica, on beta" in error["message"]
     assert [each["type"] for each in engine.ask("fail", prompts=SHORT[:1], max_tokens=1)] == ["RankFailedError"]
     engine.close()
-    assert net.pids("beta") == []
-    assert net.pids("alpha") == [engine.process.pid]
+    assert {*net.pids("alpha"), *net.pids("beta")} <= {*others, engine.process.pid}
     assert shared_memory() <= segments
 
 

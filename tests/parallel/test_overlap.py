@@ -54,6 +54,13 @@ def test_a_cut_is_predicted_to_gain_and_leaves_chunks_of_some_size(
         assert num_tokens // chosen.num_chunks >= LEAST_TOKENS
 
 
+def test_what_is_hidden_and_lost_again_does_not_count() -> None:
+    assert choose_cut(1024, 1000, 1000, 2, EVEN._replace(contention=0.3)).num_chunks == 8
+    lost = choose_cut(1024, 1000, 1000, 2, EVEN._replace(contention=0.9))
+    assert lost.num_chunks == 1
+    assert "90% of what is hidden lost again" in lost.reason
+
+
 def test_steps_of_few_tokens_and_ranks_that_have_not_measured_cut_nothing() -> None:
     overlap, weight = Overlap(), torch.zeros(1000, 1000, dtype=torch.bfloat16)
     assert overlap.cut(1024, weight) == 1
