@@ -20,7 +20,7 @@ from phalanx.kernels import linear
 MOST_CHUNKS = 8
 LEAST_TOKENS = 32  # of a chunk: products of fewer are slower for each token
 WORTH = 0.92  # what the predicted time must fall to: chunks are slower than they should be, and predictions too rosy
-REPEATS = 3
+REPEATS, SHORT_REPEATS = 3, 20  # the least of which counts; of what takes no time to speak of, the more
 TRIAL_S = 0.05  # that a product and its sum may take, where both ways are tried
 
 
@@ -113,7 +113,7 @@ def measure_rates(comm: Communicator, weight: torch.Tensor, num_tokens: int) -> 
     )
     comm.all_reduce(large)  # connections and buffers are made at the first use
     product_s = _least_s(lambda: linear(x, weight))
-    latency_s = _least_s(lambda: comm.all_reduce(small))
+    latency_s = _least_s(lambda: comm.all_reduce(small), SHORT_REPEATS)
     transfer_s = _least_s(lambda: comm.all_reduce(large))
     times = torch.tensor([product_s, latency_s, transfer_s], dtype=torch.float64, device=weight.device)
     product_s, latency_s, transfer_s = comm.all_reduce(times, op="max").tolist()
@@ -148,9 +148,9 @@ def reduce_in_chunks(comm: Communicator, x_TI: torch.Tensor, weight: torch.Tenso
     return torch.cat([handle.wait() for handle in under_way])
 
 
-def _least_s(work: Callable[[], object]) -> float:
+def _least_s(work: Callable[[], object], repeats: int = REPEATS) -> float:
     taken = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         began_s = time.perf_counter()
         work()
         if torch.cuda.is_available():
