@@ -31,7 +31,7 @@ from phalanx.comm import create_communicator
 from phalanx.comm.compress import SCHEMES, Rows
 from phalanx.kernels import plan_attention
 from phalanx.launcher.bench.report import processor
-from phalanx.models.batch import Batch, KVCache
+from phalanx.models.batch import Batch, KVCache, Part
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.resolve import resolve_model
@@ -78,7 +78,7 @@ class Stages:
         pages = torch.arange(count // PAGE_SIZE).unsqueeze(0)
         attention = plan_attention(pages, [count], [count], page_size=PAGE_SIZE, window=self._window, device=CPU)
         rows = torch.arange(count)
-        batch = Batch(rows, rows, attention, rows)
+        batch = Batch((Part(rows, rows, attention),), rows)
         x = torch.tensor(tokens)
         for number, (decoder, cache) in enumerate(self._parts):
             x = decoder(border(x) if number else x, batch, cache)

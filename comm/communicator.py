@@ -34,13 +34,14 @@ FP8 = frozenset((torch.float8_e4m3fn, torch.float8_e5m2))
 class Handle(Generic[Result]):
     """An asynchronous operation under way. Every handle must be waited for before its communicator is closed."""
 
-    __slots__ = ("_call", "_communicator", "_result", "_started_s", "_starting_s", "_work")
+    __slots__ = ("_call", "_communicator", "_layer", "_result", "_started_s", "_starting_s", "_work")
 
     def __init__(
         self, communicator: Communicator, call: Call, result: Result, work: Work, started_s: float, starting_s: float
     ) -> None:
         self._communicator = communicator
         self._call = call
+        self._layer = communicator.ledger.layer
         self._result = result
         self._work: Work | None = work
         self._started_s = started_s
@@ -53,7 +54,12 @@ class Handle(Generic[Result]):
         where the group failed earlier.
         """
         if self._work is not None:
-            self._communicator._finish(self._call, self._work, self._started_s, self._starting_s)
+            ledger = self._communicator.ledger
+            present, ledger.layer = ledger.layer, self._layer  # it belongs to the layer that started it
+            try:
+                self._communicator._finish(self._call, self._work, self._started_s, self._starting_s)
+            finally:
+                ledger.layer = present
             self._work = None
         return self._result
 

@@ -168,7 +168,7 @@ class Rank:
         )
         self._weight_bytes = sum(weight.nbytes for weight in weights.values())
         self._bytes_read = checkpoint.bytes_read
-        self._overlap = Overlap() if spec.comm.overlap == "auto" else None
+        self._overlap = Overlap(spec.comm.overlap)
         part = self._place.tensor_rank
         self._decoder = Decoder(spec.config, self._stage, part, self._comm, weights, self._overlap)
         self._make_runner(spec.num_pages or -(-self._widest_step // spec.page_size))
@@ -200,7 +200,7 @@ class Rank:
             dtype=self._dtype,
             device=self._device,
             reports=part == 0,
-            drains=self._overlap is None,
+            drains=spec.comm.overlap == "none",
         )
 
     def _warm_up(self) -> None:
@@ -214,13 +214,12 @@ class Rank:
         self._took("warmup")
 
     def _measure_overlap(self) -> None:
-        """Finds out, with the other ranks of the stage, whether products should be reduced in chunks."""
+        """Finds out, with the other ranks of the stage, how sums are best hidden."""
         if self._comm.size > 1:
-            told = "none: comm.overlap says so"
-            if self._overlap is not None:
-                weight = self._decoder.layers[0].ffn.down.weight
-                told = self._overlap.measure(self._comm, weight, self._spec.max_batch_tokens)
-            self.choices["overlap"] = told
+            layer = self._decoder.layers[0]
+            self.choices["overlap"] = self._overlap.measure(
+                self._comm, self._decoder.work(), layer.ffn.down.weight, layer.ffn_norm, self._spec.max_batch_tokens
+            )
 
     def _measured_pages(self, measure: KVMeasure) -> int:
         """Pages that the tightest rank of the replica has room for, asked when all have run the widest step."""
@@ -262,7 +261,7 @@ class Rank:
         self.ledger.take()  # what the warm-up took is no part of it
         times: list[StageStep] = []
         plans: deque[StepPlan] = deque()  # the next step and, where transfers go behind compute, the one after it
-        most = 1 if self._overlap is None else 2
+        most = 1 if self._spec.comm.overlap == "none" else 2
         ending = False
         while plans or not ending:
             while not ending and len(plans) < most:

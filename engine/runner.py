@@ -83,7 +83,7 @@ class StepRunner:
         """Computes this rank's share of a step."""
         began_s = time.perf_counter()
         self._tables.apply(plan)
-        batch = self._tables.batch(plan)  # while the input is on its way
+        batch = self._tables.batch(plan, self._decoder.num_parts(plan.num_tokens))  # while the input is on its way
         asked_s = time.perf_counter()
         x = self._input(plan)
         waited_s = time.perf_counter() - asked_s

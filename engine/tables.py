@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
 from phalanx.engine.messages import StepPlan
 from phalanx.kernels import plan_attention
-from phalanx.models.batch import Batch
+from phalanx.models.batch import Batch, Part
+
+
+class _Run(NamedTuple):
+    """New tokens of a sequence: `num_rows` of them, from position `start` on."""
+
+    slot: int
+    start: int
+    num_rows: int
 
 
 class SlotTables:
@@ -43,42 +53,47 @@ class SlotTables:
             rows, pages = torch.tensor(plan.pages, device=self._device).unbind(1)
             self._pages[rows, torch.tensor(places, device=self._device)] = pages
 
-    def batch(self, plan: StepPlan) -> Batch:
-        """Where each row of the step stands in its sequence and in the cache. Counts the rows as run."""
-        size, lengths = self._page_size, self._lengths
-        positions = [lengths[slot] for slot in plan.decodes]
-        rows = list(plan.decodes)
-        slots = list(plan.decodes)
-        query_lengths = [1] * len(slots)
-        last_rows = list(range(len(slots)))
-        for slot in plan.decodes:
-            lengths[slot] += 1
+    def batch(self, plan: StepPlan, num_parts: int = 1) -> Batch:
+        """Where each row of the step stands in its sequence and in the cache, in parts of about as many rows. Counts
+        the rows as run.
+        """
+        lengths = self._lengths
+        runs = [_Run(slot, lengths[slot], 1) for slot in plan.decodes]
+        last_rows = list(range(len(runs)))
+        num_rows = len(runs)
         for chunk in plan.chunks:
-            count = len(chunk.tokens)
-            lengths[chunk.slot] = chunk.start + count
-            positions.extend(range(chunk.start, chunk.start + count))
-            rows.extend([chunk.slot] * count)
-            slots.append(chunk.slot)
-            query_lengths.append(count)
+            runs.append(_Run(chunk.slot, chunk.start, len(chunk.tokens)))
+            num_rows += len(chunk.tokens)
             if chunk.sample:
-                last_rows.append(len(positions) - 1)
-        context_lengths = [lengths[slot] for slot in slots]
-        device = self._device
+                last_rows.append(num_rows - 1)
+        for run in runs:
+            lengths[run.slot] = run.start + run.num_rows
+        bounds = [num_rows * part // num_parts for part in range(num_parts + 1)]
+        parts = tuple(self._part(some) for some in _split(runs, [stop - start for start, stop in pairwise(bounds)]))
+        return Batch(parts, torch.tensor(last_rows, dtype=torch.int64, device=self._device))
+
+    def _part(self, runs: Sequence[_Run]) -> Part:
+        size, device = self._page_size, self._device
+        positions: list[int] = []
+        rows: list[int] = []
+        for slot, start, count in runs:
+            positions.extend(range(start, start + count))
+            rows.extend([slot] * count)
+        context_lengths = [run.start + run.num_rows for run in runs]
         positions_T = torch.tensor(positions, device=device)
         page_T = self._pages[torch.tensor(rows, device=device), positions_T // size]
         num_pages = -(-max(context_lengths) // size)
-        return Batch(
+        return Part(
             positions=positions_T,
             slots=page_T * size + positions_T % size,
             attention=plan_attention(
-                self._pages[torch.tensor(slots, device=device), :num_pages],
-                query_lengths,
+                self._pages[torch.tensor([run.slot for run in runs], device=device), :num_pages],
+                [run.num_rows for run in runs],
                 context_lengths,
                 page_size=size,
                 window=self._window,
                 device=device,
             ),
-            last_rows=torch.tensor(last_rows, dtype=torch.int64, device=device),
         )
 
     def lengths_of(self, slots: Sequence[int]) -> list[int]:
@@ -92,3 +107,19 @@ class SlotTables:
             return drawn
         known = [token for chunk in plan.chunks for token in chunk.tokens]
         return torch.cat((drawn, torch.tensor(known, device=self._device)))
+
+
+def _split(runs: Sequence[_Run], sizes: Sequence[int]) -> Iterator[list[_Run]]:
+    """Runs of so many rows in turn; one that does not fit goes on in the next part."""
+    rest = list(reversed(runs))
+    for size in sizes:
+        part: list[_Run] = []
+        room = size
+        while room:
+            run = rest.pop()
+            taken = min(room, run.num_rows)
+            part.append(run._replace(num_rows=taken))
+            if taken < run.num_rows:
+                rest.append(run._replace(start=run.start + taken, num_rows=run.num_rows - taken))
+            room -= taken
+        yield part

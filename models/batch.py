@@ -9,16 +9,26 @@ import torch
 from phalanx.kernels import AttentionPlan
 
 
-class Batch(NamedTuple):
-    """The sequences of a step, laid one after another.
+class Part(NamedTuple):
+    """Tokens of a step that pass a layer together: those of some sequences, laid one after another.
 
     positions: [T] int64, of each token in its sequence. slots: [T] int64, where its key and value go in the cache.
-    attention: which keys and values each token sees. last_rows: [B] int64, rows whose next token is to be drawn.
+    attention: which keys and values each token sees.
     """
 
     positions: torch.Tensor
     slots: torch.Tensor
     attention: AttentionPlan
+
+
+class Batch(NamedTuple):
+    """The tokens of a step.
+
+    parts: one after another, each behind the ones before it in every layer, so that a sequence may go on in the next.
+    last_rows: [B] int64, rows of the step whose next token is to be drawn.
+    """
+
+    parts: tuple[Part, ...]
     last_rows: torch.Tensor
 
 

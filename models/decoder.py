@@ -6,7 +6,9 @@ columns of this rank, V vocabulary rows of this rank, B rows whose next token is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -21,31 +23,34 @@ from phalanx.kernels import (
     silu_mul,
     write_kv,
 )
-from phalanx.models.batch import Batch, KVCache
+from phalanx.models.batch import Batch, KVCache, Part
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from phalanx.parallel.layout import Stage
-from phalanx.parallel.overlap import Overlap
+from phalanx.parallel.overlap import Overlap, StageWork
+from phalanx.parallel.stream import PendingStream, ResidualStream
 
 Weights = Mapping[str, torch.Tensor]
 RopeTable = tuple[torch.Tensor, torch.Tensor]
 
 
+class Share(NamedTuple):
+    """What a rank builds its layers from. comm: the tensor-parallel group of the stage."""
+
+    config: DecoderConfig
+    stage: Stage
+    tensor_rank: int
+    comm: Communicator
+    weights: Weights
+
+
 class Attention:
     """Grouped-query attention over this rank's heads."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        stage: Stage,
-        tensor_rank: int,
-        comm: Communicator,
-        weights: Weights,
-        name: str,
-        overlap: Overlap | None,
-    ) -> None:
+    def __init__(self, share: Share, name: str) -> None:
+        config, stage, weights = share.config, share.stage, share.weights
         shape = config.shape
-        queries, keys = stage.query_heads[tensor_rank], stage.kv_heads[tensor_rank]
+        queries, keys = stage.query_heads[share.tensor_rank], stage.kv_heads[share.tensor_rank]
         self.head_dim = shape.head_dim
         self.sizes = [queries.size, keys.size, keys.size]
         self.scale = shape.head_dim**-0.5
@@ -53,7 +58,7 @@ class Attention:
         self.qkv = ColumnParallelLinear(weights[f"{name}.qkv"], weights.get(f"{name}.qkv_bias"))
         self.q_norm = weights.get(f"{name}.q_norm")
         self.k_norm = weights.get(f"{name}.k_norm")
-        self.o = RowParallelLinear(weights[f"{name}.o"], comm, weights.get(f"{name}.o_bias"), overlap)
+        self.o = RowParallelLinear(weights[f"{name}.o"], share.comm, weights.get(f"{name}.o_bias"))
         self.heads = group_heads(
             [head // shape.queries_per_kv_head - keys.start for head in range(queries.start, queries.stop)],
             keys.size,
@@ -61,7 +66,7 @@ class Attention:
         )
 
     def __call__(
-        self, x_TH: torch.Tensor, table: RopeTable, batch: Batch, keys: torch.Tensor, values: torch.Tensor
+        self, x_TH: torch.Tensor, table: RopeTable, part: Part, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """What goes into the row-parallel product `o`, [T, N * D]."""
         heads = self.qkv(x_TH).view(x_TH.shape[0], sum(self.sizes), self.head_dim)
@@ -70,17 +75,18 @@ class Attention:
             q_TND = rms_norm(q_TND, self.q_norm, self.norm_eps)
             k_TKD = rms_norm(k_TKD, self.k_norm, self.norm_eps)
         q_TND, k_TKD = rope(q_TND, *table), rope(k_TKD, *table)
-        write_kv(k_TKD, v_TKD, keys, values, batch.slots)
-        out_TND = paged_attention(q_TND, keys, values, batch.attention, self.heads, scale=self.scale)
+        write_kv(k_TKD, v_TKD, keys, values, part.slots)
+        out_TND = paged_attention(q_TND, keys, values, part.attention, self.heads, scale=self.scale)
         return out_TND.flatten(1)
 
 
 class FeedForward:
     """SwiGLU feed-forward over this rank's columns."""
 
-    def __init__(self, comm: Communicator, weights: Weights, name: str, overlap: Overlap | None) -> None:
+    def __init__(self, share: Share, name: str) -> None:
+        weights = share.weights
         self.gate_up = ColumnParallelLinear(weights[f"{name}.gate_up"], weights.get(f"{name}.gate_up_bias"))
-        self.down = RowParallelLinear(weights[f"{name}.down"], comm, weights.get(f"{name}.down_bias"), overlap)
+        self.down = RowParallelLinear(weights[f"{name}.down"], share.comm, weights.get(f"{name}.down_bias"))
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """What goes into the row-parallel product `down`, [T, F]."""
@@ -88,55 +94,22 @@ class FeedForward:
 
 
 class Layer:
-    """Attention and feed-forward, each behind its norm and added to the residual stream.
-
-    A layer gets the stream and its norm, and gives both on: the sum over the ranks, the addition and the next norm are
-    one operation of the communicator.
+    """Attention and feed-forward, each behind its norm. Both give what goes into a row-parallel product, whose sum over
+    the ranks is added to the residual stream.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        stage: Stage,
-        tensor_rank: int,
-        comm: Communicator,
-        weights: Weights,
-        name: str,
-        overlap: Overlap | None,
-    ) -> None:
-        self.norm_eps = config.norm_eps
-        self.attention_norm = weights[f"{name}.attention_norm"]
-        self.attention = Attention(config, stage, tensor_rank, comm, weights, name, overlap)
-        self.ffn_norm = weights[f"{name}.ffn_norm"]
-        self.ffn = FeedForward(comm, weights, name, overlap)
-
-    def __call__(
-        self,
-        normed_TH: torch.Tensor,
-        x_TH: torch.Tensor,
-        table: RopeTable,
-        batch: Batch,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        next_norm: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """normed_TH: the stream x_TH behind `attention_norm`. next_norm: of the layer that follows, None for the last
-        one, after which only the stream is meant.
-        """
-        attended_TI = self.attention(normed_TH, table, batch, keys, values)
-        normed_TH, x_TH = self.attention.o.add_and_norm(attended_TI, x_TH, self.ffn_norm, self.norm_eps)
-        hidden_TF = self.ffn(normed_TH)
-        if next_norm is None:
-            x_TH = x_TH + self.ffn.down(hidden_TF)
-            return x_TH, x_TH
-        return self.ffn.down.add_and_norm(hidden_TF, x_TH, next_norm, self.norm_eps)
+    def __init__(self, share: Share, name: str) -> None:
+        self.attention_norm = share.weights[f"{name}.attention_norm"]
+        self.attention = Attention(share, name)
+        self.ffn_norm = share.weights[f"{name}.ffn_norm"]
+        self.ffn = FeedForward(share, name)
 
 
 class Decoder:
     """One rank's share of the model: the layers of its stage, cut by the stage's splits.
 
-    weights: by the names of `models/weights.py`. comm: the tensor-parallel group of the stage. overlap: of its
-    row-parallel products, None for none.
+    weights: by the names of `models/weights.py`. comm: the tensor-parallel group of the stage. overlap: decides how the
+    sums over the ranks are done; None for one after the other.
     """
 
     def __init__(
@@ -149,13 +122,14 @@ class Decoder:
         overlap: Overlap | None = None,
     ) -> None:
         self.norm_eps = config.norm_eps
-        self._ledger = comm.ledger
+        self._comm = comm
         self._first_layer = stage.layers.start
+        self._overlap = overlap if overlap is not None and comm.size > 1 else Overlap("none")
         self.embed = None
         if stage.first:
             self.embed = VocabParallelEmbedding(weights["embed"], stage.vocab[tensor_rank], comm)
-        layers = range(stage.layers.start, stage.layers.stop)
-        self.layers = [Layer(config, stage, tensor_rank, comm, weights, f"layers.{layer}", overlap) for layer in layers]
+        share = Share(config, stage, tensor_rank, comm, weights)
+        self.layers = [Layer(share, f"layers.{layer}") for layer in range(stage.layers.start, stage.layers.stop)]
         self._next_norms = [*(layer.attention_norm for layer in self.layers[1:]), None]
         self.head = None
         if stage.last:
@@ -164,19 +138,50 @@ class Decoder:
         attention = self.layers[0].attention.qkv.weight
         self.frequencies = _rope_frequencies(config.shape.head_dim, config.rope).to(attention.device)
 
+    def num_parts(self, num_tokens: int) -> int:
+        """Of the batch of a step of so many tokens."""
+        return 2 if self._overlap.way(num_tokens).name == "halves" else 1
+
     def __call__(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Hidden states [T, H] after this stage's layers; x is token ids [T] on the first stage, hidden states
-        elsewhere.
+        elsewhere. Several parts of a batch pass each block in turns, so that the sums of one travel behind the other.
         """
         x_TH = x if self.embed is None else self.embed(x)
-        table = rope_table(batch.positions, self.frequencies, x_TH.dtype)
-        normed_TH = rms_norm(x_TH, self.layers[0].attention_norm, self.norm_eps)
-        parts = zip(self.layers, cache.keys, cache.values, self._next_norms, strict=True)
-        for number, (layer, keys, values, next_norm) in enumerate(parts, start=self._first_layer):
-            self._ledger.layer = number
-            normed_TH, x_TH = layer(normed_TH, x_TH, table, batch, keys, values, next_norm)
-        self._ledger.layer = -1
-        return x_TH
+        tables = [rope_table(part.positions, self.frequencies, x_TH.dtype) for part in batch.parts]
+        streams = self._streams(x_TH, batch)
+        layers = zip(self.layers, cache.keys, cache.values, self._next_norms, strict=True)
+        for number, (layer, keys, values, next_norm) in enumerate(layers, start=self._first_layer):
+            self._comm.ledger.layer = number
+            attention, ffn = layer.attention, layer.ffn
+            for stream, part, table in zip(streams, batch.parts, tables, strict=True):
+                attended_TI = attention(stream.normed(), table, part, keys, values)
+                stream.add(attention.o, attended_TI, layer.ffn_norm)
+            for stream in streams:
+                stream.add(ffn.down, ffn(stream.normed()), next_norm)
+        self._comm.ledger.layer = -1
+        done = [stream.whole() for stream in streams]
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _streams(self, x_TH: torch.Tensor, batch: Batch) -> list[ResidualStream]:
+        norm, eps = self.layers[0].attention_norm, self.norm_eps
+        if len(batch.parts) == 1:
+            return [self._overlap.stream(x_TH, norm, eps, self._comm)]
+        sizes = [len(part.positions) for part in batch.parts]
+        return [PendingStream(part_TH, norm, eps) for part_TH in torch.split(x_TH, sizes)]
+
+    def work(self) -> StageWork:
+        """What the layers of this stage take; by the first of them, since all are alike."""
+        attention, ffn = self.layers[0].attention, self.layers[0].ffn
+        hidden, attention_inputs = attention.o.weight.shape
+        return StageWork(
+            num_layers=len(self.layers),
+            attention=math.prod(attention.qkv.weight.shape) + hidden * attention_inputs,
+            ffn=math.prod(ffn.gate_up.weight.shape) + math.prod(ffn.down.weight.shape),
+            hidden=hidden,
+            attention_inputs=attention_inputs,
+            ffn_inputs=ffn.down.weight.shape[1],
+            itemsize=attention.o.weight.itemsize,
+        )
 
     def logits(self, x_TH: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:
         """This rank's vocabulary shard of the logits, [B, V] float32, at `rows_B`. On the last stage only."""

@@ -11,7 +11,6 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.kernels import linear, rms_norm
-from phalanx.parallel.overlap import Overlap, reduce_in_chunks
 from phalanx.parallel.split import Interval
 
 
@@ -30,31 +29,25 @@ class ColumnParallelLinear:
 class RowParallelLinear:
     """Input columns cut over the ranks: each makes a part of the sum, which is then reduced. weight [H, I], bias [H].
 
-    The bias is held by every rank and added after the reduction, so that it counts once. overlap: decides whether a
-    part of the tokens is reduced while the next is computed; None for never.
+    The bias is held by every rank and added after the reduction, so that it counts once.
     """
 
     weight: torch.Tensor
     comm: Communicator
     bias: torch.Tensor | None = None
-    overlap: Overlap | None = None
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
-        num_chunks = self._num_chunks(x_TI)
-        if num_chunks == 1:
-            y_TH = self.comm.all_reduce(linear(x_TI, self.weight))
-        else:
-            y_TH = reduce_in_chunks(self.comm, x_TI, self.weight, num_chunks)
-        return y_TH if self.bias is None else y_TH + self.bias
+        return self.biased(self.comm.all_reduce(linear(x_TI, self.weight)))
 
-    def _num_chunks(self, x_TI: torch.Tensor) -> int:
-        return 1 if self.overlap is None else self.overlap.cut(x_TI.shape[0], self.weight)
+    def biased(self, y_TH: torch.Tensor) -> torch.Tensor:
+        """A sum over the ranks, or some rows of it, with the bias."""
+        return y_TH if self.bias is None else y_TH + self.bias
 
     def add_and_norm(
         self, x_TI: torch.Tensor, residual_TH: torch.Tensor, norm_weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The product added to the residual stream, normalised by `norm_weight` [H], and as it is: both [T, H]."""
-        if self.bias is None and self._num_chunks(x_TI) == 1:
+        if self.bias is None:
             y_TH = linear(x_TI, self.weight)
             return self.comm.fused_all_reduce_rms_norm(y_TH, residual_TH, norm_weight, eps)
         residual_TH = residual_TH + self(x_TI)

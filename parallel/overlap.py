@@ -1,159 +1,184 @@
-"""How much of a row-parallel product is reduced behind the rest of it: one decision, from measured rates.
+"""Which transfers of a stage are hidden, and how: one decision for each step, from measured rates.
 
-A product of T tokens is cut into k chunks of tokens, and the sum of one chunk over the ranks is under way while the
-next chunk is computed. With C seconds of computing and X of transfer that takes at best max(C, X) + min(C, X) / k, and
-each chunk pays the transfer's latency once more. What the two take of each other, cores or memory, is measured too.
+With C seconds of computing and X of transfer, both over all layers of a stage, a step takes C + X where nothing is
+hidden. Products cut in k chunks take max(c, x) + min(c, x) / k each, where c is only the row-parallel product before
+the sum. Two halves of the tokens that pass the layers in turns hide sums behind whole blocks, and approach max(C, X).
+What the two take of each other, cores or memory, is measured too.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import linear
+from phalanx.parallel.layers import RowParallelLinear
+from phalanx.parallel.rates import LEAST_TOKENS, Rates, find_scattering, measure_rates
+from phalanx.parallel.stream import ChunkedStream, ResidualStream, ScatteredStream, WholeStream
 
 MOST_CHUNKS = 8
-LEAST_TOKENS = 32  # of a chunk: products of fewer are slower for each token
-WORTH = 0.92  # what the predicted time must fall to: chunks are slower than they should be, and predictions too rosy
-REPEATS, SHORT_REPEATS = 3, 20  # the least of which counts; of what takes no time to speak of, the more
-TRIAL_S = 0.05  # that a product and its sum may take, where both ways are tried
+ASKED_CHUNKS = 4  # where chunks are asked for by name
+WORTH = 0.92  # what the predicted time must fall to: parts are slower than they should be, and predictions too rosy
 
 
-class Rates(NamedTuple):
-    """Of a rank and its group. flops_per_s: of products. latency_s, bytes_per_s: of sums over the ranks. contention: by
-    how many seconds all takes longer for each that one of the two passes under the other.
+class StageWork(NamedTuple):
+    """What a rank computes for the layers of its stage.
+
+    attention, ffn: elements of the weights of a block. hidden: size of what is summed over the ranks for each token.
+    attention_inputs, ffn_inputs: of the blocks' row-parallel products. itemsize: bytes of a value.
     """
 
-    flops_per_s: float
-    latency_s: float
-    bytes_per_s: float
-    contention: float = 0.0
-
-    def compute_s(self, num_tokens: int, num_outputs: int, num_inputs: int) -> float:
-        return 2 * num_tokens * num_outputs * num_inputs / self.flops_per_s
-
-    def transfer_s(self, num_tokens: int, num_outputs: int, itemsize: int) -> float:
-        """Without the latency."""
-        return num_tokens * num_outputs * itemsize / self.bytes_per_s
-
-    def overlapped_s(self, compute_s: float, transfer_s: float, num_chunks: int) -> float:
-        # Latencies of chunks are behind computing where there is enough of it, which is not counted on.
-        hidden_s = min(compute_s, transfer_s)
-        ideal_s = max(compute_s, transfer_s) + hidden_s / num_chunks + num_chunks * self.latency_s
-        return ideal_s + self.contention * hidden_s
+    num_layers: int
+    attention: int
+    ffn: int
+    hidden: int
+    attention_inputs: int
+    ffn_inputs: int
+    itemsize: int
 
 
 class Cut(NamedTuple):
-    """Into how many chunks a product is cut, and why."""
+    """Into how many chunks a product is cut, and the seconds that it and its sum are then predicted to take."""
 
     num_chunks: int
+    took_s: float
+
+
+class Way(NamedTuple):
+    """What is done in a step: `none`, `chunks`, `halves` or `sequence`; and why."""
+
+    name: str
     reason: str
 
 
 class Overlap:
-    """The decision for all products of a rank. Every rank of a group decides alike, since they agree on the rates."""
+    """The decision for the steps of a rank. Every rank of a group decides alike, since they agree on the rates.
 
-    def __init__(self) -> None:
-        self.rates: Rates | None = None
+    asked: `auto`, or the way to be taken by all steps of `2 * LEAST_TOKENS` tokens and more.
+    """
+
+    def __init__(self, asked: str = "auto", work: StageWork | None = None, rates: Rates | None = None) -> None:
+        self._asked = asked
+        self._work = work
+        self._rates = rates
+        self._scattered_from: int | None = None
+
+    def way(self, num_tokens: int) -> Way:
+        if num_tokens < 2 * LEAST_TOKENS:
+            return Way("none", f"steps of fewer than {2 * LEAST_TOKENS} tokens have nothing to hide behind")
+        if self._asked != "auto":
+            return Way(self._asked, "comm.overlap says so")
+        if self._work is None:
+            return Way("none", "nothing was measured")
+        return choose_way(num_tokens, self._work, self._rates, self._scattered_from)
 
     def cut(self, num_tokens: int, weight: torch.Tensor) -> int:
-        """Chunks of a product of so many tokens with a weight [H, I]."""
-        if self.rates is None or num_tokens < 2 * LEAST_TOKENS:
-            return 1
-        return choose_cut(num_tokens, *weight.shape, weight.itemsize, self.rates).num_chunks
+        """Chunks of a product of so many tokens with a weight [H, I], where a step is one of chunks."""
+        if self._asked == "chunks":
+            return ASKED_CHUNKS
+        assert self._rates is not None, "chunks are chosen by rates"
+        return choose_cut(num_tokens, *weight.shape, weight.itemsize, self._rates).num_chunks
 
-    def measure(self, comm: Communicator, weight: torch.Tensor, num_tokens: int) -> str:
-        """Finds the rates, on all ranks of the group at once, by the product of so many tokens with a weight [H, I];
-        what was decided for it, and why.
+    def stream(self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float, comm: Communicator) -> ResidualStream:
+        """Of all tokens of a step that is not done in halves. x_TH, norm, eps: as for any `ResidualStream`."""
+        num_tokens = len(x_TH)
+
+        def num_chunks(out: RowParallelLinear) -> int:
+            return self.cut(num_tokens, out.weight)
+
+        name = self.way(num_tokens).name
+        if name == "chunks":
+            return ChunkedStream(x_TH, norm, eps, num_chunks)
+        if name == "sequence":
+            return ScatteredStream(x_TH, norm, eps, comm)
+        return WholeStream(x_TH, norm, eps)
+
+    def measure(
+        self, comm: Communicator, work: StageWork, weight: torch.Tensor, norm: torch.Tensor, most_tokens: int
+    ) -> str:
+        """Finds the rates, on all ranks of the group at once; what is done in a step of `most_tokens` tokens, and why.
+
+        weight: [H, I] of a row-parallel product. norm: [H].
         """
-        if comm.size == 1:
-            return "none: there is nobody to wait for"
-        if not comm.in_background:
-            return f"none: transfers of {comm.backend} take the same cores as the products"
-        if num_tokens < 2 * LEAST_TOKENS:
-            return f"none: a step has at most {num_tokens} tokens"
-        self.rates = measure_rates(comm, weight, num_tokens)
-        chosen = choose_cut(num_tokens, *weight.shape, weight.itemsize, self.rates)
-        return f"{chosen.num_chunks} chunks at {num_tokens} tokens: {chosen.reason}"
+        if self._asked == "auto" and most_tokens >= 2 * LEAST_TOKENS:
+            self._work = work
+            if comm.in_background:
+                self._rates = measure_rates(comm, weight, most_tokens)
+            self._scattered_from = find_scattering(comm, norm, weight, most_tokens)
+        way = self.way(most_tokens)
+        return f"{way.name} at {most_tokens} tokens: {way.reason}"
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
+def choose_way(num_tokens: int, work: StageWork, rates: Rates | None, scattered_from: int | None) -> Way:
+    """rates: None where transfers do not go on by themselves. scattered_from: tokens from which on reduce-scatter, norm
+    and all-gather were measured to be faster than all-reduce and norm; None for never.
+    """
+    told = "transfers take the same cores as the products"
+    if rates is not None:
+        compute_s, transfer_s, serial_s = serial_times(num_tokens, work, rates)
+        predicted = {"chunks": chunks_s(num_tokens, work, rates), "halves": halves_s(num_tokens, work, rates)}
+        name = min(predicted, key=lambda way: predicted[way])
+        told = f"{compute_s * 1e3:.3g} ms of computing and {transfer_s * 1e3:.3g} ms of transfers"
+        if rates.contention > 0.01:
+            told += f", {rates.contention:.0%} of what is hidden lost again to cores and memory that both want,"
+        if predicted[name] <= WORTH * serial_s:
+            return Way(name, f"{told} take {predicted[name] * 1e3:.3g} ms in place of {serial_s * 1e3:.3g}")
+        told += f" would gain {max(0.0, 1 - predicted[name] / serial_s):.0%}, too little"
+    if scattered_from is not None and num_tokens >= scattered_from:
+        return Way("sequence", f"{told}; norms of a rank's own tokens were faster from {scattered_from} tokens on")
+    return Way("none", told)
+
+
+def serial_times(num_tokens: int, work: StageWork, rates: Rates) -> tuple[float, float, float]:
+    """Seconds of a step: of computing, of transfers, and of both one after the other."""
+    compute_s = rates.compute_s(num_tokens, work.attention) + rates.compute_s(num_tokens, work.ffn)
+    transfer_s = 2 * (rates.transfer_s(num_tokens, work.hidden, work.itemsize) + rates.latency_s)
+    times = work.num_layers * compute_s, work.num_layers * transfer_s
+    return *times, sum(times)
+
+
+def chunks_s(num_tokens: int, work: StageWork, rates: Rates) -> float:
+    """Of a step whose row-parallel products are cut."""
+    took_s = 0.0
+    for elements, num_inputs in ((work.attention, work.attention_inputs), (work.ffn, work.ffn_inputs)):
+        before = elements - work.hidden * num_inputs
+        took_s += rates.compute_s(num_tokens, before)
+        took_s += choose_cut(num_tokens, work.hidden, num_inputs, work.itemsize, rates).took_s
+    return work.num_layers * took_s
+
+
+def halves_s(num_tokens: int, work: StageWork, rates: Rates) -> float:
+    """Of a step in two halves: blocks run one after another, and so do sums; a half's block waits for its last sum."""
+    rows = -(-num_tokens // 2)
+    sum_s = rates.transfer_s(rows, work.hidden, work.itemsize) + rates.latency_s
+    blocks_s = rates.compute_s(rows, work.attention), rates.compute_s(rows, work.ffn)
+    computed_s = sent_s = 0.0
+    ready_s = [0.0, 0.0]
+    for _ in range(work.num_layers):
+        for block_s in blocks_s:
+            for half in (0, 1):
+                computed_s = max(computed_s, ready_s[half]) + block_s
+                sent_s = ready_s[half] = max(computed_s, sent_s) + sum_s
+    hidden_s = 2 * work.num_layers * (sum(blocks_s) + 2 * sum_s) - sent_s
+    return sent_s + rates.contention * hidden_s
+
+
+@lru_cache(maxsize=4096)
 def choose_cut(num_tokens: int, num_outputs: int, num_inputs: int, itemsize: int, rates: Rates) -> Cut:
     """Chunks of a product of `num_tokens` tokens with a weight [num_outputs, num_inputs] that is then summed over the
     ranks, itemsize bytes a value.
     """
-    compute_s = rates.compute_s(num_tokens, num_outputs, num_inputs)
+    compute_s = rates.compute_s(num_tokens, num_outputs * num_inputs)
     transfer_s = rates.transfer_s(num_tokens, num_outputs, itemsize)
     serial_s = compute_s + transfer_s + rates.latency_s
-    best, best_s = 1, serial_s
+    best = Cut(1, serial_s)
     chunks = 2
     while chunks <= MOST_CHUNKS and num_tokens // chunks >= LEAST_TOKENS:
-        took_s = rates.overlapped_s(compute_s, transfer_s, chunks)
-        if took_s < best_s:
-            best, best_s = chunks, took_s
+        took_s = rates.chunked_s(compute_s, transfer_s, chunks)
+        if took_s < best.took_s:
+            best = Cut(chunks, took_s)
         chunks *= 2
-    told = f"{compute_s * 1e3:.2f} ms of product and {transfer_s * 1e3:.2f} ms of transfer"
-    if rates.contention > 0.01:
-        told += f", {rates.contention:.0%} of what is hidden lost again to cores and memory that both want,"
-    if best_s > WORTH * serial_s:
-        return Cut(1, f"{told} would gain {max(0.0, 1 - best_s / serial_s):.0%}, too little")
-    return Cut(best, f"{told} take {best_s * 1e3:.2f} ms in place of {serial_s * 1e3:.2f}")
-
-
-def measure_rates(comm: Communicator, weight: torch.Tensor, num_tokens: int) -> Rates:
-    """The rates that the slowest rank sees, the same on all. A collective call."""
-    x = torch.ones(num_tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    small, large = (
-        torch.zeros(rows, weight.shape[0], dtype=weight.dtype, device=weight.device) for rows in (1, num_tokens)
-    )
-    comm.all_reduce(large)  # connections and buffers are made at the first use
-    product_s = _least_s(lambda: linear(x, weight))
-    latency_s = _least_s(lambda: comm.all_reduce(small), SHORT_REPEATS)
-    transfer_s = _least_s(lambda: comm.all_reduce(large))
-    times = torch.tensor([product_s, latency_s, transfer_s], dtype=torch.float64, device=weight.device)
-    product_s, latency_s, transfer_s = comm.all_reduce(times, op="max").tolist()
-    bandwidth_s = max(transfer_s - latency_s, 1e-9)
-    rates = Rates(2 * num_tokens * weight.numel() / product_s, latency_s, large.nbytes / bandwidth_s)
-    return rates._replace(contention=_measure_contention(comm, x, weight, rates))
-
-
-def _measure_contention(comm: Communicator, x: torch.Tensor, weight: torch.Tensor, rates: Rates) -> float:
-    """From the better of a few trials, with as many of the tokens `x` as take no longer than `TRIAL_S`."""
-    num_tokens, shape = len(x), tuple(weight.shape)
-    while True:
-        compute_s = rates.compute_s(num_tokens, *shape)
-        transfer_s = rates.transfer_s(num_tokens, shape[0], weight.itemsize)
-        if compute_s + transfer_s <= TRIAL_S or num_tokens < 4 * LEAST_TOKENS:
-            break
-        num_tokens //= 2
-    num_chunks = choose_cut(num_tokens, *shape, weight.itemsize, rates).num_chunks
-    if num_chunks == 1:
-        return 0.0
-    part = x[:num_tokens]
-    took = torch.tensor([_least_s(lambda: reduce_in_chunks(comm, part, weight, num_chunks))], dtype=torch.float64)
-    took_s = comm.all_reduce(took.to(weight.device), op="max").item()
-    ideal_s = rates.overlapped_s(compute_s, transfer_s, num_chunks)
-    return max(0.0, took_s - ideal_s) / min(compute_s, transfer_s)
-
-
-def reduce_in_chunks(comm: Communicator, x_TI: torch.Tensor, weight: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """The product [T, H] of x and a weight [H, I], summed over the ranks, each chunk of tokens behind the next one."""
-    parts = x_TI.tensor_split(num_chunks)
-    under_way = [comm.all_reduce(linear(part, weight), async_op=True) for part in parts]
-    return torch.cat([handle.wait() for handle in under_way])
-
-
-def _least_s(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    taken = []
-    for _ in range(repeats):
-        began_s = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began_s)
-    return min(taken)
+    return best if best.took_s <= WORTH * serial_s else Cut(1, serial_s)

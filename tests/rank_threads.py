@@ -17,7 +17,9 @@ Join = Callable[[str, int, int], Communicator]
 """Joins the group of this name as this rank of so many; it is left when the rank's function returns."""
 
 
-def run_ranks(num_ranks: int, function: Callable[[int, Join], Result], timeout_s: float = 20.0) -> list[Result]:
+def run_ranks(
+    num_ranks: int, function: Callable[[int, Join], Result], timeout_s: float = 20.0, backend: str = "auto"
+) -> list[Result]:
     """What `function(rank, join)` returned on each rank; raises what the first rank to fail raised."""
     store = HashStore()
 
@@ -25,7 +27,9 @@ def run_ranks(num_ranks: int, function: Callable[[int, Join], Result], timeout_s
         comms: list[Communicator] = []
 
         def join(group: str, group_rank: int, size: int) -> Communicator:
-            comm = create_communicator(rank=group_rank, size=size, rendezvous=store, group=group, timeout_s=timeout_s)
+            comm = create_communicator(
+                backend, rank=group_rank, size=size, rendezvous=store, group=group, timeout_s=timeout_s
+            )
             comms.append(comm)
             return comm
 

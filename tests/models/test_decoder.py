@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from tests.tiny_models import TINY_MODELS, VOCAB, Reference, make
 
 from phalanx.comm import Communicator
 from phalanx.kernels import plan_attention
-from phalanx.models.batch import Batch, KVCache
+from phalanx.models.batch import Batch, KVCache, Part
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.decoder import Decoder
@@ -22,6 +23,7 @@ from phalanx.models.resolve import ModelSource, resolve_model
 from phalanx.models.weights import load_params, rank_params
 from phalanx.parallel.handover import HandOver
 from phalanx.parallel.layout import Layout, StageRequest, build_layout
+from phalanx.parallel.overlap import Overlap
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 4
@@ -75,34 +77,60 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return model
 
 
-def batches(schedule: Sequence[Sequence[int]], window: int | None) -> Iterator[tuple[list[tuple[int, range]], Batch]]:
-    """The steps of a schedule: which positions of which sequences, and the batch that says so to the decoder.
+Work = list[tuple[int, range]]
 
-    Pages of the sequences lie interleaved in the cache, so that none has neighbouring ones.
+
+def batches(schedule: Sequence[Sequence[int]], window: int | None) -> Iterator[tuple[Work, Callable[[int], Batch]]]:
+    """The steps of a schedule: which positions of which sequences, and the batch that says so to the decoder, in so
+    many parts.
     """
-    num_sequences = len(SEQUENCES)
-    done = [0] * num_sequences
+    done = [0] * len(SEQUENCES)
     for counts in schedule:
         work = [(i, range(done[i], done[i] + count)) for i, count in enumerate(counts) if count]
-        table = torch.zeros((len(work), -(-max(map(len, SEQUENCES)) // PAGE_SIZE)), dtype=torch.int64)
-        positions: list[int] = []
-        slots: list[int] = []
-        for row, (i, span) in enumerate(work):
+        for i, span in work:
             done[i] = span.stop
-            pages = [i + page * num_sequences for page in range(-(-span.stop // PAGE_SIZE))]
-            positions += span
-            slots += [pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in span]
-            table[row, : len(pages)] = torch.tensor(pages)
-        attention = plan_attention(
-            table,
-            [len(span) for _, span in work],
-            [span.stop for _, span in work],
-            page_size=PAGE_SIZE,
-            window=window,
-            device=CPU,
-        )
-        rows = torch.arange(len(positions))
-        yield work, Batch(torch.tensor(positions), torch.tensor(slots), attention, rows)
+
+        def batch(num_parts: int, work: Work = work) -> Batch:
+            num_rows = sum(len(span) for _, span in work)
+            bounds = [num_rows * part // num_parts for part in range(num_parts + 1)]
+            parts = (part_of(rows_of(work, start, stop), window) for start, stop in pairwise(bounds))
+            return Batch(tuple(parts), torch.arange(num_rows))
+
+        yield work, batch
+
+
+def rows_of(work: Work, start: int, stop: int) -> Work:
+    """What is in rows `start` to `stop` of a step."""
+    found = []
+    row = 0
+    for i, span in work:
+        inside = span[max(0, start - row) : max(0, stop - row)]
+        if inside:
+            found.append((i, inside))
+        row += len(span)
+    return found
+
+
+def part_of(work: Work, window: int | None) -> Part:
+    """Pages of the sequences lie interleaved in the cache, so that none has neighbouring ones."""
+    num_sequences = len(SEQUENCES)
+    table = torch.zeros((len(work), -(-max(map(len, SEQUENCES)) // PAGE_SIZE)), dtype=torch.int64)
+    positions: list[int] = []
+    slots: list[int] = []
+    for row, (i, span) in enumerate(work):
+        pages = [i + page * num_sequences for page in range(-(-span.stop // PAGE_SIZE))]
+        positions += span
+        slots += [pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in span]
+        table[row, : len(pages)] = torch.tensor(pages)
+    attention = plan_attention(
+        table,
+        [len(span) for _, span in work],
+        [span.stop for _, span in work],
+        page_size=PAGE_SIZE,
+        window=window,
+        device=CPU,
+    )
+    return Part(torch.tensor(positions), torch.tensor(slots), attention)
 
 
 def phalanx_logits(
@@ -111,6 +139,7 @@ def phalanx_logits(
     schedule: Sequence[Sequence[int]],
     dtype: torch.dtype = torch.float32,
     config: DecoderConfig | None = None,
+    overlap: str = "none",
 ) -> list[torch.Tensor]:
     """Logits [tokens, VOCAB] of every position of SEQUENCES, computed by the ranks of a layout step by step."""
     config = config or source.config
@@ -126,7 +155,7 @@ def phalanx_logits(
         before, after = borders(layout, number, join, comm)
         with Checkpoint(entries) as checkpoint:
             weights = load_params(rank_params(config, layout, place), checkpoint, dtype, CPU)
-        decoder = Decoder(config, stage, place.tensor_rank, comm, weights)
+        decoder = Decoder(config, stage, place.tensor_rank, comm, weights, Overlap(overlap))
         num_pages = len(SEQUENCES) * -(-max(map(len, SEQUENCES)) // PAGE_SIZE)
         num_kv_heads = stage.kv_heads[place.tensor_rank].size
         head_dim = config.shape.head_dim
@@ -134,11 +163,13 @@ def phalanx_logits(
         cache.keys.fill_(torch.nan)  # what no step has written must not be read
         cache.values.fill_(torch.nan)
         logits = []
-        for work, batch in batches(schedule, config.sliding_window):
+        for work, batch_of in batches(schedule, config.sliding_window):
+            num_tokens = sum(len(span) for _, span in work)
+            batch = batch_of(decoder.num_parts(num_tokens))
             if before is None:
                 x = torch.tensor([SEQUENCES[i][at] for i, span in work for at in span])
             else:
-                before.expect(len(batch.positions), config.shape.hidden_size, dtype, CPU)
+                before.expect(num_tokens, config.shape.hidden_size, dtype, CPU)
                 x = before.receive()
             hidden = decoder(x, batch, cache)
             if after is None:
@@ -204,6 +235,18 @@ def test_float32_logits_are_those_of_transformers(models: Models, name: str, lay
 def test_prompts_in_one_step_have_the_logits_of_prompts_in_chunks(models: Models, name: str, layout: str) -> None:
     model = models(name)
     error = errors(phalanx_logits(model.source, LAYOUTS[layout], WHOLE), model.reference(torch.float32))
+    assert error.largest < 1e-4 * error.scale
+
+
+@pytest.mark.parametrize("overlap", ["chunks", "halves", "sequence"])
+@pytest.mark.parametrize("layout", ["tensor-2", "weights-2-1", "ragged-3-1"])
+@every_family
+def test_hiding_transfers_leaves_the_logits_those_of_transformers(
+    models: Models, name: str, layout: str, overlap: str
+) -> None:
+    model = models(name)
+    found = phalanx_logits(model.source, LAYOUTS[layout], WHOLE, overlap=overlap)
+    error = errors(found, model.reference(torch.float32))
     assert error.largest < 1e-4 * error.scale
 
 

@@ -1,6 +1,8 @@
-"""When a product is reduced in chunks, and that it comes out the same."""
+"""What is decided of a step from rates; and that a product in chunks is the product."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -8,16 +10,71 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.rank_threads import Join, run_ranks
 
-from phalanx.parallel.layers import RowParallelLinear
-from phalanx.parallel.overlap import LEAST_TOKENS, WORTH, Overlap, Rates, choose_cut
+from phalanx.parallel.overlap import (
+    WORTH,
+    Overlap,
+    StageWork,
+    choose_cut,
+    choose_way,
+    chunks_s,
+    halves_s,
+    serial_times,
+)
+from phalanx.parallel.rates import LEAST_TOKENS, Rates
+from phalanx.parallel.stream import reduce_in_chunks
 
-EVEN = Rates(flops_per_s=1e9, latency_s=1e-6, bytes_per_s=1e6)  # 1000 x 1000 in bf16: 2 ms of each for a token
+# A token of a product of 1000 x 1000 takes 2 ms, and so does its sum in bf16.
+EVEN = Rates(flops_per_s=1e9, latency_s=1e-6, bytes_per_s=1e6)
+# Blocks of three such products, of which one is row-parallel.
+WORK = StageWork(
+    num_layers=8,
+    attention=3_000_000,
+    ffn=3_000_000,
+    hidden=1000,
+    attention_inputs=1000,
+    ffn_inputs=1000,
+    itemsize=2,
+)
+
+counts = st.integers(1, 8192)
+work = st.builds(
+    StageWork,
+    num_layers=st.integers(1, 6),
+    attention=st.integers(10**6, 10**8),
+    ffn=st.integers(10**6, 10**8),
+    hidden=st.integers(1, 900),
+    attention_inputs=st.integers(1, 900),
+    ffn_inputs=st.integers(1, 900),
+    itemsize=st.sampled_from([2, 4]),
+)
+rates = st.builds(
+    Rates,
+    flops_per_s=st.floats(1e8, 1e13),
+    latency_s=st.floats(1e-7, 1.0),
+    bytes_per_s=st.floats(1e5, 1e12),
+    contention=st.floats(0, 1),
+    weights_per_s=st.floats(1e6, 1e12),
+)
 
 
-def test_a_transfer_as_long_as_its_product_is_hidden_behind_it() -> None:
-    chosen = choose_cut(1024, 1000, 1000, 2, EVEN)
-    assert chosen.num_chunks == 8
-    assert "2048.00 ms of product and 2048.00 ms of transfer" in chosen.reason
+def test_halves_hide_sums_behind_whole_blocks_and_chunks_behind_one_product() -> None:
+    rates = EVEN._replace(bytes_per_s=1e6 / 3)  # sums take as long as blocks
+    compute_s, transfer_s, serial_s = serial_times(1024, WORK, rates)
+    assert compute_s == pytest.approx(transfer_s, rel=1e-3)
+    # What cannot be hidden is the last of 32 sums.
+    assert halves_s(1024, WORK, rates) == pytest.approx(compute_s + transfer_s / 32, rel=1e-3)
+    assert chunks_s(1024, WORK, rates) == pytest.approx(serial_s - compute_s / 3 * (1 - 1 / 8), rel=1e-3)
+    chosen = choose_way(1024, WORK, rates, None)
+    assert chosen.name == "halves"
+    assert " take " in chosen.reason
+
+
+def test_a_half_waits_for_its_own_sum_where_the_other_half_is_computed_sooner() -> None:
+    uneven = WORK._replace(attention=1_000_000, ffn=5_000_000)
+    rates = EVEN._replace(bytes_per_s=1e6 / 3)
+    # Behind a half's attention goes a third of a sum: two thirds of each of 2 in a layer are waited for.
+    compute_s, transfer_s, _ = serial_times(1024, uneven, rates)
+    assert halves_s(1024, uneven, rates) > 1.2 * max(compute_s, transfer_s)
 
 
 @pytest.mark.parametrize(
@@ -25,95 +82,99 @@ def test_a_transfer_as_long_as_its_product_is_hidden_behind_it() -> None:
     [
         EVEN._replace(bytes_per_s=1e9),  # nothing to hide
         EVEN._replace(flops_per_s=1e12),  # nothing to hide it behind
-        EVEN._replace(latency_s=10.0),  # each chunk pays for it
+        EVEN._replace(latency_s=10.0),  # each part pays for it
+        EVEN._replace(weights_per_s=1000.0),  # two halves read all weights twice
+        EVEN._replace(contention=1.0),  # cores that send do not compute
     ],
 )
-def test_what_gains_too_little_is_left_whole(rates: Rates) -> None:
-    chosen = choose_cut(1024, 1000, 1000, 2, rates)
-    assert chosen.num_chunks == 1
+def test_what_gains_too_little_is_left_as_it_is(rates: Rates) -> None:
+    chosen = choose_way(1024, WORK, rates, None)
+    assert chosen.name == "none"
     assert "too little" in chosen.reason
 
 
-@given(
-    st.integers(1, 4096),
-    st.integers(1, 8192),
-    st.integers(1, 8192),
-    st.floats(1e8, 1e13),
-    st.floats(1e-7, 1.0),
-    st.floats(1e5, 1e12),
-)
-def test_a_cut_is_predicted_to_gain_and_leaves_chunks_of_some_size(
-    num_tokens: int, num_outputs: int, num_inputs: int, flops: float, latency_s: float, bandwidth: float
+@given(st.integers(2 * LEAST_TOKENS, 4096), work, rates)
+def test_what_is_chosen_is_predicted_to_gain_and_nothing_beats_the_longer_of_the_two(
+    num_tokens: int, work: StageWork, rates: Rates
 ) -> None:
-    chosen = choose_cut(num_tokens, num_outputs, num_inputs, 2, Rates(flops, latency_s, bandwidth))
-    if chosen.num_chunks > 1:
-        compute_s = 2 * num_tokens * num_outputs * num_inputs / flops
-        transfer_s = 2 * num_tokens * num_outputs / bandwidth
-        took_s = max(compute_s, transfer_s) + min(compute_s, transfer_s) / chosen.num_chunks
-        assert took_s + chosen.num_chunks * latency_s <= WORTH * (compute_s + transfer_s + latency_s) * (1 + 1e-9)
-        assert num_tokens // chosen.num_chunks >= LEAST_TOKENS
+    chosen = choose_way(num_tokens, work, rates, None)
+    compute_s, _, serial_s = serial_times(num_tokens, work, rates)
+    predicted = {"chunks": chunks_s(num_tokens, work, rates), "halves": halves_s(num_tokens, work, rates)}
+    slack = 1 + 1e-9
+    assert min(predicted.values()) * slack >= max(compute_s, work.num_layers * rates.compute_s(num_tokens, work.ffn))
+    if chosen.name != "none":
+        assert predicted[chosen.name] <= WORTH * serial_s * slack
+        assert predicted[chosen.name] == min(predicted.values())
 
 
-def test_what_is_hidden_and_lost_again_does_not_count() -> None:
-    assert choose_cut(1024, 1000, 1000, 2, EVEN._replace(contention=0.3)).num_chunks == 8
-    lost = choose_cut(1024, 1000, 1000, 2, EVEN._replace(contention=0.9))
-    assert lost.num_chunks == 1
-    assert "90% of what is hidden lost again" in lost.reason
+@given(counts, counts, counts, rates)
+def test_chunks_are_of_some_size_and_few(num_tokens: int, num_outputs: int, num_inputs: int, rates: Rates) -> None:
+    chosen = choose_cut(num_tokens, num_outputs, num_inputs, 2, rates)
+    assert chosen.num_chunks == 1 or num_tokens // chosen.num_chunks >= LEAST_TOKENS
+    assert chosen.num_chunks in (1, 2, 4, 8)
+    whole_s = rates.compute_s(num_tokens, num_outputs * num_inputs) + rates.transfer_s(num_tokens, num_outputs, 2)
+    assert chosen.took_s <= (whole_s + rates.latency_s) * (1 + 1e-9)
 
 
-def test_steps_of_few_tokens_and_ranks_that_have_not_measured_cut_nothing() -> None:
-    overlap, weight = Overlap(), torch.zeros(1000, 1000, dtype=torch.bfloat16)
-    assert overlap.cut(1024, weight) == 1
-    overlap.rates = EVEN
-    assert overlap.cut(2 * LEAST_TOKENS - 1, weight) == 1
-    assert overlap.cut(1024, weight) == 8
+def test_norms_of_ones_own_tokens_are_taken_where_they_were_faster_and_nothing_hides_more() -> None:
+    slow_to_send = EVEN._replace(bytes_per_s=1e9)
+    assert choose_way(1024, WORK, slow_to_send, 512).name == "sequence"
+    assert choose_way(1024, WORK, None, 512).name == "sequence"
+    assert choose_way(500, WORK, None, 512).name == "none"
+    assert choose_way(1024, WORK, None, None).name == "none"
+    assert choose_way(1024, WORK, EVEN, 512).name == "halves"
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_a_product_in_chunks_is_the_product(biased: bool) -> None:
+def test_small_steps_and_what_was_not_measured_are_left_as_they_are() -> None:
+    overlap = Overlap("auto", WORK, EVEN)
+    assert overlap.way(2 * LEAST_TOKENS - 1).name == "none"
+    assert overlap.way(1024).name == "halves"
+    assert Overlap().way(1024).name == "none"
+    assert Overlap("chunks").way(1024).name == "chunks"
+    assert Overlap("chunks").way(2 * LEAST_TOKENS - 1).name == "none"
+
+
+def test_a_product_in_chunks_is_the_product() -> None:
     num_tokens, num_inputs, num_outputs = 200, 24, 16
     generator = torch.Generator().manual_seed(0)
-    x, weight, residual, norm, bias = (
+    x, weight = (
         torch.randint(-8, 9, shape, generator=generator).float()
-        for shape in (
-            (num_tokens, num_inputs),
-            (num_outputs, num_inputs),
-            (num_tokens, num_outputs),
-            (num_outputs,),
-            (num_outputs,),
-        )
+        for shape in ((num_tokens, num_inputs), (num_outputs, num_inputs))
     )
 
-    def rank(number: int, join: Join) -> list[torch.Tensor]:
+    def rank(number: int, join: Join) -> torch.Tensor:
         part = slice(12 * number, 12 * number + 12)
         comm = join("stage", number, 2)
-        found = []
-        for rates in (None, Rates(flops_per_s=1e3, latency_s=1e-9, bytes_per_s=1e3)):
-            overlap = Overlap()
-            overlap.rates = rates
-            layer = RowParallelLinear(weight[:, part].contiguous(), comm, bias if biased else None, overlap)
-            mine = x[:, part].contiguous()
-            found += [layer(mine), *layer.add_and_norm(mine, residual, norm, 1e-5)]
-            found.append(torch.tensor(overlap.cut(num_tokens, layer.weight)))
-        return found
+        return reduce_in_chunks(comm, x[:, part].contiguous(), weight[:, part].contiguous(), 7)
 
     for found in run_ranks(2, rank):
-        whole, chunked = found[:4], found[4:]
-        assert (int(whole[3]), int(chunked[3]) > 1) == (1, True)
-        assert torch.equal(whole[0], chunked[0])
-        assert torch.equal(whole[2], chunked[2])
-        assert torch.allclose(whole[1], chunked[1], rtol=1e-6)
-        exact = x @ weight.T + (bias if biased else 0)
-        assert torch.equal(chunked[0], exact)
+        assert torch.equal(found, x @ weight.T)
 
 
-def test_rates_are_measured_only_where_transfers_go_on_by_themselves() -> None:
-    def rank(number: int, join: Join) -> tuple[str, Rates | None]:
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_all_ranks_measure_the_same(backend: str) -> None:
+    def rank(number: int, join: Join) -> list[str]:
         comm = join("stage", number, 2)
+        assert comm.backend == backend
         overlap = Overlap()
-        return overlap.measure(comm, torch.zeros(16, 12), 128), overlap.rates
+        told = overlap.measure(comm, WORK, torch.zeros(16, 12), torch.ones(16), 512)
+        return [told, *(overlap.way(num_tokens).reason for num_tokens in (64, 100, 512))]
 
-    told = run_ranks(2, rank)
-    assert told[0] == told[1]
-    words, rates = told[0]
-    assert (rates is None) == words.startswith("none: transfers of")
+    one, other = run_ranks(2, rank, backend=backend)
+    assert one == other
+    assert one[0].split()[1:4] == ["at", "512", "tokens:"]
+    assert ("same cores" in one[0]) == (backend == "shm")
+
+
+def test_steps_without_anything_to_hide_are_told_so() -> None:
+    def rank(number: int, join: Join) -> str:
+        return Overlap().measure(join("stage", number, 2), WORK, torch.zeros(16, 12), torch.ones(16), 63)
+
+    assert run_ranks(2, rank) == ["none at 63 tokens: steps of fewer than 64 tokens have nothing to hide behind"] * 2
+
+
+def test_rates_follow_the_roofline() -> None:
+    rates = Rates(flops_per_s=100.0, latency_s=0.0, bytes_per_s=1.0, weights_per_s=1000.0)
+    assert rates.compute_s(1, 1000) == pytest.approx(max(20.0, 1.0))
+    assert rates._replace(weights_per_s=10.0).compute_s(1, 1000) == pytest.approx(100.0)
+    assert EVEN.weights_per_s == math.inf

@@ -1,0 +1,138 @@
+"""The residual stream between the blocks of a stage: four ways from a row-parallel product to the next block's input.
+
+What a block computes is summed over the ranks, added to the stream, and normalised for the next block. A stream does
+that for some tokens of a step; how, and so which transfers are hidden, is decided in `parallel/overlap.py`.
+
+Shapes: T tokens, H hidden size, I input columns of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from phalanx.comm.communicator import Communicator, Handle
+from phalanx.kernels import linear, rms_norm
+from phalanx.parallel.layers import RowParallelLinear
+
+
+class ResidualStream(Protocol):
+    """A block reads `normed`, and what it makes of it is given to `add`, in turns."""
+
+    def normed(self) -> torch.Tensor:
+        """The stream behind the norm given last, [T, H]; waits for sums that are under way."""
+        ...
+
+    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        """Adds the product of `out` and x, of all ranks. norm: weight [H] of the norm that follows, None for none."""
+        ...
+
+    def whole(self) -> torch.Tensor:
+        """The stream itself, [T, H], on every rank; once nothing more is added."""
+        ...
+
+
+class WholeStream:
+    """One operation of the communicator after each block: sum, addition and norm. It hides nothing."""
+
+    def __init__(self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float) -> None:
+        self._eps = eps
+        self._x_TH = x_TH
+        self._normed_TH = rms_norm(x_TH, norm, eps)
+
+    def normed(self) -> torch.Tensor:
+        return self._normed_TH
+
+    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        if norm is None:
+            self._x_TH = self._x_TH + out(x_TI)
+        else:
+            self._normed_TH, self._x_TH = out.add_and_norm(x_TI, self._x_TH, norm, self._eps)
+
+    def whole(self) -> torch.Tensor:
+        return self._x_TH
+
+
+class ChunkedStream(WholeStream):
+    """The product of a block is cut into chunks of tokens, whose sums travel while the next ones are computed."""
+
+    def __init__(
+        self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float, num_chunks: Callable[[RowParallelLinear], int]
+    ) -> None:
+        """num_chunks: into how many the product of a layer is cut."""
+        super().__init__(x_TH, norm, eps)
+        self._num_chunks = num_chunks
+
+    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        num_chunks = self._num_chunks(out)
+        if num_chunks == 1:
+            super().add(out, x_TI, norm)
+            return
+        self._x_TH = self._x_TH + out.biased(reduce_in_chunks(out.comm, x_TI, out.weight, num_chunks))
+        if norm is not None:
+            self._normed_TH = rms_norm(self._x_TH, norm, self._eps)
+
+
+class PendingStream:
+    """The sum is under way until the next block of these tokens asks for it: time for other tokens' block."""
+
+    def __init__(self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float) -> None:
+        self._eps = eps
+        self._x_TH = x_TH
+        self._norm: torch.Tensor | None = norm
+        self._pending: tuple[RowParallelLinear, Handle[torch.Tensor]] | None = None
+
+    def normed(self) -> torch.Tensor:
+        if self._norm is None:
+            raise RuntimeError("the last block of a stage has none behind it")
+        return rms_norm(self.whole(), self._norm, self._eps)
+
+    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        self._norm = norm
+        self._pending = out, out.comm.all_reduce(linear(x_TI, out.weight), async_op=True)
+
+    def whole(self) -> torch.Tensor:
+        if self._pending is not None:
+            out, handle = self._pending
+            self._pending = None
+            self._x_TH = self._x_TH + out.biased(handle.wait())
+        return self._x_TH
+
+
+class ScatteredStream:
+    """Each rank keeps and normalises the stream of its own tokens: reduce-scatter, norm, all-gather (Korthikanti et al.
+    2022, arXiv 2205.05198).
+    """
+
+    def __init__(self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float, comm: Communicator) -> None:
+        bounds = [len(x_TH) * rank // comm.size for rank in range(comm.size + 1)]
+        self._eps = eps
+        self._comm = comm
+        self._sizes = [stop - start for start, stop in pairwise(bounds)]
+        self._shard = x_TH[bounds[comm.rank] : bounds[comm.rank + 1]]
+        self._normed_TH = rms_norm(x_TH, norm, eps)
+
+    def normed(self) -> torch.Tensor:
+        return self._normed_TH
+
+    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        mine = self._comm.reduce_scatter(linear(x_TI, out.weight), sizes=self._sizes)
+        self._shard = self._shard + out.biased(mine)
+        if norm is not None:
+            self._normed_TH = self._gather(rms_norm(self._shard, norm, self._eps))
+
+    def whole(self) -> torch.Tensor:
+        return self._gather(self._shard)
+
+    def _gather(self, shard: torch.Tensor) -> torch.Tensor:
+        return self._comm.all_gather(shard.contiguous(), sizes=self._sizes)
+
+
+def reduce_in_chunks(comm: Communicator, x_TI: torch.Tensor, weight: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """The product [T, H] of x and a weight [H, I], summed over the ranks, each chunk of tokens behind the next one."""
+    parts = x_TI.tensor_split(num_chunks)
+    under_way = [comm.all_reduce(linear(part, weight), async_op=True) for part in parts]
+    return torch.cat([handle.wait() for handle in under_way])
