@@ -179,11 +179,11 @@ def test_a_killed_rank_ends_the_waits_on_both_machines(two_and_two: Hierarchical
     [
         ("aabb", "hierarchical", "shared memory in a machine, TCP between machines: 2 + 2 ranks"),
         ("aaab", "hierarchical", "shared memory in a machine, TCP between machines: 3 + 1 ranks"),
-        ("abcd", "gloo", "not hierarchical: no machine has two of the ranks"),
+        ("abcd", "hierarchical", "shared memory in a machine, TCP between machines: 1 + 1 + 1 + 1 ranks"),
         ("aaaa", "shm", "memory that processes of one machine share"),
     ],
 )
-def test_auto_takes_it_where_several_machines_have_ranks_and_one_has_two(
+def test_auto_takes_it_where_the_ranks_are_on_several_machines(
     pool: RankPool, seating: str, backend: str, reason: str
 ) -> None:
     for name, told in pool.run(rank_chosen, 4, machines=list(seating), fresh=True):
