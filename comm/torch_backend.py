@@ -30,6 +30,7 @@ from phalanx.errors import CommError
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 TAG = 0
 PIECE_BYTES = 4 << 20  # of a tensor that is sent
+LEAST_CONNECT_S = 1.0  # that ranks which have met have for telling each other their addresses
 _ABORT_TAG = 1  # nothing is ever sent under it
 
 
@@ -53,7 +54,8 @@ class GlooCommunicator(Communicator):
         with _connecting(self, spec):
             options = gloo._Options()
             options._devices = [gloo.create_device(hostname=spec.address)]
-            options._timeout = timedelta(seconds=spec.timeout_s)  # for connecting
+            # For connecting; gloo waits five times as long for a connection that does not come.
+            options._timeout = timedelta(seconds=max(LEAST_CONNECT_S, spec.timeout_s / 5))
             # Typed loosely: torch's stubs leave out the overloads that take a single tensor.
             self._process_group: Any = gloo(store, spec.rank, spec.size, options)
         # From now on gloo's own limit must not strike first: ours names the ranks that are missing.

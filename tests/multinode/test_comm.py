@@ -92,7 +92,7 @@ def test_an_interface_that_leads_nowhere_is_an_error_at_the_limit(
     for message, after_s in host_pool.run(rank_is_cut_off, 2, workers=[0, 2], **arguments):
         assert f"cannot connect to the others from {DEAD_SUBNET}." in message
         assert "name the network interface that reaches them" in message
-        assert after_s < 2 * limit_s + 10  # gloo's own limit for operations
+        assert after_s < 4 * limit_s  # gloo by itself would wait for five times as long
 
 
 @pytest.mark.skipif(not Path("/etc/resolv.conf").exists(), reason="needs a file /etc/resolv.conf to put another over")
