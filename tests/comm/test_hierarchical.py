@@ -120,8 +120,9 @@ def test_sums_of_narrow_floats_are_rounded_twice_and_alike_on_all_ranks(
     assert len({bits for _, bits in answers}) == 1
 
 
-def test_collectives_keep_their_order_and_sends_pass_them(seated: HierarchicalPool) -> None:
-    for rank, (total, sums, received) in enumerate(seated.run(rank_many_under_way)):
+@pytest.mark.parametrize("count", COUNTS)
+def test_collectives_keep_their_order_and_sends_pass_them(seated: HierarchicalPool, count: int) -> None:
+    for rank, (total, sums, received) in enumerate(seated.run(rank_many_under_way, count=count)):
         assert total == [6.0]
         assert sums == [[4.0 * number] for number in (5, 4, 3, 2, 1)]
         assert received == [[float(peer)] for peer in range(4) if peer != rank]
