@@ -46,11 +46,13 @@ class Between:
             self.gather_combined(x, dict.fromkeys(self._others, x), op, tag, deadline_s)
             return
         parts = x.tensor_split(len(self._peers))
-        mine = parts[self._machine]
-        self.gather_combined(mine, {machine: parts[machine] for machine in self._others}, op, tag, deadline_s)
-        self.swap(
-            dict.fromkeys(self._others, mine), {machine: parts[machine] for machine in self._others}, tag, deadline_s
-        )
+        mine, theirs = parts[self._machine], {machine: parts[machine] for machine in self._others}
+        combining = self._start_gather_combined(mine, theirs, op, tag)
+        # Where a receive stands, gloo sends without asking first. What comes does so after what was there has been sent:
+        # only its machine has that to wait for.
+        receiving = self._start_swap({}, theirs, tag)
+        _wait(combining, deadline_s)
+        _wait(all_of([self._start_swap(dict.fromkeys(self._others, mine), {}, tag), receiving]), deadline_s)
 
     def is_one_swap(self, x: torch.Tensor) -> bool:
         """Whether `combine` takes one transfer each way, so that `start_combine` may begin it."""
