@@ -48,8 +48,8 @@ class Between:
         parts = x.tensor_split(len(self._peers))
         mine, theirs = parts[self._machine], {machine: parts[machine] for machine in self._others}
         combining = self._start_gather_combined(mine, theirs, op, tag)
-        # Where a receive stands, gloo sends without asking first. What comes does so after what was there has been sent:
-        # only its machine has that to wait for.
+        # Where a receive stands already, gloo sends without asking first. A result overwrites only what its sender has
+        # received.
         receiving = self._start_swap({}, theirs, tag)
         _wait(combining, deadline_s)
         _wait(all_of([self._start_swap(dict.fromkeys(self._others, mine), {}, tag), receiving]), deadline_s)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-
-# Of float32 on CPUs, torch reads weights at 5 to 12 GB/s for so many rows, and at 11 to 31 with the product turned round
-# (two Zen 4 cores, 960x576 to 49152x576). For one row, and from eight on, both are as fast.
+# Of float32 on CPUs torch reads weights at 5 to 12 GB/s for so many rows, and at 11 to 31 with the product turned round
+# (two Zen 4 cores, 960x576 to 49152x576). For one row, and from eight on, one is as fast as the other.
 FEW_ROWS = range(2, 5)
 
 
