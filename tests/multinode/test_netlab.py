@@ -106,7 +106,8 @@ def wait_until_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_an_error_inside_leaves_no_host_and_no_process(needs_hosts: None) -> None:
+def test_an_error_inside_leaves_no_host_and_no_process(needs_hosts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netlab, "_END_S", 0.3)
     before = namespaces(os.getpid())
     stubborn = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); print('ready', flush=True); time.sleep(60)"
     with pytest.raises(ZeroDivisionError), Net(["alpha"]) as net:
