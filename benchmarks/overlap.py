@@ -56,7 +56,7 @@ SHAPES = {
     "1B": ModelShape(2048, 2, 32, 8, 64, 8192, 1024),
 }
 """Of known models, with fewer layers and a small vocabulary: neither changes what a layer hides."""
-WAYS = ("none", "chunks", "halves", "sequence", "auto")
+WAYS = ("none", "chunks", "parts", "sequence", "auto")
 PAGE_SIZE = 16
 CPU = torch.device("cpu")
 

@@ -26,6 +26,7 @@ from phalanx.comm.ledger import Ledger
 from phalanx.comm.shm_native import create_shm
 from phalanx.comm.single import SingleCommunicator
 from phalanx.comm.torch_backend import GlooCommunicator
+from phalanx.comm.wire import Wires
 from phalanx.comm.work import Work
 from phalanx.errors import CommError
 
@@ -44,8 +45,7 @@ class HierarchicalCommunicator(Communicator):
     machine, which is what travels, and once after the sum over the machines. Sends and receives go by memory to ranks
     of the same machine, and through the network to others.
 
-    Asynchronous collectives are done by a thread, in their order; but for sums of a rank that is alone on its machine,
-    where they take one transfer each way: the network does that by itself, and whoever waits adds up.
+    Asynchronous collectives are done by a thread, in their order.
     """
 
     backend = "hierarchical"
@@ -62,20 +62,25 @@ class HierarchicalCommunicator(Communicator):
         here = self._members[self._machine]
         self._seat = here.index(spec.rank)
         self._most_carriers = min(len(members) for members in self._members)
+        assert spec.address is not None, "a group with a store has an address"
+        self._wires: Wires | None = None
         with ExitStack() as opened:
             # A segment serves one thread, and sends go on while the lane's thread is at a collective.
             self._inside = opened.enter_context(_join_inside(spec, here, "collectives"))
             self._beside = opened.enter_context(_join_inside(spec, here, "sends"))
             self._network = opened.enter_context(GlooCommunicator(_part_of(spec, "network", range(spec.size))))
+            if self._seat < self._most_carriers:
+                peers = [members[self._seat] for members in self._members]
+                store = PrefixStore(f"wires/{self._seat}", spec.store)
+                self._wires = Wires(store, spec.name, spec.address, self._machine, peers, spec.timeout_s)
             opened.pop_all()
         self._levels = (self._inside, self._beside, self._network)
         for level in self._levels:
             level._board.close()  # this communicator's own tells where its ranks wait
         super().__init__(spec)
         self._between: Between | None = None
-        if self._seat < self._most_carriers:
-            peers = [members[self._seat] for members in self._members]
-            self._between = Between(self._network, self._machine, peers)
+        if self._wires is not None:
+            self._between = Between(self._wires, self._machine, len(self._members))
         self._alone = self._between if len(here) == 1 else None
         # As with gloo, the limit of whoever waits must strike first.
         self._lane = Lane(f"phalanx-hierarchical-{spec.rank}", 2 * spec.timeout_s + 10)
@@ -84,10 +89,7 @@ class HierarchicalCommunicator(Communicator):
     # ---- starting ----
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
-        flat, tag = x.view(-1), _tag("all_reduce", x)
-        if self._alone is not None and self._alone.is_one_swap(flat):
-            return self._alone.start_combine(flat, op, tag)
-        return self._collect(partial(self._all_reduce, flat, op, tag))
+        return self._collect(partial(self._all_reduce, x.view(-1), op, _tag("all_reduce", x)))
 
     def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
         counts = _elements(output, sizes or [x.shape[0]] * self.size)
@@ -216,11 +218,17 @@ class HierarchicalCommunicator(Communicator):
             raise LateError
 
     def _abort(self) -> None:
+        if self._wires is not None:
+            self._wires.shut()
         for level in self._levels:
             level.abort()
 
     def _close(self) -> None:
+        if self._wires is not None:
+            self._wires.shut()  # for a job of the thread, if there is one
         self._lane.stop()
+        if self._wires is not None:
+            self._wires.close()
         for level in self._levels:
             level.close()
 
@@ -246,8 +254,8 @@ def _part_of(spec: GroupSpec, what: str, ranks: Sequence[int]) -> GroupSpec:
 
 
 def _tag(op: str, x: torch.Tensor) -> int:
-    """What the messages of a collective are known by. 0 and 1 are gloo's own and those of `send`."""
-    return 2 + zlib.crc32(f"{op} {x.nbytes} {x.dtype}".encode()) % (2**31 - 2)
+    """What the messages of a collective are known by."""
+    return zlib.crc32(f"{op} {x.nbytes} {x.dtype}".encode())
 
 
 def _elements(x: torch.Tensor, rows: Sequence[int]) -> list[int]:

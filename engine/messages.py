@@ -21,7 +21,7 @@ class CommSettings:
     backend: name of a registered communicator backend, or `auto`. store: `host:port` of the rendezvous store.
     interface: network interface whose address a rank binds to, or None for the route to the store.
     timeout_s: how long an operation may wait for another rank before it is an error. overlap: `none` for
-    nothing behind compute; `chunks`, `halves` or `sequence` for that way of summing in every stage, `auto` for the one
+    nothing behind compute; `chunks`, `parts` or `sequence` for that way of summing in every stage, `auto` for the one
     that is predicted to take the least time. compress: how hidden states travel
     between stages on different machines: `none`, `int8` or `fp8`.
     """

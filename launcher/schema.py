@@ -186,11 +186,11 @@ class CommSection(Section):
         default="auto", min_length=1, description="Communicator between the ranks of a stage; auto: the best at hand."
     )
     timeout_s: float = Field(default=60.0, gt=0, description="Seconds an operation may wait for another rank.")
-    overlap: Literal["auto", "none", "chunks", "halves", "sequence"] = Field(
+    overlap: Literal["auto", "none", "chunks", "parts", "sequence"] = Field(
         default="auto",
         description="Transfers behind compute. none: never. auto: between stages always, inside a stage the way that "
         "pays most by rates measured at the start. By name, in all steps of 64 tokens and more: chunks: a product is "
-        "cut, and summed behind the rest of it; halves: half of the tokens pass a block behind the other half's sum; "
+        "cut, and summed behind the rest of it; parts: two parts of the tokens pass a block behind each other's sums; "
         "sequence: between reduce-scatter and all-gather each rank has its own part of the tokens.",
     )
     compress: Literal["none", "int8", "fp8"] = Field(

@@ -140,15 +140,15 @@ class Decoder:
 
     def num_parts(self, num_tokens: int) -> int:
         """Of the batch of a step of so many tokens."""
-        return 2 if self._overlap.way(num_tokens).name == "halves" else 1
+        return self._overlap.way(num_tokens).num_parts
 
     def __call__(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Hidden states [T, H] after this stage's layers; x is token ids [T] on the first stage, hidden states
         elsewhere. Several parts of a batch pass each block in turns, so that the sums of one travel behind the other.
         """
-        x_TH = x if self.embed is None else self.embed(x)
-        tables = [rope_table(part.positions, self.frequencies, x_TH.dtype) for part in batch.parts]
-        streams = self._streams(x_TH, batch)
+        streams = self._streams(x, batch)
+        dtype = self.layers[0].attention_norm.dtype
+        tables = [rope_table(part.positions, self.frequencies, dtype) for part in batch.parts]
         layers = zip(self.layers, cache.keys, cache.values, self._next_norms, strict=True)
         for number, (layer, keys, values, next_norm) in enumerate(layers, start=self._first_layer):
             self._comm.ledger.layer = number
@@ -162,12 +162,12 @@ class Decoder:
         done = [stream.whole() for stream in streams]
         return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _streams(self, x_TH: torch.Tensor, batch: Batch) -> list[ResidualStream]:
-        norm, eps = self.layers[0].attention_norm, self.norm_eps
+    def _streams(self, x: torch.Tensor, batch: Batch) -> list[ResidualStream]:
+        embed, norm, eps = self.embed, self.layers[0].attention_norm, self.norm_eps
         if len(batch.parts) == 1:
-            return [self._overlap.stream(x_TH, norm, eps, self._comm)]
-        sizes = [len(part.positions) for part in batch.parts]
-        return [PendingStream(part_TH, norm, eps) for part_TH in torch.split(x_TH, sizes)]
+            return [self._overlap.stream(x if embed is None else embed(x), norm, eps, self._comm)]
+        parts = torch.split(x, [len(part.positions) for part in batch.parts])
+        return [PendingStream(part if embed is None else embed.start(part), norm, eps) for part in parts]
 
     def work(self) -> StageWork:
         """What the layers of this stage take; by the first of them, since all are alike."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from phalanx.comm.communicator import Communicator
+from phalanx.comm.communicator import Communicator, Handle
 from phalanx.kernels import linear, rms_norm
 from phalanx.parallel.split import Interval
 
@@ -65,7 +65,14 @@ class VocabParallelEmbedding:
     def __call__(self, tokens_T: torch.Tensor) -> torch.Tensor:
         if self.comm.size == 1:
             return self.weight[tokens_T]
+        return self.comm.all_reduce(self._held(tokens_T))
+
+    def start(self, tokens_T: torch.Tensor) -> Handle[torch.Tensor]:
+        """The same, under way. In a group of several only."""
+        return self.comm.all_reduce(self._held(tokens_T), async_op=True)
+
+    def _held(self, tokens_T: torch.Tensor) -> torch.Tensor:
         local_T = tokens_T - self.rows.start
         missing_T = (local_T < 0) | (local_T >= self.rows.size)
         x_TH = self.weight[local_T.masked_fill(missing_T, 0)]
-        return self.comm.all_reduce(x_TH.masked_fill_(missing_T.unsqueeze(1), 0))
+        return x_TH.masked_fill_(missing_T.unsqueeze(1), 0)

@@ -2,7 +2,8 @@
 
 With C seconds of computing and X of transfer, both over all layers of a stage, a step takes C + X where nothing is
 hidden. Products cut in k chunks take max(c, x) + min(c, x) / k each, where c is only the row-parallel product before
-the sum. Two halves of the tokens that pass the layers in turns hide sums behind whole blocks, and approach max(C, X).
+the sum. Parts of the tokens, two or more, that pass each block in turns hide sums behind whole blocks, and approach
+max(C, X): the more of them, the less the blocks need to be alike.
 What the two take of each other, cores or memory, is measured too.
 """
 
@@ -19,6 +20,7 @@ from phalanx.parallel.rates import LEAST_TOKENS, Rates, find_scattering, measure
 from phalanx.parallel.stream import ChunkedStream, ResidualStream, ScatteredStream, WholeStream
 
 MOST_CHUNKS = 8
+PARTS = (2, 4, 8)
 ASKED_CHUNKS = 4  # where chunks are asked for by name
 WORTH = 0.92  # what the predicted time must fall to: parts are slower than they should be, and predictions too rosy
 
@@ -47,10 +49,11 @@ class Cut(NamedTuple):
 
 
 class Way(NamedTuple):
-    """What is done in a step: `none`, `chunks`, `halves` or `sequence`; and why."""
+    """What is done in a step: `none`, `chunks`, `parts` or `sequence`; and why. num_parts: of its tokens."""
 
     name: str
     reason: str
+    num_parts: int = 1
 
 
 class Overlap:
@@ -69,7 +72,7 @@ class Overlap:
         if num_tokens < 2 * LEAST_TOKENS:
             return Way("none", f"steps of fewer than {2 * LEAST_TOKENS} tokens have nothing to hide behind")
         if self._asked != "auto":
-            return Way(self._asked, "comm.overlap says so")
+            return Way(self._asked, "comm.overlap says so", 2 if self._asked == "parts" else 1)
         if self._work is None:
             return Way("none", "nothing was measured")
         return choose_way(num_tokens, self._work, self._rates, self._scattered_from)
@@ -82,7 +85,7 @@ class Overlap:
         return choose_cut(num_tokens, *weight.shape, weight.itemsize, self._rates).num_chunks
 
     def stream(self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float, comm: Communicator) -> ResidualStream:
-        """Of all tokens of a step that is not done in halves. x_TH, norm, eps: as for any `ResidualStream`."""
+        """Of all tokens of a step that is not done in parts. x_TH, norm, eps: as for any `ResidualStream`."""
         num_tokens = len(x_TH)
 
         def num_chunks(out: RowParallelLinear) -> int:
@@ -119,14 +122,20 @@ def choose_way(num_tokens: int, work: StageWork, rates: Rates | None, scattered_
     told = "transfers take the same cores as the products"
     if rates is not None:
         compute_s, transfer_s, serial_s = serial_times(num_tokens, work, rates)
-        predicted = {"chunks": chunks_s(num_tokens, work, rates), "halves": halves_s(num_tokens, work, rates)}
-        name = min(predicted, key=lambda way: predicted[way])
+        predicted = {("chunks", 1): chunks_s(num_tokens, work, rates)} | {
+            ("parts", parts): parts_s(num_tokens, work, rates, parts)
+            for parts in PARTS
+            if num_tokens // parts >= LEAST_TOKENS
+        }
+        name, num_parts = best = min(predicted, key=lambda way: predicted[way])
         told = f"{compute_s * 1e3:.3g} ms of computing and {transfer_s * 1e3:.3g} ms of transfers"
         if rates.contention > 0.01:
             told += f", {rates.contention:.0%} of what is hidden lost again to cores and memory that both want,"
-        if predicted[name] <= WORTH * serial_s:
-            return Way(name, f"{told} take {predicted[name] * 1e3:.3g} ms in place of {serial_s * 1e3:.3g}")
-        told += f" would gain {max(0.0, 1 - predicted[name] / serial_s):.0%}, too little"
+        if predicted[best] <= WORTH * serial_s:
+            how = f" in {num_parts} parts" if name == "parts" else ""
+            told += f" take {predicted[best] * 1e3:.3g} ms{how} in place of {serial_s * 1e3:.3g}"
+            return Way(name, told, num_parts)
+        told += f" would gain {max(0.0, 1 - predicted[best] / serial_s):.0%}, too little"
     if scattered_from is not None and num_tokens >= scattered_from:
         return Way("sequence", f"{told}; norms of a rank's own tokens were faster from {scattered_from} tokens on")
     return Way("none", told)
@@ -150,19 +159,19 @@ def chunks_s(num_tokens: int, work: StageWork, rates: Rates) -> float:
     return work.num_layers * took_s
 
 
-def halves_s(num_tokens: int, work: StageWork, rates: Rates) -> float:
-    """Of a step in two halves: blocks run one after another, and so do sums; a half's block waits for its last sum."""
-    rows = -(-num_tokens // 2)
+def parts_s(num_tokens: int, work: StageWork, rates: Rates, num_parts: int) -> float:
+    """Of a step in parts: blocks run one after another, and so do sums; a part's block waits for its last sum."""
+    rows = -(-num_tokens // num_parts)
     sum_s = rates.transfer_s(rows, work.hidden, work.itemsize) + rates.latency_s
     blocks_s = rates.compute_s(rows, work.attention), rates.compute_s(rows, work.ffn)
     computed_s = sent_s = 0.0
-    ready_s = [0.0, 0.0]
+    ready_s = [0.0] * num_parts
     for _ in range(work.num_layers):
         for block_s in blocks_s:
-            for half in (0, 1):
-                computed_s = max(computed_s, ready_s[half]) + block_s
-                sent_s = ready_s[half] = max(computed_s, sent_s) + sum_s
-    hidden_s = 2 * work.num_layers * (sum(blocks_s) + 2 * sum_s) - sent_s
+            for part in range(num_parts):
+                computed_s = max(computed_s, ready_s[part]) + block_s
+                sent_s = ready_s[part] = max(computed_s, sent_s) + sum_s
+    hidden_s = num_parts * work.num_layers * (sum(blocks_s) + 2 * sum_s) - sent_s
     return sent_s + rates.contention * hidden_s
 
 

@@ -79,7 +79,8 @@ class ChunkedStream(WholeStream):
 class PendingStream:
     """The sum is under way until the next block of these tokens asks for it: time for other tokens' block."""
 
-    def __init__(self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float) -> None:
+    def __init__(self, x_TH: torch.Tensor | Handle[torch.Tensor], norm: torch.Tensor, eps: float) -> None:
+        """x_TH: may be under way, too."""
         self._eps = eps
         self._x_TH = x_TH
         self._norm: torch.Tensor | None = norm
@@ -95,6 +96,8 @@ class PendingStream:
         self._pending = out, out.comm.all_reduce(linear(x_TI, out.weight), async_op=True)
 
     def whole(self) -> torch.Tensor:
+        if isinstance(self._x_TH, Handle):
+            self._x_TH = self._x_TH.wait()
         if self._pending is not None:
             out, handle = self._pending
             self._pending = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -81,18 +82,19 @@ def rank_counts_sends(comm: Communicator, store: Store, count: int) -> object:
     """Bytes of each transfer that an all-reduce sends from this rank through the network."""
     assert isinstance(comm, HierarchicalCommunicator)
     sent: list[int] = []
-    start = comm._network.start
+    if (between := comm._between) is not None:
+        swap = between.swap
 
-    def watched(op: str, x: torch.Tensor, *arguments: object, async_op: bool) -> Any:
-        if op == "send":
-            sent.append(x.nbytes)
-        return start(op, x, *arguments, async_op=async_op)
+        def watched(out: Mapping[int, torch.Tensor], *arguments: Any) -> None:
+            sent.extend(x.nbytes for x in out.values() if x.numel())
+            swap(out, *arguments)
 
-    comm._network.start = watched  # type: ignore[method-assign, assignment]
+        between.swap = watched  # type: ignore[assignment]
     try:
         comm.all_reduce(torch.ones(count, dtype=torch.bfloat16))
     finally:
-        del comm._network.start
+        if between is not None:
+            between.swap = swap
     return sent
 
 

@@ -238,7 +238,7 @@ def test_prompts_in_one_step_have_the_logits_of_prompts_in_chunks(models: Models
     assert error.largest < 1e-4 * error.scale
 
 
-@pytest.mark.parametrize("overlap", ["chunks", "halves", "sequence"])
+@pytest.mark.parametrize("overlap", ["chunks", "parts", "sequence"])
 @pytest.mark.parametrize("layout", ["tensor-2", "weights-2-1", "ragged-3-1"])
 @every_family
 def test_hiding_transfers_leaves_the_logits_those_of_transformers(

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from tests.rank_threads import Join, run_ranks
 
 from phalanx.parallel.overlap import (
+    PARTS,
     WORTH,
     Overlap,
     StageWork,
     choose_cut,
     choose_way,
     chunks_s,
-    halves_s,
+    parts_s,
     serial_times,
 )
 from phalanx.parallel.rates import LEAST_TOKENS, Rates
@@ -57,24 +58,27 @@ rates = st.builds(
 )
 
 
-def test_halves_hide_sums_behind_whole_blocks_and_chunks_behind_one_product() -> None:
+def test_parts_hide_sums_behind_whole_blocks_and_chunks_behind_one_product() -> None:
     rates = EVEN._replace(bytes_per_s=1e6 / 3)  # sums take as long as blocks
     compute_s, transfer_s, serial_s = serial_times(1024, WORK, rates)
     assert compute_s == pytest.approx(transfer_s, rel=1e-3)
     # What cannot be hidden is the last of 32 sums.
-    assert halves_s(1024, WORK, rates) == pytest.approx(compute_s + transfer_s / 32, rel=1e-3)
+    assert parts_s(1024, WORK, rates, 2) == pytest.approx(compute_s + transfer_s / 32, rel=1e-3)
     assert chunks_s(1024, WORK, rates) == pytest.approx(serial_s - compute_s / 3 * (1 - 1 / 8), rel=1e-3)
     chosen = choose_way(1024, WORK, rates, None)
-    assert chosen.name == "halves"
+    assert chosen.name == "parts"
     assert " take " in chosen.reason
 
 
-def test_a_half_waits_for_its_own_sum_where_the_other_half_is_computed_sooner() -> None:
+def test_of_unlike_blocks_more_parts_hide_more() -> None:
     uneven = WORK._replace(attention=1_000_000, ffn=5_000_000)
     rates = EVEN._replace(bytes_per_s=1e6 / 3)
-    # Behind a half's attention goes a third of a sum: two thirds of each of 2 in a layer are waited for.
+    # Behind one half's attention goes a third of the other's sum: two thirds of each of 2 in a layer are waited for.
     compute_s, transfer_s, _ = serial_times(1024, uneven, rates)
-    assert halves_s(1024, uneven, rates) > 1.2 * max(compute_s, transfer_s)
+    halves_s, eighths_s = (parts_s(1024, uneven, rates, parts) for parts in (2, 8))
+    assert halves_s > 1.2 * max(compute_s, transfer_s)
+    assert eighths_s < 1.1 * max(compute_s, transfer_s)
+    assert choose_way(1024, uneven, rates, None).num_parts == 8
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ def test_a_half_waits_for_its_own_sum_where_the_other_half_is_computed_sooner() 
         EVEN._replace(bytes_per_s=1e9),  # nothing to hide
         EVEN._replace(flops_per_s=1e12),  # nothing to hide it behind
         EVEN._replace(latency_s=10.0),  # each part pays for it
-        EVEN._replace(weights_per_s=1000.0),  # two halves read all weights twice
+        EVEN._replace(weights_per_s=1000.0),  # each part reads all weights anew
         EVEN._replace(contention=1.0),  # cores that send do not compute
     ],
 )
@@ -99,12 +103,14 @@ def test_what_is_chosen_is_predicted_to_gain_and_nothing_beats_the_longer_of_the
 ) -> None:
     chosen = choose_way(num_tokens, work, rates, None)
     compute_s, _, serial_s = serial_times(num_tokens, work, rates)
-    predicted = {"chunks": chunks_s(num_tokens, work, rates), "halves": halves_s(num_tokens, work, rates)}
+    predicted = {1: chunks_s(num_tokens, work, rates)} | {
+        parts: parts_s(num_tokens, work, rates, parts) for parts in PARTS if num_tokens // parts >= LEAST_TOKENS
+    }
     slack = 1 + 1e-9
     assert min(predicted.values()) * slack >= max(compute_s, work.num_layers * rates.compute_s(num_tokens, work.ffn))
     if chosen.name != "none":
-        assert predicted[chosen.name] <= WORTH * serial_s * slack
-        assert predicted[chosen.name] == min(predicted.values())
+        assert predicted[chosen.num_parts] <= WORTH * serial_s * slack
+        assert predicted[chosen.num_parts] == min(predicted.values())
 
 
 @given(counts, counts, counts, rates)
@@ -122,13 +128,13 @@ def test_norms_of_ones_own_tokens_are_taken_where_they_were_faster_and_nothing_h
     assert choose_way(1024, WORK, None, 512).name == "sequence"
     assert choose_way(500, WORK, None, 512).name == "none"
     assert choose_way(1024, WORK, None, None).name == "none"
-    assert choose_way(1024, WORK, EVEN, 512).name == "halves"
+    assert choose_way(1024, WORK, EVEN, 512).name == "parts"
 
 
 def test_small_steps_and_what_was_not_measured_are_left_as_they_are() -> None:
     overlap = Overlap("auto", WORK, EVEN)
     assert overlap.way(2 * LEAST_TOKENS - 1).name == "none"
-    assert overlap.way(1024).name == "halves"
+    assert overlap.way(1024).name == "parts"
     assert Overlap().way(1024).name == "none"
     assert Overlap("chunks").way(1024).name == "chunks"
     assert Overlap("chunks").way(2 * LEAST_TOKENS - 1).name == "none"
