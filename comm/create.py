@@ -62,7 +62,8 @@ def register_backend(
     factory: builds one rank's end of a group; called on every rank at once. probe: given the device (`cpu`, `cuda`,
     ...) and the size of the group, says whether the backend can serve it on this machine, without starting anything.
     priority: among usable backends `auto` takes the one with the highest. shares_memory: it serves only ranks that can
-    share memory, on the CPU. joins_machines: `auto` takes it only for ranks on several machines of which one has two.
+    share memory, on the CPU. joins_machines: `auto` takes it only for ranks on several machines, on each of which those
+    that it has share memory.
     """
     _backends[name] = _Backend(factory, probe, priority, shares_memory, joins_machines)
 
@@ -115,8 +116,6 @@ def _probe(name: str, device: str, size: int, apart: str, machines: Sequence[int
         num_machines = len(set(machines))
         if num_machines < 2:
             return Probe(False, "it joins machines on which ranks share memory, and several such are not known")
-        if num_machines == len(machines):
-            return Probe(False, "no machine has two of the ranks")
         counts = " + ".join(str(machines.count(number)) for number in range(num_machines))
         return Probe(True, f"{probe.reason}: {counts} ranks")
     return probe
@@ -155,7 +154,15 @@ def create_communicator(
     ledger = Ledger() if ledger is None else ledger
     if size == 1 and rendezvous is None:
         return _backends[choice.name].factory(
-            GroupSpec(rank, size, group, device, timeout_s, ledger=ledger, reason=choice.reason)
+            GroupSpec(
+                rank=rank,
+                size=size,
+                name=group,
+                device=device,
+                timeout_s=timeout_s,
+                ledger=ledger,
+                reason=choice.reason,
+            )
         )
     if rendezvous is None:
         raise CommError(f"group {group!r} of {size} ranks needs a rendezvous: host:port, file:///path or an open store")
@@ -173,10 +180,20 @@ def create_communicator(
     if size > 1:
         seats = exchange_seats(PrefixStore(f"{prefix}/seats", store), group, seats[0], rank, size, timeout_s)
         choice = choose_backend(backend, device, size, apart=why_apart(seats), machines=sharing_machines(seats))
-    place, machines = PrefixStore(prefix, store), machines_of(seats)
-    member = f"on {socket.gethostname()}" if member is None else member
     return _backends[choice.name].factory(
-        GroupSpec(rank, size, group, device, timeout_s, place, address, ledger, choice.reason, member, machines)
+        GroupSpec(
+            rank=rank,
+            size=size,
+            name=group,
+            device=device,
+            timeout_s=timeout_s,
+            store=PrefixStore(prefix, store),
+            address=address,
+            ledger=ledger,
+            reason=choice.reason,
+            member=f"on {socket.gethostname()}" if member is None else member,
+            machines=machines_of(seats),
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""The communicator of ranks on several machines of which some share one: a machine takes part as if it were one rank.
+"""The communicator of ranks on several machines: a machine takes part as if it were one rank.
 
 Ranks of a machine reach each other through shared memory. Between machines go the carriers, the first so many ranks of
 each machine: every carrier has a share of what its machine sends, and exchanges it with the carriers of the same number
@@ -44,7 +44,8 @@ class HierarchicalCommunicator(Communicator):
     machine, which is what travels, and once after the sum over the machines. Sends and receives go by memory to ranks
     of the same machine, and through the network to others.
 
-    Asynchronous collectives are done by a thread, in their order.
+    Asynchronous collectives are done by a thread, in their order; but for sums of a rank that is alone on its machine,
+    where they take one transfer each way: the network does that by itself, and whoever waits adds up.
     """
 
     backend = "hierarchical"
@@ -75,6 +76,7 @@ class HierarchicalCommunicator(Communicator):
         if self._seat < self._most_carriers:
             peers = [members[self._seat] for members in self._members]
             self._between = Between(self._network, self._machine, peers)
+        self._alone = self._between if len(here) == 1 else None
         # As with gloo, the limit of whoever waits must strike first.
         self._lane = Lane(f"phalanx-hierarchical-{spec.rank}", 2 * spec.timeout_s + 10)
         weakref.finalize(self, self._lane.stop)
@@ -82,7 +84,10 @@ class HierarchicalCommunicator(Communicator):
     # ---- starting ----
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
-        return self._collect(partial(self._all_reduce, x.view(-1), op, _tag("all_reduce", x)))
+        flat, tag = x.view(-1), _tag("all_reduce", x)
+        if self._alone is not None and self._alone.is_one_swap(flat):
+            return self._alone.start_combine(flat, op, tag)
+        return self._collect(partial(self._all_reduce, flat, op, tag))
 
     def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
         counts = _elements(output, sizes or [x.shape[0]] * self.size)
@@ -120,6 +125,9 @@ class HierarchicalCommunicator(Communicator):
     # ---- collectives, of tensors of one dimension; counts: elements of each rank ----
 
     def _all_reduce(self, x: torch.Tensor, op: ReduceOp, tag: int, deadline_s: float) -> None:
+        if self._alone is not None:
+            self._alone.combine(x, op, tag, deadline_s)
+            return
         shares = self._shares(x.numel(), x.nbytes)
         share = x.new_empty(shares[self._seat])
         if op == "sum":
@@ -140,7 +148,10 @@ class HierarchicalCommunicator(Communicator):
         own = blocks[self._machine]
         self._gather_inside(own, x, [counts[rank] for rank in self._members[self._machine]], deadline_s)
         others = [machine for machine in range(len(blocks)) if machine != self._machine]
-        received = {machine: output.new_empty(shares[machine][self._seat]) for machine in others}
+        received = {
+            machine: blocks[machine] if self._alone else output.new_empty(shares[machine][self._seat])
+            for machine in others
+        }
         if self._between is not None:
             sent = torch.split(own, shares[self._machine])[self._seat]
             self._between.swap(dict.fromkeys(others, sent), received, tag, deadline_s)
@@ -182,7 +193,7 @@ class HierarchicalCommunicator(Communicator):
                 others = [machine for machine in range(len(self._members)) if machine != source]
                 self._between.swap(dict.fromkeys(others, share), {}, tag, deadline_s)
         else:
-            received = torch.empty_like(share)
+            received = x if self._alone else torch.empty_like(share)
             if self._between is not None:
                 self._between.swap({}, {source: received}, tag, deadline_s)
             self._gather_inside(x, received, shares, deadline_s)
@@ -197,7 +208,7 @@ class HierarchicalCommunicator(Communicator):
         return shares + [0] * (len(self._members[self._machine]) - carriers)
 
     def _gather_inside(self, output: torch.Tensor, x: torch.Tensor, counts: list[int], deadline_s: float) -> None:
-        if output.numel():
+        if output.numel() and output is not x:
             self._do_inside("all_gather", deadline_s, output, x, counts)
 
     def _do_inside(self, op: str, deadline_s: float, *arguments: object) -> None:

@@ -181,19 +181,15 @@ def _comm_decision(name: str, size: int, plan: RunPlan, machine: Machine, elsewh
     if not elsewhere:
         return Decision(name, *together)
     # Which machines the ranks will be on is known when they meet.
+    where: dict[str, Any] = {"apart": "ranks on several machines", "machines": range(size)}
     try:
-        apart = choose_backend(plan.backend, plan.device, size, apart="ranks on several machines")
+        apart = choose_backend(plan.backend, plan.device, size, **where)
     except CommError:
         return Decision(name, together.name, f"{together.reason}; refused where its ranks are on several machines")
     if apart.name == together.name:
         return Decision(name, *apart)
-    two_on_one = [0, *range(size - 1)]
-    some = choose_backend(plan.backend, plan.device, size, apart="ranks on several machines", machines=two_on_one)
-    names, words = [together.name], f"{together.name} where its ranks are all on one machine ({together.reason}), "
-    if some.name != apart.name:
-        names.append(some.name)
-        words += f"{some.name} where some are on one and some elsewhere, "
-    return Decision(name, f"{', '.join(names)} or {apart.name}", f"{words}else {apart.name} ({apart.reason})")
+    words = f"{together.name} where its ranks are all on one machine ({together.reason}), else {apart.name}"
+    return Decision(name, f"{together.name} or {apart.name}", f"{words} ({apart.reason})")
 
 
 def _notes(config: Config, plan: RunPlan, found: FoundModel) -> Iterator[str]:

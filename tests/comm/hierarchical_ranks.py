@@ -56,10 +56,9 @@ def rank_sum_of_reals(comm: Communicator, store: Store, count: int, dtype: str) 
     return float(error.max()), int(got.view(torch.int16).long().mul(torch.arange(1, count + 1)).sum())
 
 
-def rank_many_under_way(comm: Communicator, store: Store) -> object:
+def rank_many_under_way(comm: Communicator, store: Store, count: int) -> object:
     """Collectives and sends started in one order, waited for in another, a blocking one in between."""
-    large = COUNTS[1]
-    handles: list[Any] = [comm.all_reduce(torch.full((large,), float(number)), async_op=True) for number in range(1, 6)]
+    handles: list[Any] = [comm.all_reduce(torch.full((count,), float(number)), async_op=True) for number in range(1, 6)]
     peers = [rank for rank in range(comm.size) if rank != comm.rank]
     receiving = [comm.recv(torch.empty(50_000), peer, async_op=True) for peer in peers]
     total = comm.all_reduce(torch.tensor([float(comm.rank)]))

@@ -120,8 +120,9 @@ def test_sums_of_narrow_floats_are_rounded_twice_and_alike_on_all_ranks(
     assert len({bits for _, bits in answers}) == 1
 
 
-def test_collectives_keep_their_order_and_sends_pass_them(seated: HierarchicalPool) -> None:
-    for rank, (total, sums, received) in enumerate(seated.run(rank_many_under_way)):
+@pytest.mark.parametrize("count", COUNTS)
+def test_collectives_keep_their_order_and_sends_pass_them(seated: HierarchicalPool, count: int) -> None:
+    for rank, (total, sums, received) in enumerate(seated.run(rank_many_under_way, count=count)):
         assert total == [6.0]
         assert sums == [[4.0 * number] for number in (5, 4, 3, 2, 1)]
         assert received == [[float(peer)] for peer in range(4) if peer != rank]
@@ -179,11 +180,11 @@ def test_a_killed_rank_ends_the_waits_on_both_machines(two_and_two: Hierarchical
     [
         ("aabb", "hierarchical", "shared memory in a machine, TCP between machines: 2 + 2 ranks"),
         ("aaab", "hierarchical", "shared memory in a machine, TCP between machines: 3 + 1 ranks"),
-        ("abcd", "gloo", "not hierarchical: no machine has two of the ranks"),
+        ("abcd", "hierarchical", "shared memory in a machine, TCP between machines: 1 + 1 + 1 + 1 ranks"),
         ("aaaa", "shm", "memory that processes of one machine share"),
     ],
 )
-def test_auto_takes_it_where_several_machines_have_ranks_and_one_has_two(
+def test_auto_takes_it_where_the_ranks_are_on_several_machines(
     pool: RankPool, seating: str, backend: str, reason: str
 ) -> None:
     for name, told in pool.run(rank_chosen, 4, machines=list(seating), fresh=True):
