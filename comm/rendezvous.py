@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
+from phalanx.comm.lookups import brief_lookups
 from phalanx.errors import CommError
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def host_store(address: str) -> tuple[Store, str]:
         ) from error
     port = int(listener.getsockname()[1])
     # The store takes over the open socket, so no other process can take the port in between.
-    store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    with brief_lookups():
+        store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, join_host_port(address, port)
 
 
@@ -88,7 +90,9 @@ def host_store_at(rendezvous: str) -> Store | None:
         listener = socket.create_server((place.host, place.port), family=_family(place.host), backlog=1024)
     except OSError:
         return None
-    return TCPStore(place.host, place.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    address, port = listener.getsockname()[:2]
+    with brief_lookups():
+        return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _family(host: str) -> socket.AddressFamily:
@@ -114,30 +118,33 @@ def connect_store(rendezvous: str | Rendezvous, timeout_s: float = 60.0) -> Stor
         return file_store
     assert place.host is not None
     assert place.port is not None
-    remaining_s = _wait_until_open(place.host, place.port, timeout_s)
+    address, remaining_s = _wait_until_open(place.host, place.port, timeout_s)
     try:
-        store = TCPStore(
-            place.host,
-            place.port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=max(1.0, remaining_s)),
-        )
+        with brief_lookups():
+            store = TCPStore(
+                address,
+                place.port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=max(1.0, remaining_s)),
+            )
     except RuntimeError as error:
         raise CommError(f"rendezvous {place} accepts connections but is no store: {_first_line(error)}") from error
     store.set_timeout(timedelta(seconds=timeout_s))
     return store
 
 
-def _wait_until_open(host: str, port: int, timeout_s: float) -> float:
-    """Tries to connect until it succeeds; the seconds left. torch's own retry prints C++ stack traces on failure."""
+def _wait_until_open(host: str, port: int, timeout_s: float) -> tuple[str, float]:
+    """Tries to connect until it succeeds; the address that answered, and the seconds left. torch's own retry prints C++
+    stack traces on failure.
+    """
     deadline_s = time.monotonic() + timeout_s
     pause_s = 0.01
     while True:
         left_s = deadline_s - time.monotonic()
         try:
-            with socket.create_connection((host, port), timeout=max(0.1, left_s)):
-                return deadline_s - time.monotonic()
+            with socket.create_connection((host, port), timeout=max(0.1, left_s)) as connection:
+                return str(connection.getpeername()[0]), deadline_s - time.monotonic()
         except socket.gaierror as error:
             raise CommError(
                 f"rendezvous {join_host_port(host, port)}: unknown host {host!r} ({error.strerror})"
