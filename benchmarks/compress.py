@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +41,8 @@ from phalanx.parallel.layout import StageRequest, build_layout
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.multinode.netlab import Net, find_obstacle  # noqa: E402
+from benchmarks.host_ranks import PORT, add_rank_arguments, run_ranks  # noqa: E402
+from tests.multinode.netlab import find_obstacle  # noqa: E402
 
 MODEL = "smollm2-135m"
 HIDDEN_SIZE = 576
@@ -52,7 +52,6 @@ TEXT_TOKENS, PAGE_SIZE = 256, 16
 STAGES = (2, 4)
 WAYS = ("none", *SCHEMES)
 HOSTS = ("alpha", "beta")
-PORT = 29555
 
 
 class Stages:
@@ -173,19 +172,7 @@ def rank_main(rank: int, address: str, tokens: list[int], rounds: int) -> list[d
 
 def measure_time(rate_mbit: float, tokens: list[int], rounds: int) -> list[dict[str, Any]]:
     """What the receiving rank saw."""
-    with Net(HOSTS, rate_mbit) as net:
-        address = net.hosts[HOSTS[0]].address
-        arguments = ["--address", address, "--rounds", str(rounds), "--tokens", *map(str, tokens)]
-        ranks = [
-            net.popen(
-                host, [sys.executable, __file__, "--rank", str(rank), *arguments], stdout=subprocess.PIPE, text=True
-            )
-            for rank, host in enumerate(HOSTS)
-        ]
-        answers = [process.communicate()[0] for process in ranks]
-    if any(process.returncode for process in ranks):
-        sys.exit("a rank failed; its error is above")
-    found: list[dict[str, Any]] = json.loads(answers[1])
+    found: list[dict[str, Any]] = run_ranks(__file__, HOSTS, rate_mbit, ["--rounds", rounds, "--tokens", *tokens])[1]
     return found
 
 
@@ -195,8 +182,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
+    add_rank_arguments(parser)
     arguments = parser.parse_args()
     if arguments.rank is not None:
         print(json.dumps(rank_main(arguments.rank, arguments.address, arguments.tokens, arguments.rounds)))

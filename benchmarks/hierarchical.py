@@ -1,9 +1,10 @@
-"""What an all-reduce between hosts with several ranks each takes, hierarchical and by gloo alone, over real links.
+"""What an all-reduce between hosts takes, hierarchical and by gloo alone, over real links.
 
-    sudo python benchmarks/hierarchical.py [--rates 1000] [--ranks 2 2] [--rounds 15] [--json FILE]
+    sudo python benchmarks/hierarchical.py [--rates 100 1000] [--ranks 2+2 1+1 1+1+1] [--rounds 15] [--json FILE]
 
-The hosts are network namespaces of this machine, joined at each of the rates (Mbit/s); so many ranks on each. The two
-are taken in turns. Beside them the least that the link allows: each host must hear the other's sum once, in bfloat16.
+The hosts are network namespaces of this machine, joined at each of the rates (Mbit/s); `2+2` are two of them with two
+ranks on each. The two ways are taken in turns. Beside them the least that the link allows: what each host must send,
+which is the sum or its part of the sum, in bfloat16; and the CPU time that a rank's process takes meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,11 +28,11 @@ from phalanx.launcher.bench.report import processor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.multinode.netlab import Net, find_obstacle  # noqa: E402
+from benchmarks.host_ranks import PORT, add_rank_arguments, run_ranks  # noqa: E402
+from tests.multinode.netlab import find_obstacle  # noqa: E402
 
-PORT = 29555
 BACKENDS = ("hierarchical", "gloo")
-SHAPES = ((1, 576), (32, 2048), (512, 2048))
+SHAPES = ((1, 576), (32, 576), (32, 2048), (512, 2048), (2048, 2048))
 
 
 def rank_main(rank: int, size: int, address: str, rounds: int) -> list[dict[str, Any]]:
@@ -45,15 +45,17 @@ def rank_main(rank: int, size: int, address: str, rounds: int) -> list[dict[str,
     found = []
     for shape in SHAPES:
         times_s: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+        cpu_s: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
         for number in range(rounds + 2):  # the first two warm up
             for backend, comm in comms.items():
                 x = torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(torch.bfloat16)
                 comm.barrier()
-                began_s = time.perf_counter()
+                began_s, busy_s = time.perf_counter(), time.process_time()
                 comm.all_reduce(x)
                 if number > 1:
                     times_s[backend].append(time.perf_counter() - began_s)
-        found.append({"shape": list(shape), "times_s": times_s})
+                    cpu_s[backend].append(time.process_time() - busy_s)
+        found.append({"shape": list(shape), "times_s": times_s, "cpu_s": cpu_s})
     for comm in comms.values():
         comm.close()
     return found
@@ -61,72 +63,75 @@ def rank_main(rank: int, size: int, address: str, rounds: int) -> list[dict[str,
 
 def measure(rate_mbit: float, ranks: list[int], rounds: int) -> list[dict[str, Any]]:
     """On hosts with so many ranks at this rate; of each operation the rank that it took longest counts."""
-    hosts = [f"host{number}" for number in range(len(ranks))]
-    seats = [host for host, count in zip(hosts, ranks, strict=True) for _ in range(count)]
-    with Net(hosts, rate_mbit) as net:
-        arguments = ["--address", net.hosts[hosts[0]].address, "--rounds", str(rounds), "--size", str(len(seats))]
-        processes = [
-            net.popen(
-                host, [sys.executable, __file__, "--rank", str(rank), *arguments], stdout=subprocess.PIPE, text=True
-            )
-            for rank, host in enumerate(seats)
-        ]
-        answers = [json.loads(process.communicate()[0] or "[]") for process in processes]
-    if any(process.returncode for process in processes):
-        sys.exit("a rank failed; its error is above")
+    seats = [f"host{number}" for number, count in enumerate(ranks) for _ in range(count)]
+    answers = run_ranks(__file__, seats, rate_mbit, ["--rounds", rounds])
+    sent_share = 2 * (len(ranks) - 1) / len(ranks)
     found = []
     for number, (rows, columns) in enumerate(SHAPES):
         slowest = {
-            backend: [max(each) for each in zip(*(a[number]["times_s"][backend] for a in answers), strict=True)]
+            (what, backend): [
+                max(each) for each in zip(*(answer[number][what][backend] for answer in answers), strict=True)
+            ]
+            for what in ("times_s", "cpu_s")
             for backend in BACKENDS
         }
+        ratios = zip(slowest["times_s", "gloo"], slowest["times_s", "hierarchical"], strict=True)
         found.append(
             {
                 "shape": [rows, columns],
-                "limit_ms": rows * columns * 2 * 8 / rate_mbit / 1e3,
-                **{f"{backend}_ms": 1e3 * statistics.median(taken) for backend, taken in slowest.items()},
-                "ratio": statistics.median(
-                    one / other for one, other in zip(slowest["gloo"], slowest["hierarchical"], strict=True)
-                ),
+                "limit_ms": sent_share * rows * columns * 2 * 8 / rate_mbit / 1e3,
+                **{f"{backend}_ms": 1e3 * statistics.median(slowest["times_s", backend]) for backend in BACKENDS},
+                **{f"{backend}_cpu_ms": 1e3 * statistics.median(slowest["cpu_s", backend]) for backend in BACKENDS},
+                "ratio": statistics.median(one / other for one, other in ratios),
             }
         )
     return found
 
 
+def show(hosts: list[dict[str, Any]]) -> None:
+    table = Table(box=None)
+    for name in ("ranks", "Mbit/s", "bf16", "link, ms", *(f"{name}, ms" for name in BACKENDS), "x"):
+        table.add_column(name, justify="right")
+    for name in BACKENDS:
+        table.add_column(f"{name}, CPU ms", justify="right")
+    for each in hosts:
+        for rate, found in each["links_mbit"].items():
+            for case in found:
+                figures = [f"{case[f'{name}_ms']:.2f}" for name in ("limit", *BACKENDS)]
+                busy = [f"{case[f'{name}_cpu_ms']:.2f}" for name in BACKENDS]
+                shape = "x".join(map(str, case["shape"]))
+                table.add_row(each["ranks"], rate, shape, *figures, f"{case['ratio']:.2f}", *busy)
+    Console().print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1000.0], help="Mbit/s")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 2], help="on each host")
+    parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 1000.0], help="Mbit/s")
+    parser.add_argument("--ranks", nargs="+", default=["2+2", "1+1", "1+1+1"], help="on each host")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
+    add_rank_arguments(parser)
     arguments = parser.parse_args()
     if arguments.rank is not None:
         print(json.dumps(rank_main(arguments.rank, arguments.size, arguments.address, arguments.rounds)))
         return
     if obstacle := find_obstacle():
         sys.exit(obstacle)
-    links = {f"{rate:g}": measure(rate, arguments.ranks, arguments.rounds) for rate in arguments.rates}
-    table = Table(box=None)
-    for name in ("Mbit/s", "bf16", "link, ms", *(f"{backend}, ms" for backend in BACKENDS), "x"):
-        table.add_column(name, justify="right")
-    for rate, found in links.items():
-        for each in found:
-            figures = [f"{each[f'{name}_ms']:.2f}" for name in ("limit", *BACKENDS)]
-            table.add_row(rate, "x".join(map(str, each["shape"])), *figures, f"{each['ratio']:.2f}")
-    Console().print(table)
+    hosts = []
+    for ranks in arguments.ranks:
+        counts = [int(count) for count in ranks.split("+")]
+        links = {f"{rate:g}": measure(rate, counts, arguments.rounds) for rate in arguments.rates}
+        hosts.append({"ranks": ranks, "links_mbit": links})
+    show(hosts)
     if arguments.json is not None:
-        ranks = " ".join(map(str, arguments.ranks))
+        rates = " ".join(f"{rate:g}" for rate in arguments.rates)
         report = {
             "benchmark": "hierarchical",
-            "command": f"benchmarks/hierarchical.py --rates {' '.join(links)} --ranks {ranks} "
+            "command": f"benchmarks/hierarchical.py --rates {rates} --ranks {' '.join(arguments.ranks)} "
             f"--rounds {arguments.rounds}",
             "processor": processor(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "ranks": arguments.ranks,
-            "links_mbit": links,
+            "hosts": hosts,
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -1,21 +1,22 @@
 """Tokens per second over real links: layouts over two and three hosts at several rates, with and without overlap.
 
     sudo python benchmarks/multinode.py [--only pipeline-2 tensor-2 ...] [--rates 100 1000] [--workloads decode prefill]
-        [--scale 0.25] [--rounds 3] [--json FILE] [--plot FILE.png]
+        [--scale 0.25] [--rounds 2] [--json FILE] [--plot FILE.png]
 
 The hosts are network namespaces of this machine, joined at each of the rates (Mbit/s), a rank with one thread on each,
 or two on each in `mixed-2x2` (tensor inside the hosts, pipeline across). `decode` is W2 with lengths times --scale,
-`prefill` a prompt of 2048 tokens times --scale, at least 512. Every setting of `comm.overlap` has a formation of its
-own; they take turns in every round. With --json what is found is put beside what FILE holds of other layouts and rates,
-so that a long run can be done in pieces.
+`prefill` a prompt of 2048 tokens times --scale, at least 512. By itself each layout and rate takes the scale that shows
+what it is to show in good time: all of them take about ten minutes. Every setting of `comm.overlap` has a formation of
+its own; they take turns in every round. With --json what is found is put beside what FILE holds of other layouts and
+rates, so that a run can be done in pieces.
 
 The limit is max(compute, transfer), both calculated for a whole round:
 - compute: every rank runs the steps of the round by itself, without a link and without waiting for anybody, all ranks
   at once; the slowest of them counts. All hosts share the cores of this machine: where there is one for each rank, each
   is kept on its own; where there are more ranks than cores they share them in this run just as beside the link.
 - transfer: the bytes that the ledger counted, in the model's dtype, that must cross one link (of an all-reduce over n
-  hosts 2 (n-1) / n of them), over the link's rate, and for each transfer half of a measured round trip for each hop.
-`sent` is what did leave the first host, headers and wider sums included.
+  hosts 2 (n-1) / n of them), over the link's rate, and half of a measured round trip for each transfer.
+`sent` is what did leave the first host, headers included; small sums over three hosts go whole to both others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +45,8 @@ from tests.multinode.netlab import Net, find_obstacle  # noqa: E402
 CASE = Path(__file__).with_name("multinode_case.py")
 WORKLOADS = ("decode", "prefill")
 FULL_PREFILL, LEAST_PREFILL = 2048, 512
-SLOW_MBIT, SLOW_SCALE = 300.0, 0.25  # below this rate decoding over tensor ranks is cut shorter: a step takes seconds
+SCALE, SLOW_SCALE, FULL_SCALE = 0.25, 0.0625, 1.0
+SLOW_MBIT, FAST_MBIT = 300.0, 1000.0
 ECHO = """
 import socket, sys
 connection, _ = socket.create_server((sys.argv[1], 5001)).accept()
@@ -78,6 +81,14 @@ class Layout(NamedTuple):
         """Whether a stage lies on several hosts."""
         return "tensor" in self.parallel and len(self.hosts) == self.num_hosts
 
+    def scale_at(self, rate_mbit: float) -> float:
+        """Of the workloads: whole where a pipeline is to show its share of the rate without bubbles, and short where a
+        step of several requests takes seconds.
+        """
+        if self.tensor_across:
+            return SLOW_SCALE if rate_mbit < SLOW_MBIT else SCALE
+        return FULL_SCALE if len(self.hosts) == 2 and rate_mbit >= FAST_MBIT else SCALE
+
 
 LAYOUTS = {
     "pipeline-2": Layout(("alpha", "beta"), {"stages": [{"layers": 16}, {"layers": 14}]}),  # as configs/pipeline.yaml
@@ -107,13 +118,13 @@ def transfer_s(layout: Layout, use: dict[str, Any], rate_mbit: float, latency_s:
     n = layout.num_hosts
     num_ops = num_bytes = 0.0
     if layout.tensor_across:
-        for op, parts, hops in (
-            ("all_reduce", 2 * (n - 1) / n, 2 * (n - 1)),
-            ("fused_all_reduce_rms_norm", 2 * (n - 1) / n, 2 * (n - 1)),
-            ("all_gather", (n - 1) / n, n - 1),
+        for op, parts in (
+            ("all_reduce", 2 * (n - 1) / n),
+            ("fused_all_reduce_rms_norm", 2 * (n - 1) / n),
+            ("all_gather", (n - 1) / n),
         ):
             if op in ops:
-                num_ops += ops[op]["per_step"] * hops
+                num_ops += ops[op]["per_step"]
                 num_bytes += ops[op]["bytes_per_step"] * parts
     elif "send" in ops:  # each of n - 1 borders carries its part of what all ranks send
         borders = n - 1
@@ -125,13 +136,13 @@ def transfer_s(layout: Layout, use: dict[str, Any], rate_mbit: float, latency_s:
 def measure(name: str, rate_mbit: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """One layout at one rate."""
     layout = LAYOUTS[name]
-    slow = layout.tensor_across and rate_mbit < SLOW_MBIT
+    scale = layout.scale_at(rate_mbit) if arguments.scale is None else arguments.scale
     case = {
         "title": f"{name} at {rate_mbit:g} Mbit/s",
         "parallel": layout.parallel,
         "workloads": arguments.workloads,
-        "scale": arguments.scale * (SLOW_SCALE if slow else 1.0),
-        "prefill_tokens": max(LEAST_PREFILL, int(FULL_PREFILL * arguments.scale)),
+        "scale": scale,
+        "prefill_tokens": max(LEAST_PREFILL, int(FULL_PREFILL * scale)),
         "rounds": arguments.rounds,
         "plot": str(arguments.plot.resolve()) if arguments.plot else None,
     }
@@ -223,8 +234,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="LAYOUT")
     parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 1000.0], help="Mbit/s")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--scale", type=float, default=0.25)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=float, help="of all layouts and rates; by itself each takes its own")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="when each stage worked, of the last layout")
     arguments = parser.parse_args()
@@ -234,7 +245,9 @@ def main() -> None:
     cases = []
     for name in arguments.only:
         for rate_mbit in arguments.rates:
+            began_s = time.monotonic()
             found = measure(name, rate_mbit, arguments)
+            print(f"  took {time.monotonic() - began_s:.0f} s", file=sys.stderr, flush=True)
             taken_at = datetime.now(UTC).isoformat(timespec="seconds")
             cases.append({**found, "command": command.replace(" --json", ""), "date": taken_at})
     if arguments.json is not None:
