@@ -9,8 +9,8 @@ import msgspec
 
 from phalanx.comm.ledger import CommTotals, LateTotals, LedgerEntry
 from phalanx.engine.clock import ClockReading
-from phalanx.models.checkpoint import TensorEntry
 from phalanx.models.config import DecoderConfig
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.layout import Layout
 
 

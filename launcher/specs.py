@@ -6,8 +6,8 @@ from phalanx.engine.messages import CommSettings, KVMeasure, RankSpec
 from phalanx.launcher.hosts import ClusterSettings
 from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.schema import Config
-from phalanx.models.checkpoint import TensorEntry
 from phalanx.models.config import DecoderConfig
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.models.weights import rank_params
 
 

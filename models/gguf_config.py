@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from phalanx.errors import ModelError
-from phalanx.models.checkpoint import ENCODINGS, Checkpoint, TensorEntry
+from phalanx.models.checkpoint import ENCODINGS, Checkpoint
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.families import FAMILIES, family_of
 from phalanx.models.fields import Fields, checked_shape
 from phalanx.models.gguf_file import GgufArray, GgufFile
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.shape import ModelShape
 
 # ggml's numbers of the encodings that are read (enum ggml_type in ggml.h).

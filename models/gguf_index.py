@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 from phalanx.errors import ModelError
-from phalanx.models.checkpoint import ENCODINGS, TensorEntry
+from phalanx.models.checkpoint import ENCODINGS
 from phalanx.models.config import DecoderConfig
 from phalanx.models.families import FAMILIES, expected_tensors
 from phalanx.models.gguf_config import ROPE_FACTORS, gguf_encoding
 from phalanx.models.gguf_file import GgufFile
 from phalanx.models.inventory import check_inventory
+from phalanx.models.tensor_entry import TensorEntry
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",

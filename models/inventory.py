@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from phalanx.errors import ModelError
-from phalanx.models.checkpoint import TensorEntry
+from phalanx.models.tensor_entry import TensorEntry
 
 _MAX_NAMED = 3
 

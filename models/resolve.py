@@ -9,7 +9,6 @@ from typing import Literal
 
 from phalanx.errors import ModelError
 from phalanx.models.builtin import BUILTIN_MODELS, builtin_path
-from phalanx.models.checkpoint import TensorEntry
 from phalanx.models.config import DecoderConfig
 from phalanx.models.gguf_config import gguf_decoder_config
 from phalanx.models.gguf_file import read_gguf
@@ -19,6 +18,7 @@ from phalanx.models.hf_config import read_hf_config
 from phalanx.models.hf_tokenizer import hf_tokenizer
 from phalanx.models.hub import HubModel, is_hub_id
 from phalanx.models.safetensors_index import safetensors_entries
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.models.tokenizer import Tokenizer
 
 SHAPE_PREFIX = "shape:"

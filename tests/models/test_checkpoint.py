@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phalanx.errors import ModelError
-from phalanx.models.checkpoint import ENCODINGS, Checkpoint, TensorEntry
+from phalanx.models.checkpoint import ENCODINGS, Checkpoint
 from phalanx.models.config import DecoderConfig
 from phalanx.models.gguf_file import read_gguf
 from phalanx.models.gguf_index import gguf_entries
 from phalanx.models.safetensors_index import safetensors_entries
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.split import Interval, Split
 
 QUANTISED = [name for name, encoding in ENCODINGS.items() if encoding.dtype is None]
