@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.comm.rank_nursery import ForkedWorker, Nursery
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 ANSWER_LIMIT_S = 40.0
@@ -21,18 +22,17 @@ DIED = {"error": {"type": "died"}}
 Popen = Callable[..., "subprocess.Popen[str]"]
 
 
-def _popen_here(worker: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, **options)
-
-
 class RankPool:
     """Runs a function of a test file on ranks 0 to size - 1, as `function(communicator, store, **arguments)`."""
 
-    def __init__(self, rendezvous: str, popen: Popen = _popen_here) -> None:
-        """popen: starts the process of a worker; given its number, its command, and options of subprocess.Popen."""
+    def __init__(self, rendezvous: str, popen: Popen | None = None) -> None:
+        """popen: starts the process of a worker; given its number, its command, and options of subprocess.Popen. None
+        for processes forked here.
+        """
         self._rendezvous = rendezvous
         self._popen = popen
-        self._workers: dict[int, subprocess.Popen[str]] = {}
+        self._nursery: Nursery | None = None
+        self._workers: dict[int, subprocess.Popen[str] | ForkedWorker] = {}
         self._generation = 0
         self._numbers = count()
 
@@ -88,17 +88,23 @@ class RankPool:
         if started and self._workers:
             self._generation += 1  # a new process knows nothing of the groups that the others hold
         for rank in started:
-            self._workers[rank] = self._popen(
-                rank,
-                [sys.executable, str(WORKER), self._rendezvous],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                bufsize=1,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+            self._workers[rank] = self._open(rank)
         for rank in started:
             assert self._answer(rank) == "ready"
+
+    def _open(self, rank: int) -> subprocess.Popen[str] | ForkedWorker:
+        if self._popen is None:
+            self._nursery = self._nursery or Nursery()
+            return self._nursery.start(self._rendezvous)
+        return self._popen(
+            rank,
+            [sys.executable, str(WORKER), self._rendezvous],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
     def _answer(self, rank: int) -> Any:
         worker = self._workers[rank]
@@ -125,3 +131,6 @@ class RankPool:
         for rank in list(self._workers):
             self._workers[rank].wait(10)
             self._forget(rank)
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None

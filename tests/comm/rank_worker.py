@@ -19,8 +19,7 @@ from phalanx.comm import Communicator, connect_store, create, create_communicato
 from phalanx.comm.machine import own_seat
 
 
-def main() -> None:
-    rendezvous = sys.argv[1]
+def serve(rendezvous: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what torch prints must not get between the answers
     torch.set_num_threads(1)
@@ -82,4 +81,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    main()
+    serve(sys.argv[1])
