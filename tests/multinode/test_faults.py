@@ -16,7 +16,7 @@ from tests.multinode.netlab import Net
 from tests.tiny_models import TINY_MODELS, VOCAB, make
 
 CUT_S = 1.5
-LIMIT_S = 3.0
+LIMIT_S = 2.0
 LONG = [[(17 * prompt + 5 * place) % VOCAB for place in range(200)] for prompt in range(4)]
 SHORT = [prompt[:6] for prompt in LONG]
 

@@ -15,7 +15,7 @@ from tests.multinode.netlab import Net
 
 APART = [0, 2]  # a rank on alpha, where the store is, and one on beta
 CUT_S = 1.5
-LIMIT_S = 3.0
+LIMIT_S = 2.0
 
 
 Act = Callable[[], None]
