@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -122,7 +123,9 @@ def main() -> None:
     # A core a rank where there are as many; else they share all, as the ranks beside a link do.
     cores = sorted(os.sched_getaffinity(0))
     pinned: list[int] | None = cores if len(seats.hosts) == len(cores) else None
-    shares = [Share(None if pinned is None else pinned[rank]) for rank in range(len(seats.hosts))]
+    meeting = tempfile.TemporaryDirectory()
+    store = Path(meeting.name, "store")
+    shares = [Share(store, None if pinned is None else pinned[rank]) for rank in range(len(seats.hosts))]
     engines: dict[str, AsyncEngine] = {}
     try:
         for overlap in OVERLAPS:
@@ -151,6 +154,7 @@ def main() -> None:
             engine.close()
         for share in shares:
             share.close()
+        meeting.cleanup()
     print(json.dumps({"workloads": found, "decisions": decisions, "dtype": dtype, "pinned": pinned is not None}))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,12 +77,12 @@ def planned_steps(requests: Sequence[RequestShape], limits: Limits) -> list[Step
 
 
 class Share:
-    """One rank's process. core: that it is kept on, None for any."""
+    """One rank's process. store: a new file where all of them meet. core: that it is kept on, None for any."""
 
-    def __init__(self, core: int | None = None) -> None:
+    def __init__(self, store: Path, core: int | None = None) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, core), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, store, core), daemon=True)
         self._process.start()
 
     def load(self, spec: RankSpec) -> None:
@@ -110,17 +109,16 @@ def run_shares(shares: Sequence[Share], plans: Sequence[StepPlan]) -> list[float
     return [share.finish() for share in shares]
 
 
-def _serve(pipe: Connection, core: int | None) -> None:
+def _serve(pipe: Connection, store: Path, core: int | None) -> None:
     if core is not None:
         os.sched_setaffinity(0, {core})
     register_backend("silent", SilentCommunicator, lambda device, size: Probe(True, "moves nothing"), priority=-1)
     spec: RankSpec = pipe.recv()
-    with tempfile.TemporaryDirectory() as directory:
-        comm = replace(spec.comm, backend="silent", store=f"file://{Path(directory) / 'store'}", overlap="none")
-        rank = Rank(replace(spec, comm=comm, num_threads=1), lambda _: None)
-        while True:
-            plans: list[StepPlan] = pipe.recv()
-            began_s = time.perf_counter()
-            for plan in plans:
-                rank.run(plan)
-            pipe.send(time.perf_counter() - began_s)
+    comm = replace(spec.comm, backend="silent", store=f"file://{store}", overlap="none")
+    rank = Rank(replace(spec, comm=comm, num_threads=1), lambda _: None)
+    while True:
+        plans: list[StepPlan] = pipe.recv()
+        began_s = time.perf_counter()
+        for plan in plans:
+            rank.run(plan)
+        pipe.send(time.perf_counter() - began_s)
