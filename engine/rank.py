@@ -47,6 +47,7 @@ from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.errors import PhalanxError
+from phalanx.kernels.native import resize_pool
 from phalanx.models.batch import KVCache
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
@@ -80,6 +81,7 @@ class Rank:
         self._place = list(spec.layout.places(spec.replica))[spec.rank]
         self._stage = spec.layout.stages[self._place.stage]
         torch.set_num_threads(spec.num_threads)
+        resize_pool(spec.num_threads)
         self._comms: list[Communicator] = []
         self._groups: dict[str, tuple[int, ...]] = {}  # ranks of the replica, in the order of their numbers in a group
         self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
