@@ -2,6 +2,7 @@
 #include "bind_kernels.hpp"
 
 #include "linear.hpp"
+#include "memory.hpp"
 #include "pool.hpp"
 
 namespace nb = nanobind;
@@ -38,10 +39,17 @@ void bind_kernels(nb::module_& module) {
       "packed"_a, "rows"_a, "first"_a, "num_rows"_a, "num_inputs"_a, unlocked);
   module.def(
       "unpack_rows",
-      [](uintptr_t out, uintptr_t packed, uintptr_t indices, size_t count, size_t num_inputs) {
-        unpack_rows(at<uint16_t>(out), at<uint16_t>(packed), at<int64_t>(indices), count, num_inputs);
+      [](uintptr_t out, uintptr_t packed, uintptr_t indices, size_t count, size_t num_outputs, size_t num_inputs) {
+        unpack_rows(at<uint16_t>(out), at<uint16_t>(packed), at<int64_t>(indices), count, num_outputs, num_inputs);
       },
-      "out"_a, "packed"_a, "indices"_a, "count"_a, "num_inputs"_a, unlocked);
+      "out"_a, "packed"_a, "indices"_a, "count"_a, "num_outputs"_a, "num_inputs"_a, unlocked);
+  module.def(
+      "advise_huge_pages",
+      [](uintptr_t memory, size_t num_bytes) { return advise_huge_pages(at<char>(memory), num_bytes); }, "memory"_a,
+      "num_bytes"_a, unlocked);
+  module.def(
+      "read_memory", [](uintptr_t memory, size_t num_bytes) { return read_memory(at<char>(memory), num_bytes); },
+      "memory"_a, "num_bytes"_a, unlocked);
   nb::list sets;
   for (const LinearKernels* each : usable_linears()) sets.append(each->name);
   module.attr("linear_sets") = nb::tuple(sets);

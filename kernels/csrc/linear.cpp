@@ -2,7 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <cstdlib>
 #include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "pool.hpp"
 #include "reduce.hpp"
@@ -174,9 +178,13 @@ void pack_weight(uint16_t* packed, const uint16_t* rows, size_t first, size_t nu
   });
 }
 
-void unpack_rows(uint16_t* out, const uint16_t* packed, const int64_t* indices, size_t count, size_t num_inputs) {
+void unpack_rows(uint16_t* out, const uint16_t* packed, const int64_t* indices, size_t count, size_t num_outputs,
+                 size_t num_inputs) {
   const size_t pairs = num_pairs(num_inputs);
   for (size_t i = 0; i < count; i++) {
+    if (indices[i] < 0 || size_t(indices[i]) >= num_outputs) {
+      throw std::out_of_range("row " + std::to_string(indices[i]) + " of a weight of " + std::to_string(num_outputs) + " rows");
+    }
     const size_t row = size_t(indices[i]), lane = row % kBlockColumns;
     const uint16_t* from = packed + (row / kBlockColumns * pairs * kBlockColumns + lane) * 2;
     uint16_t* to = out + i * num_inputs;

@@ -55,7 +55,9 @@ void linear(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t
 /// rows fall into keep the others'. Over the threads of the pool.
 void pack_weight(uint16_t* packed, const uint16_t* rows, size_t first, size_t num_rows, size_t num_inputs);
 
-/// out [count, num_inputs] = the rows of a packed weight that `indices` names.
-void unpack_rows(uint16_t* out, const uint16_t* packed, const int64_t* indices, size_t count, size_t num_inputs);
+/// out [count, num_inputs] = the rows of a packed weight [num_outputs, num_inputs] that `indices` names. Throws
+/// std::out_of_range for one that it has not.
+void unpack_rows(uint16_t* out, const uint16_t* packed, const int64_t* indices, size_t count, size_t num_outputs,
+                 size_t num_inputs);
 
 }  // namespace phalanx

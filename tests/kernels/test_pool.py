@@ -11,11 +11,11 @@ import pytest
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "csrc"
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or ""
 CASES = ["every_index", "several_threads", "nested", "two_callers", "resized_meanwhile", "after_pauses"]
 
 pytestmark = pytest.mark.skipif(
-    COMPILER is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+    not COMPILER or (platform.system(), platform.machine()) != ("Linux", "x86_64"),
     reason="needs a C++ compiler on Linux on x86-64",
 )
 
