@@ -30,6 +30,7 @@ from phalanx.kernels.native import find_native, resize_pool
 SHAPES = "576x1536,576x960,4096x4096,2048x8192,49152x576"
 ROWS = "1,2,4,8,16,32,64,256,1024"
 CACHED_BYTES = 160 << 20  # of weights, at least: several times what the caches of a few cores hold
+QUIET_S = 0.01  # in which threads of torch stop spinning, which took half of what the next one could read
 ROUND_S = 0.06  # that a reading may take, where products are short
 
 
@@ -65,9 +66,10 @@ def read(shape: tuple[int, int], all_rows: list[int], threads: int, rounds: int)
     library = find_native().library
     assert library is not None
     size = 2 * shape[0] * shape[1]
-    weights = [torch.randn(shape).bfloat16() for _ in range(max(2, -(-CACHED_BYTES // size)))]
+    weight = torch.randn(shape).bfloat16()
+    weights = [weight.clone() for _ in range(max(2, -(-CACHED_BYTES // size)))]
     packed = make_packed([shape] * len(weights))
-    for each, weight in zip(packed, weights, strict=True):
+    for each in packed:
         each.put(0, weight)
     found = []
     for rows in all_rows:
@@ -87,7 +89,8 @@ def read(shape: tuple[int, int], all_rows: list[int], threads: int, rounds: int)
         taken: list[list[float]] = [[] for _ in calls]
         for _ in range(rounds):
             for call, count, times in zip(calls, counts, taken, strict=True):
-                call(-1)  # wakes its threads, which the one before it let fall asleep
+                time.sleep(QUIET_S)
+                call(-1)  # wakes its threads
                 times.append(seconds(call, count))
         found.append(Reading(shape, rows, threads, *(statistics.median(times) for times in taken)))
     return found
@@ -130,7 +133,7 @@ def main() -> None:
     parser.add_argument("--rows", type=integers, default=integers(ROWS))
     parser.add_argument("--shapes", type=shapes, default=shapes(SHAPES))
     parser.add_argument("--threads", type=integers, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     packing = choose_packing(torch.bfloat16, torch.device("cpu"))

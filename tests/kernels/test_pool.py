@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 def build(folder: Path, *options: str) -> Path:
     program = folder / "pool_test"
-    sources = [HERE / "pool_test.cpp", SOURCES / "pool.cpp"]
-    command = [COMPILER, "-std=c++17", "-O1", "-g", "-pthread", f"-I{SOURCES}", *options, *sources, "-o", program]
+    sources = [str(HERE / "pool_test.cpp"), str(SOURCES / "pool.cpp")]
+    command = [COMPILER, "-std=c++17", "-O1", "-g", "-pthread", f"-I{SOURCES}", *options, *sources, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode != 0 and "sanitize" in " ".join(options) and "tsan" in built.stderr:
         pytest.skip(f"needs the compiler's thread sanitizer: {built.stderr.strip()[-200:]}")
