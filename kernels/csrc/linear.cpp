@@ -36,10 +36,28 @@ constexpr size_t kMostPairs = 1024;
 // Rows at a time: weights are read from memory once for so many, and these rows of x stay in the last cache.
 constexpr size_t kMostRowsAtOnce = 384;
 constexpr size_t kAheadBytes = 4096;  // that memory needs to answer in time
-constexpr int kTasksPerThread = 4;    // so that a thread that comes late leaves its share to the others
+// Tasks of a thread: several, so that one who comes late leaves work to the others; few where they read a stream from
+// memory, many where they compute.
+constexpr size_t kStreamTasks = 4, kComputeTasks = 16;
+constexpr size_t kStreamGroups = 4;  // of rows, at most, where the weights' way from memory still tells
 constexpr size_t kPackedAlone = 16384;  // inputs that one thread packs before another would be there
 
 size_t share(size_t total, size_t part, size_t num_parts) { return total * part / num_parts; }
+size_t divide_up(size_t total, size_t by) { return (total + by - 1) / by; }
+
+// Blocks of a task, so that tasks are few and go evenly into the threads.
+size_t blocks_of_task(size_t blocks, size_t threads) {
+  const size_t least = std::max<size_t>(1, blocks / (kStreamTasks * threads));
+  size_t best = least, best_longest = blocks;
+  for (size_t each = least; each <= 2 * least; each++) {
+    const size_t longest = divide_up(divide_up(blocks, each), threads) * each;
+    if (longest < best_longest) {
+      best = each;
+      best_longest = longest;
+    }
+  }
+  return best;
+}
 
 // Memory that a thread keeps from one call to the next.
 template <class T>
@@ -73,8 +91,8 @@ class Product {
         num_outputs_(num_outputs),
         num_inputs_(num_inputs),
         num_pairs_(num_pairs(num_inputs)),
-        num_groups_((num_rows + kernels.most_rows - 1) / kernels.most_rows),
-        num_parts_(num_groups_ == 1 ? 1 : (num_pairs_ + kMostPairs - 1) / kMostPairs) {}
+        num_groups_(divide_up(num_rows, kernels.most_rows)),
+        num_parts_(num_groups_ == 1 ? 1 : divide_up(num_pairs_, kMostPairs)) {}
 
   void run() {
     rows_ = scratch<char>(num_rows_ * num_pairs_ * kernels_.item_bytes);
@@ -83,12 +101,20 @@ class Product {
     } else {
       parallel_for(int(num_groups_), [this](int group) { pack_group(size_t(group)); });
     }
-    const size_t blocks = num_blocks(num_outputs_);
-    const size_t tasks = std::min(blocks, size_t(kTasksPerThread * Pool::instance().size()));
-    parallel_for(int(tasks), [this, blocks, tasks](int task) {
-      const size_t end = share(blocks, size_t(task) + 1, tasks);
-      for (size_t block = share(blocks, size_t(task), tasks); block < end; block++) multiply_block(block);
-    });
+    const size_t blocks = num_blocks(num_outputs_), threads = size_t(Pool::instance().size());
+    if (num_groups_ <= kStreamGroups) {
+      const size_t each = blocks_of_task(blocks, threads);
+      parallel_for(int(divide_up(blocks, each)), [&](int task) {
+        const size_t end = std::min(blocks, (size_t(task) + 1) * each);
+        for (size_t block = size_t(task) * each; block < end; block++) multiply(block, 0, num_groups_, block + 1 < end);
+      });
+    } else {
+      const size_t slices = std::min(num_groups_ / 2, divide_up(kComputeTasks * threads, blocks));
+      parallel_for(int(blocks * slices), [&](int task) {
+        const size_t block = size_t(task) / slices, slice = size_t(task) % slices;
+        multiply(block, share(num_groups_, slice, slices), share(num_groups_, slice + 1, slices), false);
+      });
+    }
   }
 
  private:
@@ -109,7 +135,8 @@ class Product {
     kernels_.pack_rows(out, x_ + row * x_stride_, x_stride_, size, num_inputs_);
   }
 
-  void multiply_block(size_t block) {
+  // Some groups of rows by a block. goes_on: whether the next block comes after it.
+  void multiply(size_t block, size_t first_group, size_t end_group, bool goes_on) {
     struct Sums {
       alignas(64) float of_row[kMostRowsAtOnce][kBlockColumns];
     };
@@ -126,14 +153,19 @@ class Product {
       tile.w = packed_ + (block * num_pairs_ + pair) * kBlockColumns * 2;
       tile.first = part == 0;
       tile.last = part + 1 == num_parts_;
-      // One group reads from memory and looks ahead of itself; several fetch the next part between them.
-      const size_t part_bytes = tile.num_pairs * kBlockColumns * 4;
-      tile.ahead_step = kBlockColumns * 4 / num_groups_;
-      for (size_t group = 0; group < num_groups_; group++) {
+      // The first group reads from memory and looks ahead of itself; the others fetch what comes next between them.
+      const char* const weights = reinterpret_cast<const char*>(tile.w);
+      const size_t pair_bytes = 2 * kBlockColumns * sizeof(uint16_t), part_bytes = tile.num_pairs * pair_bytes;
+      const size_t fetchers = end_group - first_group - 1;
+      for (size_t group = first_group; group < end_group; group++) {
         const size_t row = first_row(group), size = first_row(group + 1) - row;
         tile.x = rows_ + (row * num_pairs_ + pair * size) * kernels_.item_bytes;
-        tile.ahead = reinterpret_cast<const char*>(tile.w) +
-                     (num_groups_ == 1 ? kAheadBytes : part_bytes + share(part_bytes, group, num_groups_));
+        tile.ahead = weights + kAheadBytes;
+        tile.ahead_step = pair_bytes;
+        if (group > first_group && (goes_on || !tile.last)) {
+          tile.ahead = weights + part_bytes + share(part_bytes, group - first_group - 1, fetchers);
+          tile.ahead_step = pair_bytes / fetchers;
+        }
         tile.partial = num_parts_ == 1 ? nullptr : sums->of_row[row];
         tile.y = y_ + row * num_outputs_ + column;
         kernels_.multiply[size](tile);
