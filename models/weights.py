@@ -77,7 +77,7 @@ def load_params(
     """
 
     multiplied = [param for param in params if packed and param.multiplied]
-    matrices = make_packed([param.shape for param in multiplied])
+    matrices = make_packed([param.shape for param in multiplied]) if multiplied else []
     places = {param.name: matrix for param, matrix in zip(multiplied, matrices, strict=True)}
 
     def load(param: Param) -> Weight:
