@@ -14,13 +14,13 @@ from phalanx.comm.board import Call
 from phalanx.comm.communicator import FUSED, Handle, ReduceOp
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.names import in_range, profiled
-from phalanx.comm.native import find_native
 from phalanx.comm.shm import ShmCommunicator
 from phalanx.comm.shm_calls import DTYPE_CODES, WINDOW, unlike_error
 from phalanx.comm.shm_segment import RING_BYTES
 from phalanx.comm.shm_stream import Stream
 from phalanx.comm.work import Work
 from phalanx.errors import CommError
+from phalanx.kernels.native import find_native
 
 if TYPE_CHECKING:
     from phalanx import _native

@@ -47,6 +47,8 @@ from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.errors import PhalanxError
+from phalanx.kernels import choose_packing
+from phalanx.kernels.native import resize_pool
 from phalanx.models.batch import KVCache
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
@@ -80,6 +82,7 @@ class Rank:
         self._place = list(spec.layout.places(spec.replica))[spec.rank]
         self._stage = spec.layout.stages[self._place.stage]
         torch.set_num_threads(spec.num_threads)
+        resize_pool(spec.num_threads)
         self._comms: list[Communicator] = []
         self._groups: dict[str, tuple[int, ...]] = {}  # ranks of the replica, in the order of their numbers in a group
         self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
@@ -163,8 +166,17 @@ class Rank:
 
         self._progress("weights", 0, total)
         checkpoint = Checkpoint(spec.entries)
+        packing = choose_packing(self._dtype, self._device)
+        if self._device.type == "cpu":
+            self.choices["cpu products"] = packing.told
         weights = load_params(
-            params, checkpoint, self._dtype, self._device, num_threads=spec.num_threads, on_bytes=on_bytes
+            params,
+            checkpoint,
+            self._dtype,
+            self._device,
+            packed=packing.usable,
+            num_threads=spec.num_threads,
+            on_bytes=on_bytes,
         )
         self._weight_bytes = sum(weight.nbytes for weight in weights.values())
         self._bytes_read = checkpoint.bytes_read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from phalanx.kernels.linear import linear
+from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, make_packed
 from phalanx.kernels.paged_attention import (
     AttentionPlan,
     HeadGroups,
@@ -20,9 +21,14 @@ from phalanx.kernels.silu_mul import silu_mul
 __all__ = [
     "AttentionPlan",
     "HeadGroups",
+    "PackedWeight",
+    "Packing",
+    "Weight",
+    "choose_packing",
     "group_heads",
     "gumbel_noise",
     "linear",
+    "make_packed",
     "paged_attention",
     "paged_attention_reference",
     "plan_attention",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,7 @@ from phalanx.parallel.layout import Stage
 from phalanx.parallel.overlap import Overlap, StageWork
 from phalanx.parallel.stream import PendingStream, ResidualStream
 
-Weights = Mapping[str, torch.Tensor]
+Weights = Mapping[str, Any]  # by name: `kernels.Weight` where it is multiplied by, a tensor elsewhere
 RopeTable = tuple[torch.Tensor, torch.Tensor]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import linear, rms_norm
+from phalanx.kernels import Weight, linear, rms_norm
 from phalanx.parallel.split import Interval
 
 
@@ -18,7 +18,7 @@ from phalanx.parallel.split import Interval
 class ColumnParallelLinear:
     """Output columns cut over the ranks: each rank reads all of x and makes its own. weight [O, H], bias [O]."""
 
-    weight: torch.Tensor
+    weight: Weight
     bias: torch.Tensor | None = None
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ class RowParallelLinear:
     The bias is held by every rank and added after the reduction, so that it counts once.
     """
 
-    weight: torch.Tensor
+    weight: Weight
     comm: Communicator
     bias: torch.Tensor | None = None
 
@@ -58,7 +58,7 @@ class RowParallelLinear:
 class VocabParallelEmbedding:
     """Vocabulary rows cut over the ranks: each looks up the tokens it holds, zeros elsewhere, and the sum is whole."""
 
-    weight: torch.Tensor
+    weight: Weight
     rows: Interval
     comm: Communicator
 

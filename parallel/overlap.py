@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from phalanx.comm.communicator import Communicator
+from phalanx.kernels import Weight
 from phalanx.parallel.layers import RowParallelLinear
 from phalanx.parallel.rates import LEAST_TOKENS, Rates, find_scattering, measure_rates
 from phalanx.parallel.stream import ChunkedStream, ResidualStream, ScatteredStream, WholeStream
@@ -77,7 +78,7 @@ class Overlap:
             return Way("none", "nothing was measured")
         return choose_way(num_tokens, self._work, self._rates, self._scattered_from)
 
-    def cut(self, num_tokens: int, weight: torch.Tensor) -> int:
+    def cut(self, num_tokens: int, weight: Weight) -> int:
         """Chunks of a product of so many tokens with a weight [H, I], where a step is one of chunks."""
         if self._asked == "chunks":
             return ASKED_CHUNKS
@@ -98,9 +99,7 @@ class Overlap:
             return ScatteredStream(x_TH, norm, eps, comm)
         return WholeStream(x_TH, norm, eps)
 
-    def measure(
-        self, comm: Communicator, work: StageWork, weight: torch.Tensor, norm: torch.Tensor, most_tokens: int
-    ) -> str:
+    def measure(self, comm: Communicator, work: StageWork, weight: Weight, norm: torch.Tensor, most_tokens: int) -> str:
         """Finds the rates, on all ranks of the group at once; what is done in a step of `most_tokens` tokens, and why.
 
         weight: [H, I] of a row-parallel product. norm: [H].

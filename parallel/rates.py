@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import linear, rms_norm
+from phalanx.kernels import Weight, linear, rms_norm
 from phalanx.parallel.stream import reduce_in_chunks
 
 LEAST_TOKENS = 32  # of a part of a step: products of fewer are slower for each token
@@ -48,7 +48,7 @@ class Rates(NamedTuple):
         return ideal_s + self.contention * hidden_s
 
 
-def measure_rates(comm: Communicator, weight: torch.Tensor, most_tokens: int) -> Rates:
+def measure_rates(comm: Communicator, weight: Weight, most_tokens: int) -> Rates:
     """The rates that the slowest rank sees, the same on all. A collective call.
 
     weight: [H, I] of a row-parallel product. most_tokens: of a step.
@@ -72,7 +72,7 @@ def measure_rates(comm: Communicator, weight: torch.Tensor, most_tokens: int) ->
     return rates._replace(contention=_measure_contention(comm, x[:num_tokens], weight, rates))
 
 
-def find_scattering(comm: Communicator, norm: torch.Tensor, weight: torch.Tensor, most_tokens: int) -> int | None:
+def find_scattering(comm: Communicator, norm: torch.Tensor, weight: Weight, most_tokens: int) -> int | None:
     """Tokens from which on reduce-scatter, addition and norm of a rank's own tokens and all-gather take less time than
     the communicator's one operation for all of it; None for never. The same on all ranks. A collective call.
     """
@@ -99,7 +99,7 @@ def find_scattering(comm: Communicator, norm: torch.Tensor, weight: torch.Tensor
     return found
 
 
-def _tokens_of_a_trial(comm: Communicator, weight: torch.Tensor, most_tokens: int) -> int:
+def _tokens_of_a_trial(comm: Communicator, weight: Weight, most_tokens: int) -> int:
     """As many as are summed in `TRIAL_S`, at most `most_tokens`."""
     num_tokens = min(LEAST_TOKENS, most_tokens)
     while True:
@@ -111,7 +111,7 @@ def _tokens_of_a_trial(comm: Communicator, weight: torch.Tensor, most_tokens: in
         num_tokens *= 2
 
 
-def _measure_contention(comm: Communicator, x: torch.Tensor, weight: torch.Tensor, rates: Rates) -> float:
+def _measure_contention(comm: Communicator, x: torch.Tensor, weight: Weight, rates: Rates) -> float:
     """From the better of a few trials of the tokens `x`."""
     num_chunks = min(TRIAL_CHUNKS, len(x) // LEAST_TOKENS)
     compute_s = rates.compute_s(len(x), math.prod(weight.shape))
@@ -124,7 +124,7 @@ def _measure_contention(comm: Communicator, x: torch.Tensor, weight: torch.Tenso
     return min(1.0, max(0.0, took_s - ideal_s) / min(compute_s, transfer_s))
 
 
-def _zeros_like_output(weight: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def _zeros_like_output(weight: Weight, num_tokens: int) -> torch.Tensor:
     return torch.zeros(num_tokens, weight.shape[0], dtype=weight.dtype, device=weight.device)
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import linear, rms_norm
+from phalanx.kernels import Weight, linear, rms_norm
 from phalanx.parallel.layers import RowParallelLinear
 
 
@@ -134,7 +134,7 @@ class ScatteredStream:
         return self._comm.all_gather(shard.contiguous(), sizes=self._sizes)
 
 
-def reduce_in_chunks(comm: Communicator, x_TI: torch.Tensor, weight: torch.Tensor, num_chunks: int) -> torch.Tensor:
+def reduce_in_chunks(comm: Communicator, x_TI: torch.Tensor, weight: Weight, num_chunks: int) -> torch.Tensor:
     """The product [T, H] of x and a weight [H, I], summed over the ranks, each chunk of tokens behind the next one."""
     parts = x_TI.tensor_split(num_chunks)
     under_way = [comm.all_reduce(linear(part, weight), async_op=True) for part in parts]

@@ -23,12 +23,12 @@ from phalanx.comm import (
 )
 from phalanx.comm.create import Probe
 from phalanx.comm.machine import find_obstacle
-from phalanx.comm.native import Native
 from phalanx.comm.nccl_binding import NcclBinding
 from phalanx.comm.nccl_create import _agree
 from phalanx.comm.nccl_cupy import Found
 from phalanx.comm.single import SingleCommunicator
 from phalanx.errors import CommError
+from phalanx.kernels.native import Native
 
 needs_shm = pytest.mark.skipif(bool(find_obstacle("cpu")), reason=f"shared memory: {find_obstacle('cpu')}")
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from phalanx.comm.native import find_native
 from phalanx.comm.shm_calls import DTYPE_CODES
+from phalanx.kernels.native import find_native
 from phalanx.kernels.rms_norm import rms_norm
 
 NATIVE = find_native()

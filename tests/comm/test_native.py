@@ -15,8 +15,8 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from phalanx.comm import Communicator, create_communicator
-from phalanx.comm.native import find_native
 from phalanx.comm.shm_segment import ROUND_BYTES, SMALL_BYTES
+from phalanx.kernels.native import find_native
 from phalanx.kernels.rms_norm import rms_norm
 
 NATIVE = find_native()

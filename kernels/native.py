@@ -17,7 +17,7 @@ class Native(NamedTuple):
 
 
 def find_native() -> Native:
-    """Cheap after the first call, and without torch."""
+    """Cheap after the first call."""
     try:
         from phalanx import _native
     except ModuleNotFoundError as error:
@@ -29,3 +29,10 @@ def find_native() -> Native:
             return Native(None, "the native library is not built; install a C++ compiler, then Phalanx anew")
         return Native(None, f"the native library does not load ({error}); install Phalanx anew")
     return Native(_native, f"native library, {_native.instruction_sets[0]}")
+
+
+def resize_pool(num_threads: int) -> None:
+    """Gives the native operators so many threads, the caller's included, as `torch.set_num_threads` does to torch's."""
+    library = find_native().library
+    if library is not None:
+        library.resize_pool(num_threads)
