@@ -15,11 +15,10 @@ from phalanx.kernels import (
     group_heads,
     paged_attention,
     rms_norm,
-    rope,
+    rope_and_write_kv,
     rope_frequencies,
     rope_table,
     silu_mul,
-    write_kv,
 )
 from phalanx.models.batch import Batch, KVCache
 from phalanx.models.config import DecoderConfig, RopeConfig
@@ -46,8 +45,6 @@ class Attention:
     ) -> None:
         shape = config.shape
         queries, keys = stage.query_heads[tensor_rank], stage.kv_heads[tensor_rank]
-        self.head_dim = shape.head_dim
-        self.sizes = [queries.size, keys.size, keys.size]
         self.scale = shape.head_dim**-0.5
         self.norm_eps = config.norm_eps
         self.qkv = ColumnParallelLinear(weights[f"{name}.qkv"], weights.get(f"{name}.qkv_bias"))
@@ -64,13 +61,16 @@ class Attention:
         self, x_TH: torch.Tensor, table: RopeTable, batch: Batch, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """What goes into the row-parallel product `o`, [T, N * D]."""
-        heads = self.qkv(x_TH).view(x_TH.shape[0], sum(self.sizes), self.head_dim)
-        q_TND, k_TKD, v_TKD = torch.split(heads, self.sizes, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_TND = rms_norm(q_TND, self.q_norm, self.norm_eps)
-            k_TKD = rms_norm(k_TKD, self.k_norm, self.norm_eps)
-        q_TND, k_TKD = rope(q_TND, *table), rope(k_TKD, *table)
-        write_kv(k_TKD, v_TKD, keys, values, batch.slots)
+        q_TND = rope_and_write_kv(
+            self.qkv(x_TH),
+            table,
+            keys,
+            values,
+            batch.slots,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self.norm_eps,
+        )
         out_TND = paged_attention(q_TND, keys, values, batch.attention, self.heads, scale=self.scale)
         return out_TND.flatten(1)
 

@@ -12,6 +12,7 @@ void bind_kernels(nb::module_& module) {
   const nb::call_guard<nb::gil_scoped_release> unlocked;
   module.def("resize_pool", [](int num_threads) { Pool::instance().resize(num_threads); }, "num_threads"_a, unlocked);
   module.def("pool_size", [] { return Pool::instance().size(); });
+  bind_operators(module);
 }
 
 }  // namespace phalanx

@@ -1,0 +1,14 @@
+#pragma once
+#include <cstddef>
+
+namespace phalanx {
+
+// By the names that PyTorch gives them, in their order; `kernels/native.py` counts the same way.
+enum DType : int { kBF16, kF16, kF32, kF64, kI32, kI64, kI8, kU8, kNumDTypes };
+
+inline size_t item_bytes(int dtype) {
+  constexpr size_t sizes[kNumDTypes] = {2, 2, 4, 8, 4, 8, 1, 1};
+  return sizes[dtype];
+}
+
+}  // namespace phalanx
