@@ -192,64 +192,99 @@ inline void write_output(const Attention& attention, const AttentionPart& part, 
   }
 }
 
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Where the keys and values of a block lie.
+template <typename T>
+struct KeyRows {
+  const T *keys[kKeyBlock], *values[kKeyBlock];
+  size_t count;
+
+  // Of the block at position `key`, below `stop`; what lies before `start` is not read, but its place is kept. Fetches
+  // them into the cache: pages are scattered, and a head's rows lie apart, so that the processor does not foresee them.
+  void find(const Attention& attention, const AttentionPart& part, int64_t key, int64_t start, int64_t stop) {
+    count = size_t(lesser(stop - key, kKeyBlock));
+    const size_t skipped = size_t(greater(start - key, 0));
+    int64_t page = (key + int64_t(skipped)) / attention.page_size;
+    int64_t slot = (key + int64_t(skipped)) % attention.page_size;
+    const int64_t head = int64_t(part.kv_head) * attention.head_stride;
+    const size_t row_bytes = size_t(attention.head_dim) * sizeof(T);
+    for (size_t i = skipped; i < count; i++) {
+      const int64_t place = part.pages[page] * attention.page_stride + slot * attention.slot_stride + head;
+      keys[i] = static_cast<const T*>(attention.keys) + place;
+      values[i] = static_cast<const T*>(attention.values) + place;
+      for (size_t byte = 0; byte < row_bytes; byte += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(keys[i]) + byte);
+        __builtin_prefetch(reinterpret_cast<const char*>(values[i]) + byte);
+      }
+      if (++slot == attention.page_size) slot = 0, page++;
+    }
+    // Any row will do, once it is known to be one.
+    for (size_t i = 0; i < skipped; i++) keys[i] = keys[skipped], values[i] = values[skipped];
+  }
+};
+
+// Takes the keys of one block, from position `key` on, into the state.
+template <typename T>
+inline void attend_block(const Attention& attention, const AttentionPart& part, const Buffers<T>& at,
+                         const KeyRows<T>& rows, int64_t key, const State& state) {
+  constexpr size_t kPerUnit = Buffers<T>::kPerUnit;
+  const size_t group = size_t(part.group), head_dim = size_t(attention.head_dim), count = rows.count;
+  // Rows that see any of these keys.
+  const int64_t first_token = greater(key - part.position, 0);
+  int64_t last_token = part.num_tokens;
+  if (attention.window > 0) {
+    last_token = lesser(last_token, key + int64_t(count) + attention.window - 1 - part.position);
+  }
+  const size_t first_row = size_t(first_token) * group, num_rows = size_t(last_token - first_token) * group;
+  const size_t num_columns = rounded_up(count, kWidth);
+  pack_keys<kKeyBlock>(at.keys, rows.keys, count, head_dim);
+  product_all(at.queries + first_row * at.num_units, at.num_units, at.keys, kKeyBlock,
+              (head_dim + kPerUnit - 1) / kPerUnit, at.scores, kKeyBlock, nullptr, num_rows, num_columns);
+  for (size_t row = 0; row < num_rows; row++) {
+    const int64_t position = part.position + int64_t((first_row + row) / group);
+    const int64_t first = greater(first_seen(position, attention.window) - key, 0);
+    const int64_t last = lesser(position + 1 - key, int64_t(count));
+    at.factors[row] = weigh(attention, at.scores + row * kKeyBlock, at.weights + row * (kKeyBlock / kPerUnit),
+                            size_t(first), size_t(last), num_columns, state.largest[first_row + row],
+                            state.total[first_row + row]);
+  }
+  pack_values(at.values, at.width, rows.values, count, head_dim);
+  product_all(at.weights, kKeyBlock / kPerUnit, at.values, at.width, (count + kPerUnit - 1) / kPerUnit,
+              state.values + first_row * at.width, at.width, at.factors, num_rows, at.width);
+}
+
 template <typename T>
 void attend(const Attention& attention, const AttentionPart& part, float* scratch) {
-  constexpr size_t kPerUnit = Buffers<T>::kPerUnit;
   const size_t group = size_t(part.group), num_rows = size_t(part.num_tokens) * group;
-  const size_t head_dim = size_t(attention.head_dim);
   const Buffers<T> at(scratch, attention.head_dim, num_rows);
   for (size_t row = 0; row < num_rows; row++) {
     const T* query = static_cast<const T*>(attention.query) + (part.row + int64_t(row / group)) * attention.query_stride +
                      int64_t(part.heads[row % group]) * attention.head_dim;
-    pack_row(at.queries + row * at.num_units, query, head_dim);
+    pack_row(at.queries + row * at.num_units, query, size_t(attention.head_dim));
   }
-  const int64_t stop = part.position + part.num_tokens;  // of the keys
+  const int64_t position_after = part.position + part.num_tokens;
   const int64_t start = first_seen(part.position, attention.window);
+  const int64_t stop = lesser(position_after, part.last_split * kSplit);
+  // The block of `start` or of the first split, whichever is later.
+  int64_t key = greater(start / kKeyBlock * kKeyBlock, part.first_split * kSplit);
   State whole(at.whole, num_rows, at.width), split(at.split, num_rows, at.width);
-  for (int64_t number = part.first_split; number < part.last_split; number++) {
-    State& state = number == part.first_split ? whole : split;
-    state.clear();
-    const int64_t split_stop = stop < (number + 1) * kSplit ? stop : (number + 1) * kSplit;
-    for (int64_t key = number * kSplit; key < split_stop; key += kKeyBlock) {
-      if (key + kKeyBlock <= start) continue;
-      const size_t count = size_t(split_stop - key < kKeyBlock ? split_stop - key : kKeyBlock);
-      const T *key_rows[kKeyBlock], *value_rows[kKeyBlock];
-      // What lies before every window is not read, but its place is kept. Any row will do, once it is known to be one.
-      const size_t skipped = size_t(start > key ? start - key : 0);
-      int64_t page = (key + int64_t(skipped)) / attention.page_size;
-      int64_t slot = (key + int64_t(skipped)) % attention.page_size;
-      for (size_t i = skipped; i < count; i++) {
-        const int64_t place = part.pages[page] * attention.page_stride + slot * attention.slot_stride +
-                              int64_t(part.kv_head) * attention.head_stride;
-        key_rows[i] = static_cast<const T*>(attention.keys) + place;
-        value_rows[i] = static_cast<const T*>(attention.values) + place;
-        if (++slot == attention.page_size) slot = 0, page++;
-      }
-      for (size_t i = 0; i < skipped; i++) key_rows[i] = key_rows[skipped], value_rows[i] = value_rows[skipped];
-      // Rows that see any of these keys.
-      const int64_t first_token = key > part.position ? key - part.position : 0;
-      int64_t last_token = part.num_tokens;
-      if (attention.window > 0) {
-        const int64_t beyond = key + int64_t(count) + attention.window - 1 - part.position;
-        last_token = beyond < last_token ? beyond : last_token;
-      }
-      const size_t first_row = size_t(first_token) * group, seeing = size_t(last_token - first_token) * group;
-      const size_t num_columns = rounded_up(count, kWidth);
-      pack_keys<kKeyBlock>(at.keys, key_rows, count, head_dim);
-      product_all(at.queries + first_row * at.num_units, at.num_units, at.keys, kKeyBlock, (head_dim + kPerUnit - 1) / kPerUnit,
-                  at.scores, kKeyBlock, nullptr, seeing, num_columns);
-      for (size_t row = 0; row < seeing; row++) {
-        const int64_t position = part.position + int64_t((first_row + row) / group);
-        const int64_t from = first_seen(position, attention.window) - key, to = position + 1 - key;
-        at.factors[row] = weigh(attention, at.scores + row * kKeyBlock, at.weights + row * (kKeyBlock / kPerUnit),
-                                size_t(from > 0 ? from : 0), to < int64_t(count) ? size_t(to) : count, num_columns,
-                                state.largest[first_row + row], state.total[first_row + row]);
-      }
-      pack_values(at.values, at.width, value_rows, count, head_dim);
-      product_all(at.weights, kKeyBlock / kPerUnit, at.values, at.width, (count + kPerUnit - 1) / kPerUnit,
-                  state.values + first_row * at.width, at.width, at.factors, seeing, at.width);
+  State* state = &whole;
+  whole.clear();
+  KeyRows<T> rows[2];
+  rows[0].find(attention, part, key, start, stop);
+  for (size_t turn = 0; key < stop; turn ^= 1) {
+    const KeyRows<T>& found = rows[turn];
+    const int64_t next = key + kKeyBlock;
+    if (next < stop) rows[turn ^ 1].find(attention, part, next, start, stop);  // on their way meanwhile
+    attend_block(attention, part, at, found, key, *state);
+    if (next % kSplit == 0 || next >= stop) {
+      if (state == &split) whole.join(split);
+      state = &split;
+      split.clear();
     }
-    if (number != part.first_split) whole.join(split);
+    key = next;
   }
   if (part.partial != nullptr) {
     std::memcpy(part.partial, at.whole, State::num_floats(num_rows, at.width) * sizeof(float));

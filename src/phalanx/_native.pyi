@@ -49,7 +49,7 @@ def combine(
 def resize_pool(num_threads: int) -> None: ...
 def pool_size() -> int: ...
 
-# The operators of `kernels`: addresses, shapes, strides in elements, and the dtype as `phalanx.kernels.native_cpu` counts
+# The operators of `kernels`: addresses, shapes, strides in elements, and the dtype as `phalanx.kernels.native_cpu` has
 # it. instructions: which of `instruction_sets`.
 def rms_norm(
     normed: int,
