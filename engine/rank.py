@@ -47,6 +47,7 @@ from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.errors import PhalanxError
+from phalanx.kernels import choose_packing
 from phalanx.kernels.native import resize_pool
 from phalanx.models.batch import KVCache
 from phalanx.models.checkpoint import Checkpoint
@@ -165,8 +166,17 @@ class Rank:
 
         self._progress("weights", 0, total)
         checkpoint = Checkpoint(spec.entries)
+        packing = choose_packing(self._dtype, self._device)
+        if self._device.type == "cpu":
+            self.choices["cpu products"] = packing.told
         weights = load_params(
-            params, checkpoint, self._dtype, self._device, num_threads=spec.num_threads, on_bytes=on_bytes
+            params,
+            checkpoint,
+            self._dtype,
+            self._device,
+            packed=packing.usable,
+            num_threads=spec.num_threads,
+            on_bytes=on_bytes,
         )
         self._weight_bytes = sum(weight.nbytes for weight in weights.values())
         self._bytes_read = checkpoint.bytes_read

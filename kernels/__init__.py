@@ -6,6 +6,7 @@ from phalanx.kernels.gated_mul import gelu_mul, silu_mul
 from phalanx.kernels.head_groups import HeadGroups, group_heads
 from phalanx.kernels.largest import argmax, top
 from phalanx.kernels.linear import linear
+from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, make_packed
 from phalanx.kernels.paged_attention import (
     AttentionPlan,
     paged_attention,
@@ -20,12 +21,17 @@ from phalanx.kernels.rope_and_write_kv import rope_and_write_kv, write_kv
 __all__ = [
     "AttentionPlan",
     "HeadGroups",
+    "PackedWeight",
+    "Packing",
+    "Weight",
     "add_rms_norm",
     "argmax",
+    "choose_packing",
     "gelu_mul",
     "group_heads",
     "gumbel_noise",
     "linear",
+    "make_packed",
     "paged_attention",
     "paged_attention_reference",
     "plan_attention",

@@ -33,6 +33,7 @@ from phalanx.launcher.nursery import (
     frame,
 )
 from phalanx.launcher.placement import Node, plan_placement
+from phalanx.launcher.rank_main import OPENMP_SPINS
 
 LOOPBACK = "127.0.0.1"
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class ProcessHost:
         self.pids: dict[int, int] = {}
         self.imports_s: float | None = None
         environment = {**os.environ, "PYTHONPATH": _python_path(), "OPENBLAS_NUM_THREADS": "1"}
+        environment.setdefault(*OPENMP_SPINS)  # the nursery has torch imported when it forks
         verbose = "verbose" if logger.isEnabledFor(logging.DEBUG) else "quiet"
         # Isolated from the terminal: an interrupt there is for the engine, which then ends its ranks in order.
         self._nursery = subprocess.Popen(

@@ -7,6 +7,7 @@ columns of this rank, V vocabulary rows of this rank, B rows whose next token is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, Voc
 from phalanx.parallel.layout import Stage
 from phalanx.parallel.overlap import Overlap
 
-Weights = Mapping[str, torch.Tensor]
+Weights = Mapping[str, Any]  # by name: `kernels.Weight` where it is multiplied by, a tensor elsewhere
 RopeTable = tuple[torch.Tensor, torch.Tensor]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
+from phalanx.kernels import PackedWeight, Weight, make_packed
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.config import DecoderConfig
 from phalanx.parallel.layout import Layout, RankPlace, Stage
@@ -27,10 +28,14 @@ class TensorSlice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """A tensor that a rank holds: slices of the checkpoint, stacked along the first dimension."""
+    """A tensor that a rank holds: slices of the checkpoint, stacked along the first dimension.
+
+    multiplied: whether it is a matrix of a product.
+    """
 
     name: str
     slices: tuple[TensorSlice, ...]
+    multiplied: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,27 +65,39 @@ def load_params(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    packed: bool = False,
     num_threads: int = 1,
     on_bytes: Callable[[int], None] | None = None,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Reads the parameters as `dtype` onto `device`, several at a time. `on_bytes` hears each one's size when it is
     there.
+
+    packed: matrices of products as `PackedWeight`s, where `kernels.choose_packing` finds them usable. All others are
+    tensors.
     """
 
-    def load(param: Param) -> torch.Tensor:
-        tensor = torch.empty(param.shape, dtype=dtype, device=device)
-        row = 0
+    multiplied = [param for param in params if packed and param.multiplied]
+    matrices = make_packed([param.shape for param in multiplied])
+    places = {param.name: matrix for param, matrix in zip(multiplied, matrices, strict=True)}
+
+    def load(param: Param) -> Weight:
+        weight: Weight = places.get(param.name) or torch.empty(param.shape, dtype=dtype, device=device)
+        first = 0
         for piece in param.slices:
-            tensor[row : row + piece.shape[0]] = checkpoint.read(piece.tensor, piece.rows, piece.columns, dtype)
-            row += piece.shape[0]
-        return tensor
+            rows = checkpoint.read(piece.tensor, piece.rows, piece.columns, dtype)
+            if isinstance(weight, PackedWeight):
+                weight.put(first, rows)
+            else:
+                weight[first : first + len(rows)] = rows
+            first += len(rows)
+        return weight
 
     loaded = {}
     with ThreadPoolExecutor(num_threads) as pool:
-        for param, tensor in zip(params, pool.map(load, params), strict=True):
-            loaded[param.name] = tensor
+        for param, weight in zip(params, pool.map(load, params), strict=True):
+            loaded[param.name] = weight
             if on_bytes is not None:
-                on_bytes(tensor.nbytes)
+                on_bytes(param.num_elements * dtype.itemsize)
     return loaded
 
 
@@ -88,7 +105,8 @@ def _params(config: DecoderConfig, stage: Stage, tensor_rank: int) -> Iterator[P
     hidden = config.shape.hidden_size
     vocab = stage.vocab[tensor_rank]
     if stage.first:
-        yield _rows("embed", ("model.embed_tokens.weight", vocab, hidden))
+        embed = _rows("embed", ("model.embed_tokens.weight", vocab, hidden))
+        yield replace(embed, multiplied=stage.last and config.tie_embeddings)
     for layer in range(stage.layers.start, stage.layers.stop):
         yield from _layer_params(config, stage, tensor_rank, layer)
     if stage.last:
@@ -129,11 +147,11 @@ def _layer_params(config: DecoderConfig, stage: Stage, tensor_rank: int, layer: 
 def _rows(name: str, *pieces: tuple[str, Interval, int | None]) -> Param:
     """Rows of matrices [., width], or with width None elements of vectors, stacked."""
     slices = (TensorSlice(t, (rows.size,) if width is None else (rows.size, width), rows) for t, rows, width in pieces)
-    return Param(name, tuple(slices))
+    return Param(name, tuple(slices), multiplied=pieces[0][2] is not None)
 
 
 def _columns(name: str, tensor: str, num_rows: int, columns: Interval) -> Param:
-    return Param(name, (TensorSlice(tensor, (num_rows, columns.size), None, columns),))
+    return Param(name, (TensorSlice(tensor, (num_rows, columns.size), None, columns),), multiplied=True)
 
 
 def _vector(name: str, tensor: str, size: int) -> Param:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import linear, rms_norm
+from phalanx.kernels import Weight, linear, rms_norm
 from phalanx.parallel.overlap import Overlap, reduce_in_chunks
 from phalanx.parallel.split import Interval
 
@@ -19,7 +19,7 @@ from phalanx.parallel.split import Interval
 class ColumnParallelLinear:
     """Output columns cut over the ranks: each rank reads all of x and makes its own. weight [O, H], bias [O]."""
 
-    weight: torch.Tensor
+    weight: Weight
     bias: torch.Tensor | None = None
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ class RowParallelLinear:
     part of the tokens is reduced while the next is computed; None for never.
     """
 
-    weight: torch.Tensor
+    weight: Weight
     comm: Communicator
     bias: torch.Tensor | None = None
     overlap: Overlap | None = None
@@ -65,7 +65,7 @@ class RowParallelLinear:
 class VocabParallelEmbedding:
     """Vocabulary rows cut over the ranks: each looks up the tokens it holds, zeros elsewhere, and the sum is whole."""
 
-    weight: torch.Tensor
+    weight: Weight
     rows: Interval
     comm: Communicator
 

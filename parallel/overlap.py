@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import linear
+from phalanx.kernels import Weight, linear
 
 MOST_CHUNKS = 8
 LEAST_TOKENS = 32  # of a chunk: products of fewer are slower for each token
@@ -61,13 +61,13 @@ class Overlap:
     def __init__(self) -> None:
         self.rates: Rates | None = None
 
-    def cut(self, num_tokens: int, weight: torch.Tensor) -> int:
+    def cut(self, num_tokens: int, weight: Weight) -> int:
         """Chunks of a product of so many tokens with a weight [H, I]."""
         if self.rates is None or num_tokens < 2 * LEAST_TOKENS:
             return 1
         return choose_cut(num_tokens, *weight.shape, weight.itemsize, self.rates).num_chunks
 
-    def measure(self, comm: Communicator, weight: torch.Tensor, num_tokens: int) -> str:
+    def measure(self, comm: Communicator, weight: Weight, num_tokens: int) -> str:
         """Finds the rates, on all ranks of the group at once, by the product of so many tokens with a weight [H, I];
         what was decided for it, and why.
         """
@@ -105,7 +105,7 @@ def choose_cut(num_tokens: int, num_outputs: int, num_inputs: int, itemsize: int
     return Cut(best, f"{told} take {best_s * 1e3:.2f} ms in place of {serial_s * 1e3:.2f}")
 
 
-def measure_rates(comm: Communicator, weight: torch.Tensor, num_tokens: int) -> Rates:
+def measure_rates(comm: Communicator, weight: Weight, num_tokens: int) -> Rates:
     """The rates that the slowest rank sees, the same on all. A collective call."""
     x = torch.ones(num_tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
     small, large = (
@@ -122,7 +122,7 @@ def measure_rates(comm: Communicator, weight: torch.Tensor, num_tokens: int) -> 
     return rates._replace(contention=_measure_contention(comm, x, weight, rates))
 
 
-def _measure_contention(comm: Communicator, x: torch.Tensor, weight: torch.Tensor, rates: Rates) -> float:
+def _measure_contention(comm: Communicator, x: torch.Tensor, weight: Weight, rates: Rates) -> float:
     """From the better of a few trials, with as many of the tokens `x` as take no longer than `TRIAL_S`."""
     num_tokens, shape = len(x), tuple(weight.shape)
     while True:
@@ -141,7 +141,7 @@ def _measure_contention(comm: Communicator, x: torch.Tensor, weight: torch.Tenso
     return max(0.0, took_s - ideal_s) / min(compute_s, transfer_s)
 
 
-def reduce_in_chunks(comm: Communicator, x_TI: torch.Tensor, weight: torch.Tensor, num_chunks: int) -> torch.Tensor:
+def reduce_in_chunks(comm: Communicator, x_TI: torch.Tensor, weight: Weight, num_chunks: int) -> torch.Tensor:
     """The product [T, H] of x and a weight [H, I], summed over the ranks, each chunk of tokens behind the next one."""
     parts = x_TI.tensor_split(num_chunks)
     under_way = [comm.all_reduce(linear(part, weight), async_op=True) for part in parts]

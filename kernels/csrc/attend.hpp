@@ -296,10 +296,9 @@ void attend(const Attention& attention, const AttentionPart& part, float* scratc
 template <typename T>
 void join_splits(const Attention& attention, const AttentionPart& part) {
   const size_t num_rows = size_t(part.num_tokens) * size_t(part.group), width = width_of(attention.head_dim);
-  const size_t num_floats = State::num_floats(num_rows, width);
   State whole(part.partial, num_rows, width);
   for (int64_t number = 1; number < part.last_split - part.first_split; number++) {
-    whole.join(State(part.partial + size_t(number) * num_floats, num_rows, width));
+    whole.join(State(part.partial + size_t(number) * part.partial_stride, num_rows, width));
   }
   write_output<T>(attention, part, whole);
 }

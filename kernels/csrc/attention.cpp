@@ -84,57 +84,77 @@ std::vector<AttentionPart> AttentionSteps::parts(int64_t tokens_of_part) const {
 
 void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dtype, const Operators& operators) const {
   attention.window = window_;
-  std::vector<AttentionPart> parts;
+  const int num_heads = heads.num_kv_heads(), most_rows = std::max(kRows, heads.largest_group());
+  const std::vector<AttentionPart> whole = parts(std::max(1, kRows / std::max(1, heads.largest_group())));
   double work = 0;
-  const int64_t tokens = std::max(1, kRows / std::max(1, heads.largest_group()));
-  for (const AttentionPart& rows : this->parts(tokens)) {
-    for (int kv_head = 0; kv_head < heads.num_kv_heads(); kv_head++) {
-      if (heads.group(kv_head) == 0) continue;
-      AttentionPart part = rows;
-      part.heads = heads.heads(kv_head);
-      part.group = heads.group(kv_head);
-      part.kv_head = kv_head;
-      parts.push_back(part);
-      work += double(part.last_split - part.first_split) * kSplit * part.num_tokens * part.group * attention.head_dim;
-    }
+  for (const AttentionPart& part : whole) {
+    work += double(part.last_split - part.first_split) * kSplit * part.num_tokens * heads.start(num_heads) * attention.head_dim;
   }
-  const Attend attend = operators.attend[dtype];
-  const size_t num_scratch = operators.attention_scratch[dtype](attention.head_dim, int(tokens) * heads.largest_group());
-  auto run = [&](const AttentionPart& part) { attend(attention, part, scratch_of(num_scratch)); };
-  Pool& pool = Pool::instance();
-  if (pool.size() == 1 || work < kSmall) {
-    for (const AttentionPart& part : parts) run(part);
-    return;
-  }
-  if (parts.size() >= kPartsPerThread * size_t(pool.size())) {
-    parallel_for(int(parts.size()), [&](int index) { run(parts[size_t(index)]); });
-    return;
-  }
-  // Few parts: each of their splits is one of its own, joined behind.
+  const size_t threads = size_t(Pool::instance().size()), enough = kPartsPerThread * threads;
+  const bool small = threads == 1 || work < kSmall;
+  const bool split = !small && whole.size() * size_t(num_heads) < enough;
+
+  // Where there are few parts, each of their splits is one of its own, joined behind.
   std::vector<AttentionPart> pieces;
-  std::vector<size_t> offsets;
   size_t num_partial = 0;
-  for (const AttentionPart& part : parts) {
-    const size_t size = operators.attention_partial(attention.head_dim, part.num_tokens * part.group);
+  for (const AttentionPart& part : whole) {
+    if (!split) {
+      pieces.push_back(part);
+      continue;
+    }
     for (int64_t number = part.first_split; number < part.last_split; number++) {
-      AttentionPart piece = part;
-      piece.first_split = number;
-      piece.last_split = number + 1;
-      pieces.push_back(piece);
-      offsets.push_back(num_partial);
-      num_partial += size;
+      pieces.push_back(part);
+      pieces.back().first_split = number;
+      pieces.back().last_split = number + 1;
+      num_partial += operators.attention_partial(attention.head_dim, part.num_tokens * heads.start(num_heads));
     }
   }
-  thread_local std::vector<float> partials;
-  if (partials.size() < num_partial) partials.resize(num_partial);
-  float* const base = partials.data();
-  for (size_t i = 0; i < pieces.size(); i++) pieces[i].partial = base + offsets[i];
-  parallel_for(int(pieces.size()), [&](int index) { run(pieces[size_t(index)]); });
-  size_t piece = 0;
-  for (AttentionPart& part : parts) {
-    part.partial = pieces[piece].partial;
-    piece += size_t(part.last_split - part.first_split);
-    operators.join_splits[dtype](attention, part);
+  thread_local std::vector<float> kept;
+  if (kept.size() < num_partial) kept.resize(num_partial);
+  float* partial = kept.data();
+  if (split) {
+    for (AttentionPart& piece : pieces) {
+      piece.partial = partial;
+      piece.partial_stride = operators.attention_partial(attention.head_dim, piece.num_tokens * heads.start(num_heads));
+      partial += piece.partial_stride;
+    }
+  }
+
+  auto with_head = [&](AttentionPart part, int kv_head) {
+    part.heads = heads.heads(kv_head);
+    part.group = heads.group(kv_head);
+    part.kv_head = kv_head;
+    if (split) part.partial += operators.attention_partial(attention.head_dim, part.num_tokens * heads.start(kv_head));
+    return part;
+  };
+  const Attend attend = operators.attend[dtype];
+  const size_t num_scratch = operators.attention_scratch[dtype](attention.head_dim, most_rows);
+  auto run = [&](const AttentionPart& piece, int first_head, int last_head) {
+    float* const scratch = scratch_of(num_scratch);
+    for (int head = first_head; head < last_head; head++) {
+      if (heads.group(head) > 0) attend(attention, with_head(piece, head), scratch);
+    }
+  };
+  if (small) {
+    for (const AttentionPart& piece : pieces) run(piece, 0, num_heads);
+    return;
+  }
+  // As many heads together as leave enough for the threads: heads lie side by side, on the same pages of memory.
+  const int together = int(std::clamp(pieces.size() * size_t(num_heads) / enough, size_t(1), size_t(num_heads)));
+  const int num_turns = (num_heads + together - 1) / together;
+  parallel_for(int(pieces.size()) * num_turns, [&](int index) {
+    const int first = index % num_turns * together;
+    run(pieces[size_t(index / num_turns)], first, std::min(first + together, num_heads));
+  });
+  if (!split) return;
+  const AttentionPart* piece = pieces.data();
+  for (AttentionPart part : whole) {
+    part.partial = piece->partial;
+    part.partial_stride = piece->partial_stride;
+    for (int head = 0; head < num_heads; head++) {
+      if (heads.group(head) > 0) operators.join_splits[dtype](attention, with_head(part, head));
+    }
+    piece += part.last_split - part.first_split;
   }
 }
 

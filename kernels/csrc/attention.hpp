@@ -24,6 +24,8 @@ class HeadLists {
   int num_kv_heads() const { return int(starts_.size()) - 1; }
   int largest_group() const { return largest_; }
   const int32_t* heads(int kv_head) const { return heads_.data() + starts_[size_t(kv_head)]; }
+  // Query heads of the KV heads before this one; for their number, of all.
+  int start(int kv_head) const { return starts_[size_t(kv_head)]; }
   int group(int kv_head) const { return starts_[size_t(kv_head) + 1] - starts_[size_t(kv_head)]; }
 
  private:

@@ -55,13 +55,15 @@ struct AttentionPart {
   const int32_t* heads;
   int group, kv_head;
   int64_t first_split, last_split;  // [first, last)
-  float* partial;                   // where one split's state goes, or null: the part is whole, and its output written
+  // Where one split's state goes, and how far from it the next one's; null where the part is whole and writes its output.
+  float* partial;
+  size_t partial_stride;
 };
 
 // Floats that `attend` needs at `scratch`, and those of a partial state.
 using AttentionFloats = size_t (*)(int head_dim, int num_rows);
 using Attend = void (*)(const Attention& attention, const AttentionPart& part, float* scratch);
-// Joins the partial states of the part's splits, which lie one after another at part.partial, into the output.
+// Joins the states of the part's splits, from part.partial on, and writes the output.
 using JoinSplits = void (*)(const Attention& attention, const AttentionPart& part);
 
 // The column of a row's largest number, the first of equals; not-a-number is the largest.

@@ -219,14 +219,20 @@ inline void pack_values(float* to, size_t width, const T* const* values, size_t 
 }
 #if defined(__AVX512BF16__)
 inline void pack_values(BF16Pair* to, size_t width, const BF16* const* values, size_t num_values, size_t head_dim) {
-  static const BF16 kZeros[kWidth] = {};
+  // first[0], second[0], first[1], ...: of the lower and of the upper halves of two registers.
+  const __m512i low = _mm512_add_epi32(
+      _mm512_set1_epi32(0x00200000),
+      _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
+                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010));
   for (size_t value = 0; value < num_values; value += 2, to += width) {
     const bool both = value + 1 < num_values;
-    for (size_t i = 0; i < head_dim; i += kWidth) {
-      const __mmask16 there = head_dim - i < kWidth ? __mmask16((1u << (head_dim - i)) - 1) : __mmask16(0xFFFF);
-      const __m256i first = _mm256_maskz_loadu_epi16(there, values[value] + i);
-      const __m256i second = _mm256_maskz_loadu_epi16(there, both ? values[value + 1] + i : kZeros);
-      put(to + i, _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16)));
+    for (size_t i = 0; i < head_dim; i += 2 * kWidth) {
+      const __mmask32 there = head_dim - i < 2 * kWidth ? (1u << (head_dim - i)) - 1 : ~0u;
+      const __m512i first = _mm512_maskz_loadu_epi16(there, values[value] + i);
+      const __m512i second = both ? _mm512_maskz_loadu_epi16(there, values[value + 1] + i) : _mm512_setzero_si512();
+      put(to + i, _mm512_permutex2var_epi16(first, low, second));
+      if (i + kWidth < width) put(to + i + kWidth, _mm512_permutex2var_epi16(first, high, second));
     }
   }
 }

@@ -45,10 +45,6 @@ class Group:
 def combine(
     out: int, parts: Sequence[int], count: int, dtype: int, maximum: bool, instructions: int = 0, /
 ) -> None: ...
-# Threads that the operators share, the caller included; 1 at first. Waits for the operator under way.
-def resize_pool(num_threads: int) -> None: ...
-def pool_size() -> int: ...
-
 # The operators of `kernels`: addresses, shapes, strides in elements, and the dtype as `phalanx.kernels.native_cpu` has
 # it. instructions: which of `instruction_sets`.
 def rms_norm(
@@ -133,3 +129,28 @@ class AttentionSteps:
         instructions: int = 0,
         /,
     ) -> None: ...
+# Threads that the operators share, the caller included; 1 at first. Waits for the operator under way.
+def resize_pool(num_threads: int) -> None: ...
+def pool_size() -> int: ...
+
+# Of `instruction_sets`, those that have products, the best first; instructions: which of them. See
+# `kernels/csrc/linear.hpp`.
+linear_sets: tuple[str, ...]
+
+def linear(
+    y: int,
+    x: int,
+    x_stride: int,
+    packed: int,
+    bias: int,
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    instructions: int = 0,
+) -> None: ...
+def pack_weight(packed: int, rows: int, first: int, num_rows: int, num_inputs: int) -> None: ...
+def unpack_rows(out: int, packed: int, indices: int, count: int, num_outputs: int, num_inputs: int) -> None: ...
+
+# See `kernels/csrc/memory.hpp`.
+def advise_huge_pages(memory: int, num_bytes: int) -> bool: ...
+def read_memory(memory: int, num_bytes: int) -> int: ...

@@ -16,6 +16,7 @@ from phalanx.launcher.commands.bench_comm import bench_comm
 from phalanx.launcher.commands.check import check
 from phalanx.launcher.commands.deployments import launch, status, stop
 from phalanx.launcher.commands.generate import generate
+from phalanx.launcher.rank_main import OPENMP_SPINS
 from phalanx.serve.commands.bench_serve import bench_serve
 from phalanx.serve.commands.serve import serve
 
@@ -68,6 +69,7 @@ def main() -> None:
     """Runs the command line. An error a user can cause is printed without a traceback and sets the exit code."""
     try:
         _log_as_asked()
+        os.environ.setdefault(*OPENMP_SPINS)  # torch is not there yet
         app()
     except PhalanxError as error:
         print(f"error: {error}", file=sys.stderr)

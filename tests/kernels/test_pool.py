@@ -11,19 +11,19 @@ import pytest
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "csrc"
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or ""
 CASES = ["every_index", "several_threads", "nested", "two_callers", "resized_meanwhile", "after_pauses"]
 
 pytestmark = pytest.mark.skipif(
-    COMPILER is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+    not COMPILER or (platform.system(), platform.machine()) != ("Linux", "x86_64"),
     reason="needs a C++ compiler on Linux on x86-64",
 )
 
 
 def build(folder: Path, *options: str) -> Path:
     program = folder / "pool_test"
-    sources = [HERE / "pool_test.cpp", SOURCES / "pool.cpp"]
-    command = [COMPILER, "-std=c++17", "-O1", "-g", "-pthread", f"-I{SOURCES}", *options, *sources, "-o", program]
+    sources = [str(HERE / "pool_test.cpp"), str(SOURCES / "pool.cpp")]
+    command = [COMPILER, "-std=c++17", "-O1", "-g", "-pthread", f"-I{SOURCES}", *options, *sources, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode != 0 and "sanitize" in " ".join(options) and "tsan" in built.stderr:
         pytest.skip(f"needs the compiler's thread sanitizer: {built.stderr.strip()[-200:]}")

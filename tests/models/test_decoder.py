@@ -13,7 +13,7 @@ from tests.rank_threads import Join, run_ranks
 from tests.tiny_models import TINY_MODELS, VOCAB, Reference, make
 
 from phalanx.comm import Communicator
-from phalanx.kernels import plan_attention
+from phalanx.kernels import choose_packing, plan_attention
 from phalanx.models.batch import Batch, KVCache
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.config import DecoderConfig, RopeConfig
@@ -125,7 +125,8 @@ def phalanx_logits(
         comm = join(f"stage{place.stage}", place.tensor_rank, stage.num_ranks)
         before, after = borders(layout, number, join, comm)
         with Checkpoint(entries) as checkpoint:
-            weights = load_params(rank_params(config, layout, place), checkpoint, dtype, CPU)
+            packed = choose_packing(dtype, CPU).usable  # as ranks do
+            weights = load_params(rank_params(config, layout, place), checkpoint, dtype, CPU, packed=packed)
         decoder = Decoder(config, stage, place.tensor_rank, comm, weights)
         num_pages = len(SEQUENCES) * -(-max(map(len, SEQUENCES)) // PAGE_SIZE)
         num_kv_heads = stage.kv_heads[place.tensor_rank].size

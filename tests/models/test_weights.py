@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from phalanx.errors import ModelError
+from phalanx.kernels import PackedWeight, choose_packing
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.families import expected_tensors
@@ -23,6 +25,7 @@ from phalanx.parallel.layout import Layout, RankPlace, StageRequest, build_layou
 from phalanx.parallel.shape import ModelShape
 
 CPU = torch.device("cpu")
+PACKING = choose_packing(torch.bfloat16, CPU)
 
 
 class Loaded(NamedTuple):
@@ -218,6 +221,27 @@ def test_parameters_come_in_the_dtype_asked_for_rounded_from_the_stored_one(
         loaded = load_params(params, checkpoint, torch.bfloat16, CPU)
     assert {tensor.dtype for tensor in loaded.values()} == {torch.bfloat16}
     assert torch.equal(loaded["layers.0.o"], tiny_tensors["model.layers.0.self_attn.o_proj.weight"].bfloat16())
+
+
+@pytest.mark.skipif(not PACKING.usable, reason=f"needs native products: {PACKING.told}")
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_of_products_are_packed_and_nothing_else(
+    tiny: DecoderConfig, tiny_directory: Path, tied: bool
+) -> None:
+    config = replace(tiny, tie_embeddings=tied)
+    layout = build_layout(config.shape, [StageRequest(2)])
+    with Checkpoint(safetensors_entries(tiny_directory, tiny)) as checkpoint:
+        for place in layout.places():
+            params = rank_params(config, layout, place)
+            plain = load_params(params, checkpoint, torch.bfloat16, CPU)
+            packed = load_params(params, checkpoint, torch.bfloat16, CPU, packed=True, num_threads=2)
+            assert list(packed) == list(plain)
+            for name, weight in packed.items():
+                part = name.rpartition(".")[2]
+                multiplied = part in ("qkv", "o", "gate_up", "down", "head") or (part == "embed" and tied)
+                assert isinstance(weight, PackedWeight) == multiplied, name
+                rows = weight[torch.arange(weight.shape[0])]
+                assert torch.equal(rows, plain[name]), name
 
 
 def test_a_token_costs_the_keys_and_values_of_the_ranks_own_layers_and_heads() -> None:

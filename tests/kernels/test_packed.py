@@ -1,0 +1,200 @@
+"""Products from packed weights, in every set of instructions that this processor has for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phalanx.kernels import PackedWeight, choose_packing, linear, make_packed
+from phalanx.kernels.native import find_native
+
+CPU = torch.device("cpu")
+PACKING = choose_packing(torch.bfloat16, CPU)
+LIBRARY = find_native().library
+NAMES: tuple[str, ...] = LIBRARY.linear_sets if LIBRARY is not None else ()
+SETS = range(len(NAMES))
+
+pytestmark = pytest.mark.skipif(not PACKING.usable, reason=f"needs native products: {PACKING.told}")
+
+ROWS = st.one_of(st.integers(1, 30), st.sampled_from([48, 64, 385, 800]))
+SIZES = st.one_of(st.integers(1, 200), st.sampled_from([576, 1536, 2047, 2049, 4100]))
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    assert LIBRARY is not None
+    LIBRARY.resize_pool(2)
+    yield
+    LIBRARY.resize_pool(1)
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def assert_right(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, roundings: int = 1
+) -> None:
+    """Within what adding in float32 in any order and rounding to bfloat16 so many times may do.
+
+    Products of two bfloat16 are exact in float32; each of K additions errs by 2^-24 of a sum that is nowhere larger
+    than that of the magnitudes; the last rounding by 2^-8 (Higham, Accuracy and Stability, 2002, section 3.1).
+    """
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    magnitudes = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    added = (weight.shape[1] + 2) * 2.0**-24 * magnitudes
+    bound = added + roundings * 2.0**-8 * (magnitudes if roundings > 1 else exact.abs() + added)
+    error = (y.double() - exact).abs()
+    assert (error <= bound).all(), f"{(error / bound).max().item():.2f} of the bound"
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, SIZES, SIZES, st.booleans(), st.sampled_from(SETS or [0]), st.integers(0, 99))
+def test_products_are_those_of_float64_but_for_rounding(
+    num_rows: int, num_inputs: int, num_outputs: int, biased: bool, chosen: int, seed: int
+) -> None:
+    x, weight = random(num_rows, num_inputs, seed=seed), random(num_outputs, num_inputs, seed=seed + 1)
+    bias = random(num_outputs, seed=seed + 2) if biased else None
+    y = PackedWeight.pack(weight).multiply(x, bias, chosen)
+    assert_right(y, x, weight, bias)
+    assert_right(F.linear(x, weight, bias), x, weight, bias, roundings=3)  # torch rounds before it adds a bias
+
+
+@pytest.mark.parametrize("chosen", SETS, ids=NAMES)
+@pytest.mark.parametrize("num_inputs", [577, 4096])
+def test_a_row_has_the_same_bits_alone_and_among_others(chosen: int, num_inputs: int) -> None:
+    weight = PackedWeight.pack(random(100, num_inputs, seed=1))
+    x, bias = random(401, num_inputs, seed=2), random(100, seed=3)
+    alone = torch.cat([weight.multiply(row.unsqueeze(0), bias, chosen) for row in x])
+    for num_rows in (*range(1, 28), 64, 400, 401):
+        assert torch.equal(weight.multiply(x[:num_rows], bias, chosen), alone[:num_rows]), num_rows
+        assert torch.equal(weight.multiply(x[-num_rows:], bias, chosen), alone[-num_rows:]), num_rows
+
+
+@pytest.mark.parametrize("chosen", SETS, ids=NAMES)
+def test_the_number_of_threads_changes_no_bit(chosen: int) -> None:
+    assert LIBRARY is not None
+    weight = PackedWeight.pack(random(1000, 900, seed=1))
+    for num_rows in (1, 9, 40):
+        x = random(num_rows, 900, seed=num_rows)
+        found = []
+        for num_threads in (1, 2, 5):
+            LIBRARY.resize_pool(num_threads)
+            found.append(weight.multiply(x, None, chosen))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@given(st.integers(1, 100), st.integers(1, 70), st.data())
+def test_rows_that_were_put_piece_by_piece_come_back(num_outputs: int, num_inputs: int, data: st.DataObject) -> None:
+    weight = random(num_outputs, num_inputs, seed=num_outputs)
+    packed = PackedWeight(num_outputs, num_inputs)
+    cuts = sorted(data.draw(st.lists(st.integers(0, num_outputs), max_size=4)))
+    for start, stop in zip([0, *cuts], [*cuts, num_outputs], strict=True):
+        packed.put(start, weight[start:stop])
+    rows = torch.randint(num_outputs, (7,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(packed[rows], weight[rows])
+    assert torch.equal(packed[torch.arange(num_outputs)], weight)
+    assert torch.equal(packed.data, PackedWeight.pack(weight).data)
+
+
+def test_weights_side_by_side_keep_to_their_places() -> None:
+    shapes = [(33, 7), (64, 100), (1, 1), (100, 33)]
+    weights = [random(*shape, seed=number) for number, shape in enumerate(shapes)]
+    packed = make_packed(shapes)
+    for each, weight in zip(packed, weights, strict=True):
+        each.put(0, weight)
+    for each, weight in zip(packed, weights, strict=True):
+        assert torch.equal(each.data, PackedWeight.pack(weight).data)
+    assert len({each.data.untyped_storage().data_ptr() for each in packed}) == 1
+
+
+def test_rows_of_x_may_lie_apart() -> None:
+    weight = random(70, 65, seed=1)
+    packed, whole = PackedWeight.pack(weight), random(9, 200, seed=2)
+    for x in (whole[:, 100:165], whole[::2, 3:68], random(65, 9, seed=3).T):
+        assert torch.equal(linear(x, packed), linear(x.contiguous(), packed))
+
+
+def test_no_rows_make_no_rows() -> None:
+    packed = PackedWeight.pack(random(70, 65, seed=1))
+    assert linear(torch.empty(0, 65, dtype=torch.bfloat16), packed).shape == (0, 70)
+    assert packed[torch.empty(0, dtype=torch.int64)].shape == (0, 65)
+
+
+def test_infinite_numbers_stay_where_they_are() -> None:
+    weight, x = random(40, 33, seed=1), random(3, 33, seed=2)
+    x[1, 32] = float("inf")
+    weight[7, 0] = float("nan")
+    y = linear(x, PackedWeight.pack(weight))
+    assert y[:, 7].isnan().all()
+    others = torch.arange(40) != 7
+    assert y[1, others].isinf().all()
+    assert y[0, others].isfinite().all()
+    assert y[2, others].isfinite().all()
+
+
+def test_a_packed_weight_tells_of_itself_what_a_tensor_tells() -> None:
+    weight = random(70, 65, seed=1)
+    packed = PackedWeight.pack(weight)
+    for name in ("shape", "dtype", "device", "itemsize"):
+        assert getattr(packed, name) == getattr(weight, name), name
+    assert packed.numel() == weight.numel()
+    assert packed.nbytes == packed.data.nbytes == 96 * 66 * 2
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    packed = PackedWeight.pack(random(70, 65, seed=1))
+    for x in (random(3, 64, seed=2), random(3, 65, seed=2).float(), random(65, seed=2)):
+        with pytest.raises(ValueError, match="for a weight"):
+            linear(x, packed)
+    with pytest.raises(ValueError, match="the bias is"):
+        linear(random(3, 65, seed=2), packed, random(71, seed=3))
+    with pytest.raises(ValueError, match="do not fit"):
+        packed.put(6, random(65, 65, seed=2))
+    for row in (70, -1):
+        with pytest.raises(IndexError, match=f"row {row} of a weight of 70 rows"):
+            packed[torch.tensor([0, row])]
+
+
+def test_several_threads_may_multiply_at_once() -> None:
+    weight = PackedWeight.pack(random(300, 300, seed=1))
+    inputs = [random(rows, 300, seed=rows) for rows in (1, 5, 30)]
+    wanted = [linear(x, weight) for x in inputs]
+    wrong: list[int] = []
+
+    def multiply(number: int) -> None:
+        for _ in range(50):
+            if not torch.equal(linear(inputs[number], weight), wanted[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=multiply, args=(number,)) for number in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_memory_is_read_whole() -> None:
+    assert LIBRARY is not None
+    for count in (1, 8, 100, 70_001):
+        words = torch.randint(-(2**31), 2**31, (count,), generator=torch.Generator().manual_seed(count))
+        read = LIBRARY.read_memory(words.data_ptr(), words.nbytes)
+        assert (read - int(words.sum())) % 2**64 == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "told"),
+    [(torch.float32, "cpu", "native products are in bfloat16, this is float32"), (torch.bfloat16, "cuda", "a CPU")],
+)
+def test_why_weights_are_not_packed_is_told(dtype: torch.dtype, device: str, told: str) -> None:
+    packing = choose_packing(dtype, torch.device(device))
+    assert not packing.usable
+    assert told in packing.told
