@@ -193,18 +193,18 @@ inline void pack_row(U* to, const T* from, size_t count) {
 template <size_t kKeys, typename U, typename T>
 inline void pack_keys(U* to, const T* const* keys, size_t num_keys, size_t head_dim) {
   constexpr size_t kNumbers = kWidth * (std::is_same<U, float>::value ? 1 : 2);
-  static const T kZeros[kNumbers] = {};
   for (size_t key = 0; key < num_keys; key += kWidth) {
     for (size_t i = 0; i < head_dim; i += kNumbers) {
       Lanes units[kWidth];
-      for (size_t j = 0; j < kWidth; j++) {
-        const T* from = key + j < num_keys ? keys[key + j] + i : kZeros;
-        T rest[kNumbers] = {};
-        if (key + j < num_keys && i + kNumbers > head_dim) {
-          std::memcpy(rest, from, (head_dim - i) * sizeof(T));
-          from = rest;
+      if (key + kWidth <= num_keys && i + kNumbers <= head_dim) {
+        for (size_t j = 0; j < kWidth; j++) units[j] = units_from(to, keys[key + j] + i);
+      } else {
+        const size_t left = (head_dim - i < kNumbers ? head_dim - i : kNumbers) * sizeof(T);
+        for (size_t j = 0; j < kWidth; j++) {
+          T rest[kNumbers] = {};
+          if (key + j < num_keys) std::memcpy(rest, keys[key + j] + i, left);
+          units[j] = units_from(to, rest);
         }
-        units[j] = units_from(to, from);
       }
       transpose(units);
       for (size_t j = 0; j < kWidth; j++) put(to + (i / kNumbers * kWidth + j) * kKeys + key, units[j]);
