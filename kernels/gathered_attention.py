@@ -136,33 +136,17 @@ def _attention(
     logit_softcap: float | None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """`softcapped_attention`, or the same without a cap."""
+    """SDPA of [B, K G, T, D] over [B, K, L, D], or the same with a cap (Gemma 2, arXiv 2408.00118), which it lacks."""
     if logit_softcap is None:
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=True
         )
     if is_causal:
-        num_keys = keys.shape[-2]
-        attn_mask = _additive(_seen_by_chunk(query.shape[-2], num_keys, None)).to(query.device, query.dtype)
-    return softcapped_attention(query, keys, values, attn_mask, scale, logit_softcap)
-
-
-def softcapped_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    logit_softcap: float,
-) -> torch.Tensor:
-    """softmax(tanh(scale q k / cap) cap + mask) v of [B, K G, T, D] over [B, K, L, D] (Gemma 2, arXiv 2408.00118).
-    PyTorch's attention does not know it.
-    """
+        attn_mask = _additive(_seen_by_chunk(query.shape[2], keys.shape[2], None)).to(query.device, query.dtype)
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = (query * scale) @ keys.transpose(-1, -2)
-    scores = torch.tanh(scores / logit_softcap) * logit_softcap
-    return (scores if mask is None else scores + mask).softmax(-1) @ values
+    scores = torch.tanh((query * (scale / logit_softcap)) @ keys.transpose(-1, -2)) * logit_softcap
+    return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ values
 
 
 class _Decode(NamedTuple):

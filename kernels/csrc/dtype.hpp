@@ -3,7 +3,8 @@
 
 namespace phalanx {
 
-// By the names that PyTorch gives them, in their order; `kernels/native.py` counts the same way.
+// By the names that PyTorch gives them, in their order; `comm/shm_calls.py` and `kernels/native_cpu.py` count the
+// same way.
 enum DType : int { kBF16, kF16, kF32, kF64, kI32, kI64, kI8, kU8, kNumDTypes };
 
 inline size_t item_bytes(int dtype) {

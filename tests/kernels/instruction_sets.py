@@ -7,20 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from tests.native_library import excuse_for_no_library
 
 from phalanx.kernels import native_cpu
 from phalanx.kernels.native import find_native, resize_pool
 
-SETS = find_native().library.instruction_sets if find_native().library is not None else ()
+NATIVE = find_native()
+SETS = NATIVE.library.instruction_sets if NATIVE.library is not None else ()
 
 every_set = pytest.mark.parametrize("chosen", range(len(SETS)), ids=SETS)
-
-
-def needs_native() -> pytest.MarkDecorator:
-    """For a module. Where the library must be there, its tests fail without it."""
-    excuse = excuse_for_no_library()
-    return pytest.mark.skipif(not SETS and bool(excuse), reason=f"needs the native library: {excuse}")
+needs_native = pytest.mark.skipif(not SETS, reason=f"needs the native library: {NATIVE.told}")
 
 
 class _OneSet:
@@ -42,13 +37,13 @@ class _OneSet:
 @contextmanager
 def only(chosen: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_cpu, "LIBRARY", _OneSet(find_native().library, chosen))
+        patch.setattr(native_cpu, "LIBRARY", _OneSet(NATIVE.library, chosen))
         yield
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    library: Any = find_native().library
+    library: Any = NATIVE.library
     before = library.pool_size()
     resize_pool(count)
     try:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.kernels.attention_steps import SCALE, Step, by_plan, make_step
 from tests.kernels.instruction_sets import every_set, needs_native, only, threads
 
-pytestmark = needs_native()
+pytestmark = needs_native
 
 GROUPS = [(0,), (0, 0, 0), (0, 1), (0, 0, 0, 1, 1), (0, 1, 1, 1, 2), (1, 0, 0), tuple([0] * 75)]
 HEAD_DIMS = [1, 7, 16, 24, 40, 64, 80, 96, 128, 256]

@@ -23,7 +23,7 @@ from phalanx.kernels import (
     top,
 )
 
-pytestmark = needs_native()
+pytestmark = needs_native
 
 dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 # Above and below what is given to several threads.
