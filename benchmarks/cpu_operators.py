@@ -107,87 +107,67 @@ class Reading(NamedTuple):
 
 
 def cases(model: Model, dtype: torch.dtype) -> Iterator[Case]:
-    size = dtype.itemsize
-    width = (model.queries + 2 * model.keys) * model.head_dim
-    weight = torch.randn(model.hidden).to(dtype)
-    frequencies = rope_frequencies(model.head_dim, 10000.0)
     for rows in (1, 32, 512, 2048):
-        load = f"{rows} rows"
-        x, residual = torch.randn(2, LAYERS, rows, model.hidden).to(dtype)
-        gate_up = torch.randn(LAYERS, rows, 2 * model.ffn).to(dtype)
-        qkv = torch.randn(LAYERS, rows, width).to(dtype)
-        cache = torch.zeros(2, LAYERS, rows // PAGE_SIZE + 1, PAGE_SIZE, model.keys, model.head_dim, dtype=dtype)
-        table = rope_table(torch.arange(rows), frequencies, dtype)
-        slots = torch.randperm(cache.shape[2] * PAGE_SIZE)[:rows]
-
-        def rotate(
-            layer: int,
-            qkv: torch.Tensor = qkv,
-            cache: torch.Tensor = cache,
-            table: tuple[torch.Tensor, torch.Tensor] = table,
-            slots: torch.Tensor = slots,
-        ) -> object:
-            return rope_and_write_kv(qkv[layer], table, cache[0, layer], cache[1, layer], slots)
-
-        yield Case("rms_norm", load, lambda i, x=x: rms_norm(x[i], weight, EPS), 2 * x[0].nbytes)
-        yield Case(
-            "add_rms_norm",
-            load,
-            lambda i, x=x, residual=residual: add_rms_norm(x[i], residual[i], weight, EPS),
-            4 * x[0].nbytes,
-        )
-        yield Case("silu_mul", load, lambda i, gate_up=gate_up: silu_mul(gate_up[i]), 1.5 * gate_up[0].nbytes)
-        yield Case("rope_and_write_kv", load, rotate, 2 * qkv[0].nbytes)
+        yield from row_cases(model, dtype, rows)
     for rows in (1, 32):
-        logits = torch.randn(2, rows, model.vocab)
-        yield Case("argmax", f"{rows} rows", lambda i, x=logits: argmax(x[i % 2]), logits[0].nbytes)
-        yield Case(f"top {TOP}", f"{rows} rows", lambda i, x=logits: top(x[i % 2], TOP), logits[0].nbytes)
+        yield from search_cases(model, rows)
+    for load in LOADS:
+        yield from attention_cases(model, dtype, load)
+
+
+def row_cases(model: Model, dtype: torch.dtype, rows: int) -> Iterator[Case]:
+    load = f"{rows} rows"
+    weight = torch.randn(model.hidden).to(dtype)
+    x, residual = torch.randn(2, LAYERS, rows, model.hidden).to(dtype)
+    gate_up = torch.randn(LAYERS, rows, 2 * model.ffn).to(dtype)
+    qkv = torch.randn(LAYERS, rows, (model.queries + 2 * model.keys) * model.head_dim).to(dtype)
+    cache = torch.zeros(2, LAYERS, rows // PAGE_SIZE + 1, PAGE_SIZE, model.keys, model.head_dim, dtype=dtype)
+    table = rope_table(torch.arange(rows), rope_frequencies(model.head_dim, 10000.0), dtype)
+    slots = torch.randperm(cache.shape[2] * PAGE_SIZE)[:rows]
+
+    def rotate(layer: int) -> object:
+        return rope_and_write_kv(qkv[layer], table, cache[0, layer], cache[1, layer], slots)
+
+    yield Case("rms_norm", load, lambda layer: rms_norm(x[layer], weight, EPS), 2 * x[0].nbytes)
+    yield Case(
+        "add_rms_norm", load, lambda layer: add_rms_norm(x[layer], residual[layer], weight, EPS), 4 * x[0].nbytes
+    )
+    yield Case("silu_mul", load, lambda layer: silu_mul(gate_up[layer]), 1.5 * gate_up[0].nbytes)
+    yield Case("rope_and_write_kv", load, rotate, 2 * qkv[0].nbytes)
+
+
+def search_cases(model: Model, rows: int) -> Iterator[Case]:
+    logits = torch.randn(2, rows, model.vocab)
+    yield Case("argmax", f"{rows} rows", lambda layer: argmax(logits[layer % 2]), logits[0].nbytes)
+    yield Case(f"top {TOP}", f"{rows} rows", lambda layer: top(logits[layer % 2], TOP), logits[0].nbytes)
+
+
+def attention_cases(model: Model, dtype: torch.dtype, load: Load) -> Iterator[Case]:
     heads = group_heads([head * model.keys // model.queries for head in range(model.queries)], model.keys, CPU)
-    for attended in LOADS:
-        num_pages = [-(-context // PAGE_SIZE) for context in attended.contexts]
-        scattered = torch.split(torch.randperm(sum(num_pages)), num_pages)
-        tables = torch.nn.utils.rnn.pad_sequence(list(scattered), batch_first=True)
-        shape = (2, LAYERS, sum(num_pages), PAGE_SIZE, model.keys, model.head_dim)
-        cache = torch.randn(shape).to(dtype)
-        query = torch.randn(LAYERS, sum(attended.new), model.queries, model.head_dim).to(dtype)
-        plans: dict[bool, AttentionPlan] = {}
+    num_pages = [-(-context // PAGE_SIZE) for context in load.contexts]
+    scattered = torch.split(torch.randperm(sum(num_pages)), num_pages)
+    tables = torch.nn.utils.rnn.pad_sequence(list(scattered), batch_first=True)
+    cache = torch.randn(2, LAYERS, sum(num_pages), PAGE_SIZE, model.keys, model.head_dim).to(dtype)
+    query = torch.randn(LAYERS, sum(load.new), model.queries, model.head_dim).to(dtype)
+    plans: dict[bool, AttentionPlan] = {}
 
-        def attend(
-            layer: int,
-            attended: Load = attended,
-            tables: torch.Tensor = tables,
-            query: torch.Tensor = query,
-            cache: torch.Tensor = cache,
-            plans: dict[bool, AttentionPlan] = plans,
-        ) -> object:
-            native = native_cpu.LIBRARY is not None
-            if native not in plans:
-                plans[native] = plan_attention(
-                    tables, attended.new, attended.contexts, page_size=PAGE_SIZE, window=None, device=CPU
-                )
-            return paged_attention(
-                query[layer], cache[0, layer], cache[1, layer], plans[native], heads, scale=model.head_dim**-0.5
-            )
+    def plan(_: int = 0) -> AttentionPlan:
+        return plan_attention(tables, load.new, load.contexts, page_size=PAGE_SIZE, window=None, device=CPU)
 
-        pairs = sum(
-            new * (context - new) + new * (new + 1) // 2
-            for new, context in zip(attended.new, attended.contexts, strict=True)
+    def attend(layer: int) -> object:
+        native = native_cpu.LIBRARY is not None
+        if native not in plans:
+            plans[native] = plan()
+        return paged_attention(
+            query[layer], cache[0, layer], cache[1, layer], plans[native], heads, scale=model.head_dim**-0.5
         )
-        yield Case(
-            "paged_attention",
-            attended.name,
-            attend,
-            2 * size * (sum(attended.contexts) * model.keys + sum(attended.new) * model.queries) * model.head_dim,
-            4.0 * pairs * model.queries * model.head_dim,
-        )
-        yield Case(
-            "plan_attention",
-            attended.name,
-            lambda _, attended=attended, tables=tables: plan_attention(
-                tables, attended.new, attended.contexts, page_size=PAGE_SIZE, window=None, device=CPU
-            ),
-            0.0,
-        )
+
+    pairs = sum(
+        new * (context - new) + new * (new + 1) // 2 for new, context in zip(load.new, load.contexts, strict=True)
+    )
+    moved = 2 * (sum(load.contexts) * model.keys + sum(load.new) * model.queries) * model.head_dim * dtype.itemsize
+    yield Case("paged_attention", load.name, attend, moved, 4.0 * pairs * model.queries * model.head_dim)
+    yield Case("plan_attention", load.name, plan, 0.0)
 
 
 def read(case: Case, rounds: int, least_s: float = 0.002) -> tuple[float, float]:

@@ -145,8 +145,9 @@ def paged_attention(
     """
     if isinstance(plan, PagePlan):
         code = native_cpu.code_of(query_TND)
-        strides = key_cache.stride()
-        if code is not None and heads.native is not None and value_cache.stride() == strides and strides[3] == 1:
+        page_stride, slot_stride, head_stride, step = key_cache.stride()
+        alike = value_cache.stride() == key_cache.stride()
+        if code is not None and heads.native is not None and alike and step == 1:
             if query_TND.stride()[1:] != (query_TND.shape[2], 1):
                 query_TND = query_TND.contiguous()
             num_tokens, num_heads, head_dim = query_TND.shape
@@ -160,7 +161,9 @@ def paged_attention(
                 query_TND.stride(0),
                 num_heads * head_dim,
                 key_cache.shape[1],
-                *strides[:3],
+                page_stride,
+                slot_stride,
+                head_stride,
                 head_dim,
                 scale,
                 logit_softcap or 0.0,

@@ -202,7 +202,7 @@ struct KeyRows {
   size_t count;
 
   // Of the block at position `key`, below `stop`; what lies before `start` is not read, but its place is kept. Fetches
-  // them into the cache: pages are scattered, and a head's rows lie apart, so that the processor does not foresee them.
+  // them into the second cache: pages are scattered, and a head's rows lie apart, so that the processor does not foresee them.
   void find(const Attention& attention, const AttentionPart& part, int64_t key, int64_t start, int64_t stop) {
     count = size_t(lesser(stop - key, kKeyBlock));
     const size_t skipped = size_t(greater(start - key, 0));
@@ -215,8 +215,8 @@ struct KeyRows {
       keys[i] = static_cast<const T*>(attention.keys) + place;
       values[i] = static_cast<const T*>(attention.values) + place;
       for (size_t byte = 0; byte < row_bytes; byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(keys[i]) + byte);
-        __builtin_prefetch(reinterpret_cast<const char*>(values[i]) + byte);
+        __builtin_prefetch(reinterpret_cast<const char*>(keys[i]) + byte, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(values[i]) + byte, 0, 2);
       }
       if (++slot == attention.page_size) slot = 0, page++;
     }

@@ -18,7 +18,7 @@ namespace phalanx {
 namespace {
 
 // Numbers that are worked off in about the time that it takes to wake the threads.
-constexpr size_t kSmallRows = 32768;
+constexpr size_t kSmallRows = 16384;
 
 const Operators& operators_of(size_t instructions) { return *usable_operators().at(instructions); }
 

@@ -9,9 +9,9 @@ namespace phalanx {
 namespace {
 
 // Numbers searched in about the time that it takes to wake the threads.
-constexpr size_t kSmall = 65536;
+constexpr size_t kSmall = 32768;
 // Of a row, searched one after another by one thread.
-constexpr size_t kPiece = 16384;
+constexpr size_t kPiece = 8192;
 
 // Ordered from best to last: by falling rank, then by rising column.
 uint64_t place_of(float number, uint32_t column) {

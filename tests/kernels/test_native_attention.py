@@ -84,9 +84,10 @@ def cut(step: Step, sizes: list[int]) -> list[Step]:
     """The one sequence of `step`, its new tokens in steps of these sizes."""
     [new], [length] = step.query_lengths, step.context_lengths
     assert sum(sizes) == new
-    found = []
-    for size, query in zip(sizes, step.query.split(sizes), strict=True):
-        seen = length - new + sum(len(each.query) for each in found) + size
+    found: list[Step] = []
+    seen = length - new
+    for size, query in zip(sizes, torch.split(step.query, sizes), strict=True):
+        seen += size
         found.append(step._replace(query=query, query_lengths=[size], context_lengths=[seen]))
     return found
 
@@ -131,7 +132,7 @@ def test_the_same_bits_in_any_batch_and_on_any_number_of_threads(
     chosen: int, lengths: list[tuple[int, int]], window: int | None, head_dim: int, dtype: torch.dtype
 ) -> None:
     step = make_step(lengths, window=window, kv_of_query=(0, 0, 0, 1, 1), head_dim=head_dim, dtype=dtype, page_size=16)
-    rows = step.query.split(step.query_lengths)
+    rows = torch.split(step.query, step.query_lengths)
     with only(chosen), threads(1):
         alone = [
             by_plan(

@@ -98,7 +98,7 @@ def test_rotation_with_kv_write(
     shape = (2, num_pages, page_size, num_kv, head_dim)
     slots = torch.randperm(num_pages * page_size)[:num_tokens]
     table = rope_table(torch.randint(0, 500, (num_tokens,)), rope_frequencies(head_dim, 10000.0), dtype)
-    norms = torch.randn(2, head_dim).to(dtype) if normed else (None, None)
+    q_norm, k_norm = torch.randn(2, head_dim).to(dtype)
     caches = torch.full(shape, float("nan"), dtype=dtype)
     exact_caches = torch.full(shape, float("nan"), dtype=torch.float64)
 
@@ -106,7 +106,7 @@ def test_rotation_with_kv_write(
         """Heads normalised, and rounded as the operator does; then everything in float64."""
         heads = qkv.clone().view(num_tokens, -1, head_dim)
         if normed:
-            for part, norm in ((heads[:, :num_queries], norms[0]), (heads[:, num_queries:-num_kv], norms[1])):
+            for part, norm in ((heads[:, :num_queries], q_norm), (heads[:, num_queries:-num_kv], k_norm)):
                 part.copy_(rms_norm(part, norm, EPS))
         return heads.view(num_tokens, -1).double()
 
@@ -115,9 +115,18 @@ def test_rotation_with_kv_write(
     exact_table = (table[0].double(), table[1].double())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_cpu, "LIBRARY", None)
-        exact = rope_and_write_kv(exact_qkv, exact_table, *exact_caches, slots)
+        exact = rope_and_write_kv(exact_qkv, exact_table, exact_caches[0], exact_caches[1], slots)
     with only(chosen), threads(3):
-        found = rope_and_write_kv(qkv, table, *caches, slots, q_norm=norms[0], k_norm=norms[1], eps=EPS)
+        found = rope_and_write_kv(
+            qkv,
+            table,
+            caches[0],
+            caches[1],
+            slots,
+            q_norm=q_norm if normed else None,
+            k_norm=k_norm if normed else None,
+            eps=EPS,
+        )
     largest = exact_qkv.abs().max()
     assert_rounded_once(found, exact, largest)
     written = ~exact_caches.isnan()
