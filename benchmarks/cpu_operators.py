@@ -170,7 +170,7 @@ def attention_cases(model: Model, dtype: torch.dtype, load: Load) -> Iterator[Ca
     yield Case("plan_attention", load.name, plan, 0.0)
 
 
-def read(case: Case, rounds: int, least_s: float = 0.002) -> tuple[float, float]:
+def read(case: Case, rounds: int, least_s: float = 0.005) -> tuple[float, float]:
     """Medians of native and torch, in µs a call, each round as many calls as fill `least_s`."""
     library = native_cpu.LIBRARY
     readings: dict[bool, list[float]] = {True: [], False: []}
@@ -185,7 +185,7 @@ def read(case: Case, rounds: int, least_s: float = 0.002) -> tuple[float, float]
                     case.call(call % LAYERS)
                 taken_s = (time.perf_counter() - started_s) / repeats[native]
                 if number < 2:  # warms up, then finds how many calls
-                    repeats[native] = max(1, min(LAYERS * 50, int(least_s / taken_s)))
+                    repeats[native] = max(1, min(LAYERS * 200, int(least_s / taken_s)))
                 else:
                     readings[native].append(1e6 * taken_s)
     finally:
