@@ -15,7 +15,7 @@ from phalanx.comm.group import GroupSpec
 from phalanx.comm.names import in_range, profiled
 from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
 from phalanx.errors import CommError
-from phalanx.kernels.rms_norm import rms_norm
+from phalanx.kernels.rms_norm import add_rms_norm
 
 ReduceOp = Literal["sum", "max"]
 Result = TypeVar("Result")
@@ -143,8 +143,7 @@ class Communicator(ABC):
         self._check_norm(x, residual, weight)
         call = self._number(FUSED, x.nbytes)
         self._run(call, x, False, self._start_all_reduce, x, "sum")
-        residual_sum = x + residual
-        return rms_norm(residual_sum, weight, eps), residual_sum
+        return add_rms_norm(x, residual, weight, eps)
 
     @overload
     def all_gather(

@@ -37,7 +37,7 @@ SHARED_BYTES = 256 * 1024
 
 
 class HierarchicalCommunicator(Communicator):
-    """Composed of shared memory inside each machine and gloo between them, with any number of ranks on each.
+    """Composed of shared memory inside each machine and TCP between them, with any number of ranks on each.
 
     Every collective is one operation, with one number and one entry in the ledger, and takes one transfer a machine:
     of the tensor of a large all-reduce each of m machines sends 2 (m - 1) / m times the bytes. All ranks get the same
@@ -45,8 +45,7 @@ class HierarchicalCommunicator(Communicator):
     machine, which is what travels, and once after the sum over the machines. Sends and receives go by memory to ranks
     of the same machine, and through the network to others.
 
-    Asynchronous collectives are done by a thread, in their order; but for sums of a rank that is alone on its machine,
-    where they take one transfer each way: the network does that by itself, and whoever waits adds up.
+    Asynchronous collectives are done by a thread, in their order.
     """
 
     backend = "hierarchical"
@@ -90,10 +89,7 @@ class HierarchicalCommunicator(Communicator):
     # ---- starting ----
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:
-        flat, tag = x.view(-1), _tag("all_reduce", x)
-        if self._alone is not None and self._alone.is_one_swap(flat):
-            return self._alone.start_combine(flat, op, tag)
-        return self._collect(partial(self._all_reduce, flat, op, tag))
+        return self._collect(partial(self._all_reduce, x.view(-1), op, _tag("all_reduce", x)))
 
     def _start_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Work:
         counts = _elements(output, sizes or [x.shape[0]] * self.size)

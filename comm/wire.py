@@ -221,4 +221,4 @@ def _drop(parts: list[memoryview], count: int) -> None:
 
 
 def _bytes_of(x: torch.Tensor) -> memoryview:
-    return memoryview(x.view(torch.uint8).numpy())
+    return x.view(torch.uint8).numpy().data

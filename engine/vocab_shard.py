@@ -7,7 +7,6 @@ Shapes: B rows, V vocabulary rows of this rank, R ranks, C candidates, K candida
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from phalanx.comm.communicator import Communicator
+from phalanx.kernels import argmax, top
 from phalanx.parallel.split import Split
 
 # Entries that a pass over whole rows takes at a time. On a CPU its temporaries, 4 MiB in float64, are then memory that
@@ -43,7 +43,7 @@ class VocabShard:
 
     def argmax(self, values_BV: torch.Tensor) -> torch.Tensor:
         """The token with the largest value over all ranks, [B] int64; the first of equals."""
-        column_B = values_BV.argmax(1)
+        column_B = argmax(values_BV)
         if self._comm.size == 1:
             return column_B
         return self.winner(values_BV.gather(1, column_B.unsqueeze(1)).squeeze(1).double(), column_B)
@@ -62,12 +62,12 @@ class VocabShard:
 
         Where a row has fewer entries above minus infinity, the rest of its candidates are any that are not.
         """
-        values_BK, column_BK = _top(values_BV, min(count, self.rows.size))
+        values_BK, column_BK = top(values_BV, min(count, self.rows.size))
         values_BC, tokens_BC = values_BK.double(), column_BK + self.rows.start
         if self._comm.size > 1:
             own_K2B = torch.stack((values_BC.T, tokens_BC.T.double()), 1)
             all_C2B = self._comm.all_gather(own_K2B, sizes=[min(count, size) for size in self._sizes])
-            values_BC, order_BC = _top(all_C2B[:, 0].T, min(count, self.vocab_size))
+            values_BC, order_BC = top(all_C2B[:, 0].T, min(count, self.vocab_size))
             tokens_BC = all_C2B[:, 1].T.gather(1, order_BC).long()
         return Candidates(values_BC, tokens_BC)
 
@@ -95,29 +95,3 @@ def blocks(num_rows: int, like_BV: torch.Tensor) -> Iterator[slice]:
 def on_device(values: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
     """What the host knows of rows, where the rows are."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)
-
-
-def _top(values_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and columns of the best `count` of each row, best first, equal ones in order of their columns.
-
-    `topk` leaves the choice among equals open, and bfloat16 logits are often equal. Rows where that choice matters are
-    taken again: all columns at least as large as the least that belongs, in order.
-    """
-    values_BK, column_BK = values_BV.topk(count, dim=1)
-    least_B1 = values_BK[:, -1:]
-    open_B = (values_BV == least_B1).sum(1) > (values_BK == least_B1).sum(1)
-    again_R = (open_B & (least_B1.squeeze(1) > -math.inf)).nonzero().squeeze(1)
-    column_BK = column_BK.sort(1).values
-    if again_R.numel():
-        column_BK[again_R] = _first_top(values_BV[again_R], least_B1[again_R], count)
-    values_BK, order_BK = values_BV.gather(1, column_BK).sort(dim=1, descending=True, stable=True)
-    return values_BK, column_BK.gather(1, order_BK)
-
-
-def _first_top(values_BV: torch.Tensor, least_B1: torch.Tensor, count: int) -> torch.Tensor:
-    """Columns, in order, of the entries above `least` and of the first of those equal to it: `count` in all."""
-    above_BV = values_BV > least_B1
-    equal_BV = values_BV == least_B1
-    room_B1 = count - above_BV.sum(1, keepdim=True)
-    belongs_BV = above_BV | (equal_BV & (equal_BV.cumsum(1) <= room_B1))
-    return belongs_BV.nonzero()[:, 1].view(-1, count)

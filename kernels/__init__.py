@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from phalanx.kernels.gated_mul import gelu_mul, silu_mul
+from phalanx.kernels.head_groups import HeadGroups, group_heads
+from phalanx.kernels.largest import argmax, top
 from phalanx.kernels.linear import linear
 from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, make_packed
 from phalanx.kernels.paged_attention import (
     AttentionPlan,
-    HeadGroups,
-    group_heads,
     paged_attention,
     paged_attention_reference,
     plan_attention,
-    write_kv,
 )
 from phalanx.kernels.random import gumbel_noise
-from phalanx.kernels.rms_norm import rms_norm
+from phalanx.kernels.rms_norm import add_rms_norm, rms_norm
 from phalanx.kernels.rope import rope, rope_frequencies, rope_table
-from phalanx.kernels.silu_mul import silu_mul
+from phalanx.kernels.rope_and_write_kv import rope_and_write_kv, write_kv
 
 __all__ = [
     "AttentionPlan",
@@ -24,7 +24,10 @@ __all__ = [
     "PackedWeight",
     "Packing",
     "Weight",
+    "add_rms_norm",
+    "argmax",
     "choose_packing",
+    "gelu_mul",
     "group_heads",
     "gumbel_noise",
     "linear",
@@ -34,8 +37,10 @@ __all__ = [
     "plan_attention",
     "rms_norm",
     "rope",
+    "rope_and_write_kv",
     "rope_frequencies",
     "rope_table",
     "silu_mul",
+    "top",
     "write_kv",
 ]

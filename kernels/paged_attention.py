@@ -2,90 +2,61 @@
 2309.06180).
 
 `paged_attention_reference` defines it. `paged_attention` computes the same from an `AttentionPlan`, made once a step
-and used by every layer, and `HeadGroups`, made once a rank.
+and used by every layer, and `HeadGroups`, made once a rank. On CPUs the native operator reads the pages where they lie;
+what it gives for a token is the same to the bit, whatever is beside it in the batch, however its prompt is cut into
+chunks, and on any number of threads.
 
-Shapes: T tokens of a step, S sequences, B sequences of a block, P pages a sequence, L positions attended, N query heads
-and K KV heads of a rank, G query heads a KV head, D head dimension.
+Shapes: T tokens of a step, S sequences, P pages a sequence, L positions attended, N query heads and K KV heads of a
+rank, D head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-# Gathered keys and values of a block should still be in a core's cache when they are read: on a CPU with 1 MiB of L2,
-# 32 contexts of 1024 tokens take 1.5 times as long in one block. In blocks of 1024 the calls weigh more than is saved.
-BLOCK_TOKENS = 2048
+from phalanx.kernels import native_cpu
+from phalanx.kernels.gathered_attention import GatherPlan, gathered_attention, plan_gathers
+from phalanx.kernels.head_groups import HeadGroups
+
+if TYPE_CHECKING:
+    from phalanx._native import AttentionSteps
 
 
-class HeadGroups(NamedTuple):
-    """The query heads of each KV head, as a rectangle [K, G]; G is the largest group.
-
-    head_of_place: [K * G] int64, the query head at each place, any head where the group has no more. place_of_head: [N]
-    int64. Both are None where all groups are equal and in order, so that the rectangle is a view.
+@dataclass(frozen=True)
+class PagePlan:
+    """Who attends to what in a step, for the native operator. steps: what it keeps of the rest, reading page_tables [S,
+    P] int64 where they are. The rest: as for `plan_attention`.
     """
 
-    num_kv_heads: int
-    head_of_place: torch.Tensor | None
-    place_of_head: torch.Tensor | None
+    steps: AttentionSteps
+    page_tables: torch.Tensor
+    query_lengths: Sequence[int]
+    context_lengths: Sequence[int]
+    page_size: int
+    window: int | None
 
-    def arrange(self, x_TND: torch.Tensor) -> torch.Tensor:
-        """[T, N, D] -> [T, K * G, D]."""
-        return x_TND if self.head_of_place is None else x_TND.index_select(1, self.head_of_place)
-
-    def restore(self, x_TPD: torch.Tensor) -> torch.Tensor:
-        """[T, K * G, D] -> [T, N, D]."""
-        return x_TPD if self.place_of_head is None else x_TPD.index_select(1, self.place_of_head)
-
-
-class DecodeBlock(NamedTuple):
-    """Sequences with one new token each, computed together.
-
-    rows: of their tokens in the step. pages: [B * P] int64. span: of the P * page_size gathered positions, those that
-    any of them attends to. blank: [..] int64, those of all B * P * page_size that nothing may be read from. mask:
-    [B, 1, 1, L] float32, to be added to the scores. A block of one sequence has its exact span, and neither of the two.
-    """
-
-    num_sequences: int
-    rows: slice | torch.Tensor
-    pages: torch.Tensor
-    span: slice
-    blank: torch.Tensor | None
-    mask: torch.Tensor | None
+    @cached_property
+    def gathers(self) -> GatherPlan:
+        """For what the native operator does not apply to, such as tensors in float64."""
+        return plan_gathers(
+            self.page_tables,
+            self.query_lengths,
+            self.context_lengths,
+            page_size=self.page_size,
+            window=self.window,
+            device=self.page_tables.device,
+        )
 
 
-class Chunk(NamedTuple):
-    """One sequence with several new tokens, T here.
-
-    rows: of its tokens in the step. pages: [P] int64. span: of the P * page_size gathered positions, those attended to.
-    mask: [T, L] float32, to be added to the scores, or None for plain causal attention of the T tokens over themselves.
-    """
-
-    rows: slice
-    pages: torch.Tensor
-    span: slice
-    mask: torch.Tensor | None
-
-
-class AttentionPlan(NamedTuple):
-    """Who attends to what in a step; the same in every layer."""
-
-    decodes: tuple[DecodeBlock, ...]
-    chunks: tuple[Chunk, ...]
-
-
-def write_kv(
-    keys: torch.Tensor, values: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Stores keys and values [T, kv_heads, head_dim] at `slots` [T] (page * page_size + offset) of the caches.
-
-    key_cache, value_cache: [pages, page_size, kv_heads, head_dim], whose first two dimensions can be viewed as one.
-    """
-    key_cache.view(-1, *keys.shape[1:]).index_copy_(0, slots, keys)
-    value_cache.view(-1, *values.shape[1:]).index_copy_(0, slots, values)
+AttentionPlan: TypeAlias = GatherPlan | PagePlan
+"""Who attends to what in a step; the same in every layer."""
 
 
 def paged_attention_reference(
@@ -99,6 +70,7 @@ def paged_attention_reference(
     *,
     scale: float,
     window: int | None = None,
+    logit_softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence's new tokens over all of its tokens so far, the new ones included.
 
@@ -106,7 +78,8 @@ def paged_attention_reference(
     kv_heads, head_dim]; new keys and values are already written. page_tables: [S, P] int64, each sequence's pages in
     order, then anything. query_lengths: new tokens of each sequence. context_lengths: all of its tokens. kv_of_query:
     [query_heads] int64, the KV head of each query head; groups may be unequal, since a rank may hold part of one.
-    window: a token sees this many positions back, itself included, or all.
+    window: a token sees this many positions back, itself included, or all. logit_softcap: scores are bent to
+    tanh(score / cap) * cap, or not.
     Returns [T, query_heads, head_dim].
     """
     outputs = []
@@ -121,24 +94,14 @@ def paged_attention_reference(
         seen = key_position <= query_position
         if window is not None:
             seen &= key_position > query_position - window
-        out_NTD = F.scaled_dot_product_attention(
-            new_TND.transpose(0, 1), k_LND.transpose(0, 1), v_LND.transpose(0, 1), attn_mask=seen, scale=scale
-        )
+        q_NTD, k_NLD, v_NLD = new_TND.transpose(0, 1), k_LND.transpose(0, 1), v_LND.transpose(0, 1)
+        if logit_softcap is None:
+            out_NTD = F.scaled_dot_product_attention(q_NTD, k_NLD, v_NLD, attn_mask=seen, scale=scale)
+        else:
+            scores_NTL = torch.tanh(q_NTD @ k_NLD.transpose(1, 2) * (scale / logit_softcap)) * logit_softcap
+            out_NTD = scores_NTL.masked_fill(~seen, -math.inf).softmax(-1) @ v_NLD
         outputs.append(out_NTD.transpose(0, 1))
     return torch.cat(outputs)
-
-
-def group_heads(kv_of_query: Sequence[int], num_kv_heads: int, device: torch.device) -> HeadGroups:
-    """kv_of_query: the KV head of each query head, below num_kv_heads."""
-    groups = [[head for head, kv in enumerate(kv_of_query) if kv == group] for group in range(num_kv_heads)]
-    size = max(map(len, groups))
-    if [head for group in groups for head in group] == list(range(num_kv_heads * size)):
-        return HeadGroups(num_kv_heads, None, None)
-    head_of_place = [head for group in groups for head in group + [0] * (size - len(group))]
-    place_of_head = [kv * size + groups[kv].index(head) for head, kv in enumerate(kv_of_query)]
-    return HeadGroups(
-        num_kv_heads, torch.tensor(head_of_place, device=device), torch.tensor(place_of_head, device=device)
-    )
 
 
 def plan_attention(
@@ -151,29 +114,18 @@ def plan_attention(
     device: torch.device,
 ) -> AttentionPlan:
     """page_tables [S, P], query_lengths, context_lengths, window as in `paged_attention_reference`; sequences may come
-    in any order. The plan's tensors are on `device`.
+    in any order. What the plan holds is on `device`; page_tables may not be changed while it is used.
     """
-    decodes, chunks = [], []
-    row = 0
-    for sequence, (num_new, length) in enumerate(zip(query_lengths, context_lengths, strict=True)):
-        first = 0 if window is None else max(0, length - num_new - window + 1)
-        first_page, last_page = first // page_size, (length - 1) // page_size
-        start, stop = first - first_page * page_size, length - first_page * page_size
-        if num_new == 1:
-            decodes.append(_Decode(sequence, row, first_page, last_page, start, stop))
-        else:
-            causal = num_new == length and (window is None or window >= length)
-            chunks.append(
-                Chunk(
-                    rows=slice(row, row + num_new),
-                    pages=page_tables[sequence, first_page : last_page + 1].to(device),
-                    span=slice(start, stop),
-                    mask=None if causal else _additive(_seen_by_chunk(num_new, stop - start, window)).to(device),
-                )
-            )
-        row += num_new
-    blocks = (_decode_block(page_tables, block, page_size, device) for block in _blocks_of(decodes, page_size))
-    return AttentionPlan(tuple(blocks), tuple(chunks))
+    if not native_cpu.applies_on(device):
+        return plan_gathers(
+            page_tables, query_lengths, context_lengths, page_size=page_size, window=window, device=device
+        )
+    if page_tables.stride(1) != 1:
+        page_tables = page_tables.contiguous()
+    steps = native_cpu.LIBRARY.AttentionSteps(
+        page_tables.data_ptr(), page_tables.stride(0), query_lengths, context_lengths, window or 0
+    )
+    return PagePlan(steps, page_tables, query_lengths, context_lengths, page_size, window)
 
 
 def paged_attention(
@@ -184,115 +136,39 @@ def paged_attention(
     heads: HeadGroups,
     *,
     scale: float,
+    logit_softcap: float | None = None,
 ) -> torch.Tensor:
     """`paged_attention_reference` of the sequences of `plan`, to rounding.
 
-    query_TND and the caches share a dtype; the caches may be strided. What a cache holds where no sequence has written,
-    NaN included, does not reach the output. Returns [T, N, D].
+    query_TND and the caches share a dtype; all may be strided. What a cache holds where no sequence has written, NaN
+    included, does not reach the output. Returns [T, N, D].
     """
-    out_TND = query_TND.new_empty(query_TND.shape)
-    for block in plan.decodes:
-        # The G query heads of a KV head are the rows of one small matrix, so that its keys are not copied G times.
-        q_BPD = heads.arrange(query_TND[block.rows])
-        out_BKGD = F.scaled_dot_product_attention(
-            q_BPD.reshape(block.num_sequences, heads.num_kv_heads, -1, q_BPD.shape[-1]),
-            _gather(key_cache, block.pages, block.span, block.num_sequences, block.blank),
-            _gather(value_cache, block.pages, block.span, block.num_sequences, block.blank),
-            attn_mask=None if block.mask is None else block.mask.to(query_TND.dtype),
-            scale=scale,
-        )
-        out_TND[block.rows] = heads.restore(out_BKGD.flatten(1, 2))
-    for chunk in plan.chunks:
-        out_1PTD = F.scaled_dot_product_attention(
-            heads.arrange(query_TND[chunk.rows]).transpose(0, 1).unsqueeze(0),
-            _gather(key_cache, chunk.pages, chunk.span),
-            _gather(value_cache, chunk.pages, chunk.span),
-            attn_mask=None if chunk.mask is None else chunk.mask.to(query_TND.dtype),
-            is_causal=chunk.mask is None,
-            scale=scale,
-            enable_gqa=True,
-        )
-        out_TND[chunk.rows] = heads.restore(out_1PTD.squeeze(0).transpose(0, 1))
-    return out_TND
-
-
-class _Decode(NamedTuple):
-    """A sequence with one new token: its place among the sequences, its row in the step, the first and last page of its
-    table that it attends to, and from where to where in these.
-    """
-
-    sequence: int
-    row: int
-    first_page: int
-    last_page: int
-    start: int
-    stop: int
-
-    @property
-    def num_pages(self) -> int:
-        return self.last_page - self.first_page + 1
-
-
-def _blocks_of(decodes: Sequence[_Decode], page_size: int) -> Iterator[list[_Decode]]:
-    """Cuts `decodes`, longest first, into blocks of at most BLOCK_TOKENS, padding included, which so stays below that
-    however unequal they are. A longer sequence is a block of its own.
-    """
-    block: list[_Decode] = []
-    for decode in sorted(decodes, key=lambda decode: -decode.num_pages):
-        if block and (len(block) + 1) * block[0].num_pages * page_size > BLOCK_TOKENS:
-            yield block
-            block = []
-        block.append(decode)
-    if block:
-        yield block
-
-
-def _decode_block(
-    page_tables: torch.Tensor, decodes: Sequence[_Decode], page_size: int, device: torch.device
-) -> DecodeBlock:
-    sequence, _, first_page, last_page, start, stop = torch.tensor(decodes).unsqueeze(2).unbind(1)
-    num_pages = decodes[0].num_pages
-    # Sequences with fewer pages have their last one again in place of those they lack; the mask leaves them out.
-    columns = (first_page + torch.arange(num_pages)).minimum(last_page)
-    span = slice(min(decode.start for decode in decodes), max(decode.stop for decode in decodes))
-    blank = mask = None
-    if len(decodes) > 1:
-        position = torch.arange(num_pages * page_size)
-        seen = (position >= start) & (position < stop)
-        blank = seen.logical_not().view(-1).nonzero().view(-1).to(device)
-        mask = _additive(seen[:, None, None, span]).to(device)
-    return DecodeBlock(
-        num_sequences=len(decodes),
-        rows=_rows([decode.row for decode in decodes], device),
-        pages=page_tables[sequence, columns].flatten().to(device),
-        span=span,
-        blank=blank,
-        mask=mask,
-    )
-
-
-def _rows(rows: list[int], device: torch.device) -> slice | torch.Tensor:
-    """As a slice where they are consecutive, for a view instead of a copy."""
-    consecutive = slice(rows[0], rows[0] + len(rows))
-    return consecutive if rows == list(range(consecutive.start, consecutive.stop)) else torch.tensor(rows).to(device)
-
-
-def _seen_by_chunk(num_queries: int, num_keys: int, window: int | None) -> torch.Tensor:
-    """[num_queries, num_keys] bool: what each of the last num_queries of num_keys positions sees."""
-    seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril_(num_keys - num_queries)
-    return seen if window is None else seen.triu_(num_keys - num_queries - window + 1)
-
-
-def _additive(seen: torch.Tensor) -> torch.Tensor:
-    """0 where true, -inf elsewhere, float32. From a boolean mask SDPA would make the same in every layer."""
-    return torch.where(seen, 0.0, float("-inf"))
-
-
-def _gather(
-    cache: torch.Tensor, pages: torch.Tensor, span: slice, num_sequences: int = 1, blank: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The positions `span` of each sequence's pages: [pages, page_size, K, D] -> [B, K, L, D], a strided view."""
-    tokens = cache.index_select(0, pages).flatten(0, 1)
-    if blank is not None:
-        tokens.index_fill_(0, blank, 0.0)  # a weight of 0 does not silence NaN
-    return tokens.view(num_sequences, -1, *cache.shape[2:])[:, span].transpose(1, 2)
+    if isinstance(plan, PagePlan):
+        code = native_cpu.code_of(query_TND)
+        page_stride, slot_stride, head_stride, step = key_cache.stride()
+        alike = value_cache.stride() == key_cache.stride()
+        if code is not None and heads.native is not None and alike and step == 1:
+            if query_TND.stride()[1:] != (query_TND.shape[2], 1):
+                query_TND = query_TND.contiguous()
+            num_tokens, num_heads, head_dim = query_TND.shape
+            out_TND = query_TND.new_empty((num_tokens, num_heads, head_dim))
+            plan.steps.attend(
+                heads.native,
+                out_TND.data_ptr(),
+                query_TND.data_ptr(),
+                key_cache.data_ptr(),
+                value_cache.data_ptr(),
+                query_TND.stride(0),
+                num_heads * head_dim,
+                key_cache.shape[1],
+                page_stride,
+                slot_stride,
+                head_stride,
+                head_dim,
+                scale,
+                logit_softcap or 0.0,
+                code,
+            )
+            return out_TND
+        plan = plan.gathers
+    return gathered_attention(query_TND, key_cache, value_cache, plan, heads, scale=scale, logit_softcap=logit_softcap)

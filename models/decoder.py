@@ -17,11 +17,10 @@ from phalanx.kernels import (
     group_heads,
     paged_attention,
     rms_norm,
-    rope,
+    rope_and_write_kv,
     rope_frequencies,
     rope_table,
     silu_mul,
-    write_kv,
 )
 from phalanx.models.batch import Batch, KVCache, Part
 from phalanx.models.config import DecoderConfig, RopeConfig
@@ -51,8 +50,6 @@ class Attention:
         config, stage, weights = share.config, share.stage, share.weights
         shape = config.shape
         queries, keys = stage.query_heads[share.tensor_rank], stage.kv_heads[share.tensor_rank]
-        self.head_dim = shape.head_dim
-        self.sizes = [queries.size, keys.size, keys.size]
         self.scale = shape.head_dim**-0.5
         self.norm_eps = config.norm_eps
         self.qkv = ColumnParallelLinear(weights[f"{name}.qkv"], weights.get(f"{name}.qkv_bias"))
@@ -69,13 +66,16 @@ class Attention:
         self, x_TH: torch.Tensor, table: RopeTable, part: Part, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """What goes into the row-parallel product `o`, [T, N * D]."""
-        heads = self.qkv(x_TH).view(x_TH.shape[0], sum(self.sizes), self.head_dim)
-        q_TND, k_TKD, v_TKD = torch.split(heads, self.sizes, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_TND = rms_norm(q_TND, self.q_norm, self.norm_eps)
-            k_TKD = rms_norm(k_TKD, self.k_norm, self.norm_eps)
-        q_TND, k_TKD = rope(q_TND, *table), rope(k_TKD, *table)
-        write_kv(k_TKD, v_TKD, keys, values, part.slots)
+        q_TND = rope_and_write_kv(
+            self.qkv(x_TH),
+            table,
+            keys,
+            values,
+            part.slots,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self.norm_eps,
+        )
         out_TND = paged_attention(q_TND, keys, values, part.attention, self.heads, scale=self.scale)
         return out_TND.flatten(1)
 

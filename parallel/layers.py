@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import Weight, linear, rms_norm
+from phalanx.kernels import Weight, add_rms_norm, linear
 from phalanx.parallel.split import Interval
 
 
@@ -50,8 +50,7 @@ class RowParallelLinear:
         if self.bias is None:
             y_TH = linear(x_TI, self.weight)
             return self.comm.fused_all_reduce_rms_norm(y_TH, residual_TH, norm_weight, eps)
-        residual_TH = residual_TH + self(x_TI)
-        return rms_norm(residual_TH, norm_weight, eps), residual_TH
+        return add_rms_norm(self(x_TI), residual_TH, norm_weight, eps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import Weight, linear, rms_norm
+from phalanx.kernels import Weight, add_rms_norm, linear
 from phalanx.parallel.stream import reduce_in_chunks
 
 LEAST_TOKENS = 32  # of a part of a step: products of fewer are slower for each token
@@ -85,8 +85,8 @@ def find_scattering(comm: Communicator, norm: torch.Tensor, weight: Weight, most
         shard = residual[: sizes[comm.rank]]
 
         def scattered(x: torch.Tensor = x, shard: torch.Tensor = shard, sizes: list[int] = sizes) -> None:
-            summed = shard + comm.reduce_scatter(x, sizes=sizes)
-            comm.all_gather(rms_norm(summed, norm, 1e-6), sizes=sizes)
+            normed, _ = add_rms_norm(comm.reduce_scatter(x, sizes=sizes), shard, norm, 1e-6)
+            comm.all_gather(normed, sizes=sizes)
 
         def fused(x: torch.Tensor = x, residual: torch.Tensor = residual) -> None:
             comm.fused_all_reduce_rms_norm(x, residual, norm, 1e-6)

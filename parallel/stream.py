@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import Weight, linear, rms_norm
+from phalanx.kernels import Weight, add_rms_norm, linear, rms_norm
 from phalanx.parallel.layers import RowParallelLinear
 
 
@@ -71,9 +71,11 @@ class ChunkedStream(WholeStream):
         if num_chunks == 1:
             super().add(out, x_TI, norm)
             return
-        self._x_TH = self._x_TH + out.biased(reduce_in_chunks(out.comm, x_TI, out.weight, num_chunks))
-        if norm is not None:
-            self._normed_TH = rms_norm(self._x_TH, norm, self._eps)
+        y_TH = out.biased(reduce_in_chunks(out.comm, x_TI, out.weight, num_chunks))
+        if norm is None:
+            self._x_TH = self._x_TH + y_TH
+        else:
+            self._normed_TH, self._x_TH = add_rms_norm(y_TH, self._x_TH, norm, self._eps)
 
 
 class PendingStream:
@@ -89,20 +91,31 @@ class PendingStream:
     def normed(self) -> torch.Tensor:
         if self._norm is None:
             raise RuntimeError("the last block of a stage has none behind it")
-        return rms_norm(self.whole(), self._norm, self._eps)
+        if self._pending is None:
+            return rms_norm(self.whole(), self._norm, self._eps)
+        normed_TH, self._x_TH = add_rms_norm(self._arrived(), self._started(), self._norm, self._eps)
+        return normed_TH
 
     def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
         self._norm = norm
         self._pending = out, out.comm.all_reduce(linear(x_TI, out.weight), async_op=True)
 
     def whole(self) -> torch.Tensor:
+        x_TH = self._started()
+        if self._pending is not None:
+            self._x_TH = x_TH = x_TH + self._arrived()
+        return x_TH
+
+    def _started(self) -> torch.Tensor:
         if isinstance(self._x_TH, Handle):
             self._x_TH = self._x_TH.wait()
-        if self._pending is not None:
-            out, handle = self._pending
-            self._pending = None
-            self._x_TH = self._x_TH + out.biased(handle.wait())
         return self._x_TH
+
+    def _arrived(self) -> torch.Tensor:
+        assert self._pending is not None
+        out, handle = self._pending
+        self._pending = None
+        return out.biased(handle.wait())
 
 
 class ScatteredStream:
@@ -123,9 +136,11 @@ class ScatteredStream:
 
     def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
         mine = self._comm.reduce_scatter(linear(x_TI, out.weight), sizes=self._sizes)
-        self._shard = self._shard + out.biased(mine)
-        if norm is not None:
-            self._normed_TH = self._gather(rms_norm(self._shard, norm, self._eps))
+        if norm is None:
+            self._shard = self._shard + out.biased(mine)
+        else:
+            normed, self._shard = add_rms_norm(out.biased(mine), self._shard, norm, self._eps)
+            self._normed_TH = self._gather(normed)
 
     def whole(self) -> torch.Tensor:
         return self._gather(self._shard)

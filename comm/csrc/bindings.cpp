@@ -115,11 +115,6 @@ void combine(uintptr_t out, const std::vector<uintptr_t>& parts, size_t count, i
   (max ? kernels.max : kernels.sum)[dtype](at(out), inputs.data(), int(inputs.size()), count);
 }
 
-void add_rms_norm(uintptr_t normed, uintptr_t sum, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps,
-                  size_t num_rows, size_t width, int dtype, size_t instructions) {
-  kernels_of(instructions).add_rms_norm[dtype](at(normed), at(sum), at(x), at(residual), at(weight), eps, num_rows, width);
-}
-
 }  // namespace
 
 void bind_comm(nb::module_& module) {
@@ -136,8 +131,6 @@ void bind_comm(nb::module_& module) {
   const nb::call_guard<nb::gil_scoped_release> unlocked;
   module.def("combine", &combine, "out"_a, "parts"_a, "count"_a, "dtype"_a, "maximum"_a,
              "instructions"_a = 0, unlocked);
-  module.def("add_rms_norm", &add_rms_norm, "normed"_a, "total"_a, "x"_a, "residual"_a, "weight"_a, "eps"_a,
-             "num_rows"_a, "width"_a, "dtype"_a, "instructions"_a = 0, unlocked);
   nb::list sets;
   for (const Kernels* each : usable_kernels()) sets.append(each->name);
   module.attr("instruction_sets") = nb::tuple(sets);

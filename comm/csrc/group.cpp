@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "operators.hpp"
+
 namespace phalanx {
 
 Group::Group(uintptr_t address, const Layout& layout, int rank, std::vector<int> pidfds, bool may_spin, int64_t window,
@@ -139,7 +141,7 @@ Outcome Group::reduce_shared(char* x, size_t count, int dtype, Combine combine, 
 Outcome Group::all_reduce_rms_norm(char* x, char* sum, const char* residual, const char* weight, float eps,
                                    size_t num_rows, size_t width, int dtype, double timeout_s) {
   Outcome outcome = all_reduce(x, num_rows * width * item_bytes(dtype), dtype, false, timeout_s);
-  if (outcome) kernels().add_rms_norm[dtype](x, sum, x, residual, weight, eps, num_rows, width);
+  if (outcome) operators().add_rms_norm[dtype](x, sum, x, residual, weight, eps, num_rows, width);
   return outcome;
 }
 

@@ -29,6 +29,7 @@ void bind_kernels(nb::module_& module) {
   const nb::call_guard<nb::gil_scoped_release> unlocked;
   module.def("resize_pool", [](int num_threads) { Pool::instance().resize(num_threads); }, "num_threads"_a, unlocked);
   module.def("pool_size", [] { return Pool::instance().size(); });
+  bind_operators(module);
   module.def("linear", &multiply, "y"_a, "x"_a, "x_stride"_a, "packed"_a, "bias"_a, "num_rows"_a, "num_outputs"_a,
              "num_inputs"_a, "instructions"_a = 0, unlocked);
   module.def(

@@ -4,5 +4,6 @@
 namespace phalanx {
 
 void bind_kernels(nanobind::module_& module);
+void bind_operators(nanobind::module_& module);
 
 }  // namespace phalanx

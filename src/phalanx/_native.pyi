@@ -45,6 +45,21 @@ class Group:
 def combine(
     out: int, parts: Sequence[int], count: int, dtype: int, maximum: bool, instructions: int = 0, /
 ) -> None: ...
+
+# The operators of `kernels`: addresses, shapes, strides in elements, and the dtype as `phalanx.kernels.native_cpu` has
+# it. instructions: which of `instruction_sets`.
+def rms_norm(
+    normed: int,
+    x: int,
+    x_stride: int,
+    weight: int,
+    eps: float,
+    num_rows: int,
+    width: int,
+    dtype: int,
+    instructions: int = 0,
+    /,
+) -> None: ...
 def add_rms_norm(
     normed: int,
     total: int,
@@ -58,6 +73,61 @@ def add_rms_norm(
     instructions: int = 0,
     /,
 ) -> None: ...
+def gated_mul(
+    out: int, gate_up: int, num_rows: int, width: int, gelu: bool, dtype: int, instructions: int = 0, /
+) -> None: ...
+def rope_and_write_kv(
+    heads: int,
+    cos: int,
+    sin: int,
+    query_norm: int,
+    key_norm: int,
+    eps: float,
+    keys: int,
+    values: int,
+    slots: int,
+    page_size: int,
+    page_stride: int,
+    slot_stride: int,
+    head_stride: int,
+    num_rows: int,
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    dtype: int,
+    instructions: int = 0,
+    /,
+) -> None: ...
+def argmax(columns: int, x: int, num_rows: int, width: int, instructions: int = 0, /) -> None: ...
+def top(values: int, columns: int, x: int, num_rows: int, width: int, count: int, instructions: int = 0, /) -> None: ...
+
+class HeadLists:
+    def __init__(self, kv_of_query: Sequence[int], num_kv_heads: int, /) -> None: ...
+
+class AttentionSteps:
+    def __init__(
+        self, tables: int, table_stride: int, num_new: Sequence[int], lengths: Sequence[int], window: int, /
+    ) -> None: ...
+    def attend(
+        self,
+        heads: HeadLists,
+        out: int,
+        query: int,
+        keys: int,
+        values: int,
+        query_stride: int,
+        out_stride: int,
+        page_size: int,
+        page_stride: int,
+        slot_stride: int,
+        head_stride: int,
+        head_dim: int,
+        scale: float,
+        softcap: float,
+        dtype: int,
+        instructions: int = 0,
+        /,
+    ) -> None: ...
 
 # Threads that the operators share, the caller included; 1 at first. Waits for the operator under way.
 def resize_pool(num_threads: int) -> None: ...

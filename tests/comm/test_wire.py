@@ -113,7 +113,7 @@ def test_a_stranger_is_sent_away() -> None:
     class Telling(HashStore):
         """Connects to whoever is told here, and says nonsense, before the one who may."""
 
-        def set(self, key: str, value: str) -> None:  # type: ignore[override]
+        def set(self, key: str, value: str) -> None:
             host, port, _ = value.split()
             if key == "wire/0":
                 with socket.create_connection((host, int(port))) as stranger:

@@ -1,0 +1,58 @@
+// Paged attention of a step, cut into parts for the pool.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "operators.hpp"
+
+namespace phalanx {
+
+constexpr int64_t kKeyBlock = 64;  // keys whose scores are computed together
+constexpr int64_t kSplit = 256;    // keys that are computed apart from others; a multiple of kKeyBlock
+
+// The first position that a token at `position` sees. Static: it is compiled for several instruction sets.
+static inline int64_t first_seen(int64_t position, int64_t window) {
+  return window > 0 && position >= window ? position - window + 1 : 0;
+}
+
+// The query heads of each KV head.
+class HeadLists {
+ public:
+  // kv_of_query: the KV head of each query head, below num_kv_heads.
+  HeadLists(const std::vector<int>& kv_of_query, int num_kv_heads);
+
+  int num_kv_heads() const { return int(starts_.size()) - 1; }
+  int largest_group() const { return largest_; }
+  const int32_t* heads(int kv_head) const { return heads_.data() + starts_[size_t(kv_head)]; }
+  // Query heads of the KV heads before this one; for their number, of all.
+  int start(int kv_head) const { return starts_[size_t(kv_head)]; }
+  int group(int kv_head) const { return starts_[size_t(kv_head) + 1] - starts_[size_t(kv_head)]; }
+
+ private:
+  std::vector<int32_t> heads_;
+  std::vector<int> starts_;
+  int largest_ = 0;
+};
+
+// Who attends to what in a step; the same in every layer. Page tables are read where they are, so that they must stay.
+class AttentionSteps {
+ public:
+  // tables: rows of page numbers, table_stride apart. num_new, lengths: of each sequence, in the order of their rows.
+  AttentionSteps(const int64_t* tables, int64_t table_stride, const std::vector<int64_t>& num_new,
+                 const std::vector<int64_t>& lengths, int64_t window);
+
+  // dtype: of queries, caches and output. attention: all but its window.
+  void attend(Attention attention, const HeadLists& heads, int dtype, const Operators& operators) const;
+
+ private:
+  struct Sequence {
+    const int64_t* pages;
+    int64_t row, num_new, length;
+  };
+  std::vector<Sequence> sequences_;  // the longest work of one part first
+  int64_t window_;
+
+  std::vector<AttentionPart> parts(int64_t tokens_of_part) const;
+};
+
+}  // namespace phalanx

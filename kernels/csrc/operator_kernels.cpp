@@ -1,0 +1,27 @@
+// Compiled once for each instruction set, PHALANX_SET; see `vectors.hpp`.
+#include "attend.hpp"
+#include "columns.hpp"
+#include "operators.hpp"
+#include "rows.hpp"
+
+namespace phalanx {
+
+#define PHALANX_JOINED(a, b) a##b
+#define PHALANX_TABLE(set) PHALANX_JOINED(operators_, set)
+#define PHALANX_FLOATS(function) {function<BF16>, function<F16>, function<float>}
+
+const Operators PHALANX_TABLE(PHALANX_SET) = {
+    PHALANX_FLOATS(rms_norm),
+    PHALANX_FLOATS(add_rms_norm),
+    {gated<BF16, silu_times>, gated<F16, silu_times>, gated<float, silu_times>},
+    {gated<BF16, gelu_times>, gated<F16, gelu_times>, gated<float, gelu_times>},
+    PHALANX_FLOATS(rope_and_write_kv),
+    PHALANX_FLOATS(attend),
+    PHALANX_FLOATS(join_splits),
+    PHALANX_FLOATS(attention_scratch),
+    partial_floats,
+    argmax,
+    above,
+};
+
+}  // namespace phalanx

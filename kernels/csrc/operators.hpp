@@ -1,0 +1,98 @@
+// The functions that an operator is made of, compiled once for each instruction set. Addresses of numbers are of the
+// dtype that a table is asked for: kBF16, kF16 or kF32.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "dtype.hpp"
+
+namespace phalanx {
+
+constexpr int kNumFloats = 3;
+
+// Of each row: normed = x / sqrt(mean(x^2) + eps) * weight, in float, rounded once. Rows of x lie x_stride apart.
+using RmsNorm = void (*)(void* normed, const void* x, size_t x_stride, const void* weight, float eps, size_t num_rows,
+                         size_t width);
+
+// Of each row: sum = round(x + residual), written to `sum`, and its norm as above. `normed` may be `x`.
+using AddRmsNorm = void (*)(void* normed, void* sum, const void* x, const void* residual, const void* weight,
+                            float eps, size_t num_rows, size_t width);
+
+// Of each row [gate, up] of 2 * width: activation(gate) * up, in float, rounded once.
+using Gated = void (*)(void* out, const void* gate_up, size_t num_rows, size_t width);
+
+// Queries and keys of each row [queries, keys, values] of `heads`, each of head_dim, are normalised (where norms are
+// given) and turned by the row's cosines and sines, in place; keys and values are then copied to the caches.
+struct RopeWrite {
+  void* heads;
+  const void *cos, *sin;  // [rows, head_dim]
+  const void *query_norm, *key_norm;  // or null
+  float eps;
+  void *keys, *values;   // caches
+  const int64_t* slots;  // one a row
+  int64_t page_size, page_stride, slot_stride, head_stride;  // of the caches, in elements but the first
+  size_t num_queries, num_keys, head_dim;
+};
+using RopeWriteRows = void (*)(const RopeWrite& work, size_t first_row, size_t last_row);
+
+// What all parts of one attention have in common. Strides in elements.
+struct Attention {
+  const void *query, *keys, *values;
+  void* out;  // [T, heads, head_dim]
+  int64_t query_stride, out_stride;
+  int64_t page_size, page_stride, slot_stride, head_stride;  // of the caches
+  int64_t window;                                            // positions seen, or 0 for all
+  int head_dim;
+  float scale, softcap;  // softcap: 0 for none
+};
+
+// Some new tokens of one sequence, with the query heads of one KV head, over some splits of the keys.
+struct AttentionPart {
+  const int64_t* pages;
+  int64_t row, position;  // of the first token: in the step, in its sequence
+  int num_tokens;
+  const int32_t* heads;
+  int group, kv_head;
+  int64_t first_split, last_split;  // [first, last)
+  // Where one split's state goes, and how far from it the next one's; null where the part is whole and writes its output.
+  float* partial;
+  size_t partial_stride;
+};
+
+// Floats that `attend` needs at `scratch`, and those of a partial state.
+using AttentionFloats = size_t (*)(int head_dim, int num_rows);
+using Attend = void (*)(const Attention& attention, const AttentionPart& part, float* scratch);
+// Joins the states of the part's splits, from part.partial on, and writes the output.
+using JoinSplits = void (*)(const Attention& attention, const AttentionPart& part);
+
+// The column of a row's largest number, the first of equals; not-a-number is the largest.
+using ArgMax = size_t (*)(const float* row, size_t count);
+// Writes the columns, from `first` on, whose rank (see `select.hpp`) is above `floor`; how many. Room for `count`.
+using Above = size_t (*)(const float* row, size_t first, size_t count, int32_t floor, uint32_t* columns);
+
+struct Operators {
+  RmsNorm rms_norm[kNumFloats];
+  AddRmsNorm add_rms_norm[kNumFloats];
+  Gated silu_mul[kNumFloats];
+  Gated gelu_mul[kNumFloats];
+  RopeWriteRows rope_and_write_kv[kNumFloats];
+  Attend attend[kNumFloats];
+  JoinSplits join_splits[kNumFloats];
+  AttentionFloats attention_scratch[kNumFloats];
+  AttentionFloats attention_partial;
+  ArgMax argmax;
+  Above above;
+};
+
+extern const Operators operators_plain, operators_avx2, operators_avx512, operators_avx512_bf16;
+
+// Those of these that this processor can run, the best first.
+const std::vector<const Operators*>& usable_operators();
+
+inline const Operators& operators() {
+  static const Operators& best = *usable_operators().front();
+  return best;
+}
+
+}  // namespace phalanx

@@ -1,0 +1,95 @@
+#include "select.hpp"
+
+#include <algorithm>
+#include <vector>
+
+#include "pool.hpp"
+
+namespace phalanx {
+namespace {
+
+// Numbers searched in about the time that it takes to wake the threads.
+constexpr size_t kSmall = 32768;
+// Of a row, searched one after another by one thread.
+constexpr size_t kPiece = 8192;
+
+// Ordered from best to last: by falling rank, then by rising column.
+uint64_t place_of(float number, uint32_t column) {
+  const uint32_t falling = ~(uint32_t(rank_of(number)) ^ 0x80000000u);
+  return uint64_t(falling) << 32 | column;
+}
+int32_t rank_at(uint64_t place) { return int32_t(~uint32_t(place >> 32) ^ 0x80000000u); }
+uint32_t column_at(uint64_t place) { return uint32_t(place); }
+
+template <class F>
+void over(size_t count, bool small, F&& body) {
+  if (small || count == 1) {
+    for (size_t i = 0; i < count; i++) body(int(i));
+  } else {
+    parallel_for(int(count), [&](int index) { body(index); });
+  }
+}
+
+void top_of(float* values, int64_t* columns, const float* row, size_t width, size_t count, const Operators& operators) {
+  // Twice as many as are wanted, and then some, so that sorting out is rare.
+  const size_t room = 2 * count + 256;
+  thread_local std::vector<uint64_t> places;
+  thread_local std::vector<uint32_t> found;
+  places.clear();
+  found.resize(kPiece);
+  // Columns come in rising order: a later one equal to the last that belongs does not.
+  int32_t floor = INT32_MIN;
+  auto sort_out = [&] {
+    if (places.size() <= count) return;
+    std::nth_element(places.begin(), places.begin() + ptrdiff_t(count) - 1, places.end());
+    places.resize(count);
+    floor = rank_at(places.back());
+  };
+  for (size_t start = 0; start < width;) {
+    // Until there are enough, pieces are small, for all of them are found.
+    const size_t piece = floor == INT32_MIN ? std::min(room, kPiece) : kPiece;
+    const size_t stop = std::min(width, start + piece);
+    const size_t num_found = operators.above(row, start, stop, floor, found.data());
+    for (size_t i = 0; i < num_found; i++) places.push_back(place_of(row[found[i]], found[i]));
+    if (places.size() >= room || floor == INT32_MIN) sort_out();
+    start = stop;
+  }
+  sort_out();
+  std::sort(places.begin(), places.end());
+  for (size_t i = 0; i < count; i++) {
+    columns[i] = column_at(places[i]);
+    values[i] = row[column_at(places[i])];
+  }
+}
+
+}  // namespace
+
+void argmax_rows(int64_t* columns, const float* x, size_t num_rows, size_t width, const Operators& operators) {
+  const bool small = num_rows * width <= kSmall;
+  const size_t num_pieces = small ? 1 : (width + kPiece - 1) / kPiece;
+  thread_local std::vector<uint32_t> kept;
+  std::vector<uint32_t>& best = kept;  // of the caller, whichever thread writes to it
+  best.resize(num_rows * num_pieces);
+  over(num_rows * num_pieces, small, [&](int index) {
+    const size_t row = size_t(index) / num_pieces, start = size_t(index) % num_pieces * kPiece;
+    const size_t count = num_pieces == 1 ? width : std::min(kPiece, width - start);
+    best[size_t(index)] = uint32_t(start + operators.argmax(x + row * width + start, count));
+  });
+  for (size_t row = 0; row < num_rows; row++) {
+    const float* numbers = x + row * width;
+    const uint32_t* pieces = best.data() + row * num_pieces;
+    columns[row] = *std::min_element(pieces, pieces + num_pieces, [&](uint32_t a, uint32_t b) {
+      return place_of(numbers[a], a) < place_of(numbers[b], b);
+    });
+  }
+}
+
+void top_rows(float* values, int64_t* columns, const float* x, size_t num_rows, size_t width, size_t count,
+              const Operators& operators) {
+  over(num_rows, num_rows * width <= kSmall, [&](int row) {
+    const size_t at = size_t(row);
+    top_of(values + at * count, columns + at * count, x + at * width, width, count, operators);
+  });
+}
+
+}  // namespace phalanx

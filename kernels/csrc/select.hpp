@@ -1,0 +1,28 @@
+// The largest numbers of rows.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "operators.hpp"
+
+namespace phalanx {
+
+// Orders as the numbers do; both zeros are equal, and not-a-number is above all. Static: it is compiled for several
+// instruction sets.
+static inline int32_t rank_of(float number) {
+  if (number != number) return INT32_MAX;
+  number += 0.0f;
+  int32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  return bits ^ int32_t(uint32_t(bits >> 31) >> 1);
+}
+
+// columns [num_rows]: of each row's largest number, the first of equals.
+void argmax_rows(int64_t* columns, const float* x, size_t num_rows, size_t width, const Operators& operators);
+
+// values, columns [num_rows, count]: the `count` largest of each row, largest first, equal ones in order of their columns.
+void top_rows(float* values, int64_t* columns, const float* x, size_t num_rows, size_t width, size_t count,
+              const Operators& operators);
+
+}  // namespace phalanx

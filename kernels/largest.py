@@ -1,0 +1,63 @@
+"""`argmax`, `top`: the largest numbers of rows, as a shard of the vocabulary is searched."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from phalanx.kernels import native_cpu
+
+
+def argmax(values_BV: torch.Tensor) -> torch.Tensor:
+    """The column of each row's largest number, [B] int64; the first of equals."""
+    if not _applies(values_BV):
+        return values_BV.argmax(1)
+    columns_B = torch.empty(values_BV.shape[0], dtype=torch.int64)
+    native_cpu.LIBRARY.argmax(columns_B.data_ptr(), values_BV.data_ptr(), *values_BV.shape)
+    return columns_B
+
+
+def top(values_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and columns of the best `count` of each row, best first, equal ones in order of their columns. Without
+    not-a-numbers. Where a row has fewer above minus infinity, the rest of its columns are any that are not.
+    """
+    if not _applies(values_BV):
+        return _top(values_BV, count)
+    num_rows, width = values_BV.shape
+    values_BK = values_BV.new_empty((num_rows, count))
+    column_BK = torch.empty((num_rows, count), dtype=torch.int64)
+    native_cpu.LIBRARY.top(values_BK.data_ptr(), column_BK.data_ptr(), values_BV.data_ptr(), num_rows, width, count)
+    return values_BK, column_BK
+
+
+def _applies(values_BV: torch.Tensor) -> bool:
+    """Columns are counted in 32 bits."""
+    is_float = values_BV.dtype == torch.float32 and native_cpu.code_of(values_BV) is not None
+    return is_float and values_BV.is_contiguous() and 0 < values_BV.shape[1] < 2**31
+
+
+def _top(values_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and columns of the best `count` of each row, best first, equal ones in order of their columns.
+
+    `topk` leaves the choice among equals open, and bfloat16 logits are often equal. Rows where that choice matters are
+    taken again: all columns at least as large as the least that belongs, in order.
+    """
+    values_BK, column_BK = values_BV.topk(count, dim=1)
+    least_B1 = values_BK[:, -1:]
+    open_B = (values_BV == least_B1).sum(1) > (values_BK == least_B1).sum(1)
+    again_R = (open_B & (least_B1.squeeze(1) > -math.inf)).nonzero().squeeze(1)
+    column_BK = column_BK.sort(1).values
+    if again_R.numel():
+        column_BK[again_R] = _first_top(values_BV[again_R], least_B1[again_R], count)
+    values_BK, order_BK = values_BV.gather(1, column_BK).sort(dim=1, descending=True, stable=True)
+    return values_BK, column_BK.gather(1, order_BK)
+
+
+def _first_top(values_BV: torch.Tensor, least_B1: torch.Tensor, count: int) -> torch.Tensor:
+    """Columns, in order, of the entries above `least` and of the first of those equal to it: `count` in all."""
+    above_BV = values_BV > least_B1
+    equal_BV = values_BV == least_B1
+    room_B1 = count - above_BV.sum(1, keepdim=True)
+    belongs_BV = above_BV | (equal_BV & (equal_BV.cumsum(1) <= room_B1))
+    return belongs_BV.nonzero()[:, 1].view(-1, count)
