@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +33,9 @@ from phalanx.comm.communicator import Communicator
 from phalanx.comm.group import GroupSpec
 from phalanx.engine.messages import Chunk, NewSequence, Sampling, StepPlan
 from phalanx.engine.tables import SlotTables
+from phalanx.kernels import choose_packing
+from phalanx.kernels.native import resize_pool
+from phalanx.kernels.packed import PackedWeight
 from phalanx.launcher.bench.report import processor
 from phalanx.models.batch import KVCache
 from phalanx.models.config import DecoderConfig, RopeConfig
@@ -46,14 +48,14 @@ from phalanx.parallel.shape import ModelShape
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.host_ranks import PORT, add_rank_arguments, run_ranks  # noqa: E402
 from benchmarks.multinode_share import SilentCommunicator  # noqa: E402
-from tests.multinode.netlab import Net, find_obstacle  # noqa: E402
+from tests.multinode.netlab import find_obstacle  # noqa: E402
 
 HOSTS = ("alpha", "beta")
-PORT = 29555
 SHAPES = {
     "135M": ModelShape(576, 10, 9, 3, 64, 1536, 1024),
-    "1B": ModelShape(2048, 2, 32, 8, 64, 8192, 1024),
+    "1B": ModelShape(2048, 4, 32, 8, 64, 8192, 1024),
 }
 """Of known models, with fewer layers and a small vocabulary: neither changes what a layer hides."""
 WAYS = ("none", "chunks", "parts", "sequence", "auto")
@@ -70,10 +72,11 @@ class Share:
         self._rank = rank
         self._stage = layout.stages[0]
         generator = torch.Generator().manual_seed(rank)
-        self._weights = {
-            param.name: torch.randn(param.shape, generator=generator).div_(param.shape[-1] ** 0.5).bfloat16()
-            for param in rank_params(self._config, layout, list(layout.places())[rank])
-        }
+        packed = choose_packing(torch.bfloat16, CPU).usable
+        self._weights = {}
+        for param in rank_params(self._config, layout, list(layout.places())[rank]):
+            weight = torch.randn(param.shape, generator=generator).div_(param.shape[-1] ** 0.5).bfloat16()
+            self._weights[param.name] = PackedWeight.pack(weight) if packed and param.multiplied else weight
         num_pages = -(-most_tokens // PAGE_SIZE)
         heads = self._stage.kv_heads[rank].size
         self._cache = KVCache(shape.num_layers, num_pages, PAGE_SIZE, heads, shape.head_dim, torch.bfloat16, CPU)
@@ -107,6 +110,7 @@ def rank_main(
     rank: int, address: str, shape: ModelShape, backend: str, tokens: list[int], rounds: int
 ) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
+    resize_pool(1)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [cores[rank % len(cores)]])
     share = Share(shape, rank, max(tokens))
@@ -150,22 +154,10 @@ def rank_main(
     return found
 
 
-def measure(rate_mbit: float, shape: str, backend: str, tokens: list[int], rounds: int) -> list[dict[str, Any]]:
+def measure(shape: str, rate_mbit: float, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """On two hosts at this rate; what the first rank saw."""
-    with Net(HOSTS, rate_mbit) as net:
-        address = net.hosts[HOSTS[0]].address
-        arguments = ["--address", address, "--shapes", shape, "--backend", backend, "--rounds", str(rounds)]
-        arguments += ["--tokens", *map(str, tokens)]
-        ranks = [
-            net.popen(
-                host, [sys.executable, __file__, "--rank", str(rank), *arguments], stdout=subprocess.PIPE, text=True
-            )
-            for rank, host in enumerate(HOSTS)
-        ]
-        answers = [process.communicate()[0] for process in ranks]
-    if any(process.returncode for process in ranks):
-        sys.exit("a rank failed; its error is above")
-    found: list[dict[str, Any]] = json.loads(answers[0])
+    given = ["--shapes", shape, "--backend", arguments.backend, "--rounds", arguments.rounds]
+    found: list[dict[str, Any]] = run_ranks(__file__, HOSTS, rate_mbit, [*given, "--tokens", *arguments.tokens])[0]
     return found
 
 
@@ -177,8 +169,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="communicator between the hosts")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
+    add_rank_arguments(parser)
     arguments = parser.parse_args()
     if arguments.rank is not None:
         shape = SHAPES[arguments.shapes[0]]
@@ -194,7 +185,7 @@ def main() -> None:
     runs = []
     for shape in arguments.shapes:
         for rate in arguments.rates:
-            found = measure(rate, shape, arguments.backend, arguments.tokens, arguments.rounds)
+            found = measure(shape, rate, arguments)
             runs.append({"shape": shape, "rate_mbit": rate, "prefills": found})
             for each in found:
                 figures = [f"{each['medians_ms'][name]:.0f}" for name in ("computing", "sums", *WAYS)]

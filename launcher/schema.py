@@ -189,7 +189,7 @@ class CommSection(Section):
     overlap: Literal["auto", "none", "chunks", "parts", "sequence"] = Field(
         default="auto",
         description="Transfers behind compute. none: never. auto: between stages always, inside a stage the way that "
-        "pays most by rates measured at the start. By name, in all steps of 64 tokens and more: chunks: a product is "
+        "pays most by rates measured at the start. By name, in all steps of 128 tokens and more: chunks: a product is "
         "cut, and summed behind the rest of it; parts: two parts of the tokens pass a block behind each other's sums; "
         "sequence: between reduce-scatter and all-gather each rank has its own part of the tokens.",
     )

@@ -139,8 +139,8 @@ class Decoder:
         self.frequencies = _rope_frequencies(config.shape.head_dim, config.rope).to(attention.device)
 
     def num_parts(self, num_tokens: int) -> int:
-        """Of the batch of a step of so many tokens."""
-        return self._overlap.way(num_tokens).num_parts
+        """Of the batch of a step of so many tokens; the same on all ranks of the stage."""
+        return self._overlap.num_parts(num_tokens)
 
     def __call__(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Hidden states [T, H] after this stage's layers; x is token ids [T] on the first stage, hidden states

@@ -13,7 +13,7 @@ from phalanx.comm.communicator import Communicator
 from phalanx.kernels import Weight, add_rms_norm, linear
 from phalanx.parallel.stream import reduce_in_chunks
 
-LEAST_TOKENS = 32  # of a part of a step: products of fewer are slower for each token
+LEAST_TOKENS = 64  # of a part of a step: products of fewer are slower for each token
 REPEATS, SHORT_REPEATS = 3, 20  # the least of which counts; of what takes no time to speak of, the more
 TRIAL_S = 0.05  # that one trial may take
 TRIAL_CHUNKS = 8
@@ -58,18 +58,22 @@ def measure_rates(comm: Communicator, weight: Weight, most_tokens: int) -> Rates
     row_s = _least_s(lambda: linear(x[:1], weight))
     small = _zeros_like_output(weight, 1)
     comm.all_reduce(small)  # connections and buffers are made at the first use
-    latency_s = _least_s(lambda: comm.all_reduce(small), SHORT_REPEATS)
+    latency_s = _least_s(lambda: comm.all_reduce(small, async_op=True).wait(), SHORT_REPEATS)
     num_tokens = _tokens_of_a_trial(comm, weight, most_tokens)
     large = _zeros_like_output(weight, num_tokens)
     transfer_s = _least_s(lambda: comm.all_reduce(large))
-    product_s, row_s, latency_s, transfer_s = _slowest(comm, product_s, row_s, latency_s, transfer_s)
-    rates = Rates(
-        2 * most_tokens * math.prod(weight.shape) / product_s,
+    elements = math.prod(weight.shape)
+    # Ranks may hold unlike parts of the weight, so that what they agree on is not the times.
+    per_flop_s, latency_s, per_byte_s, per_weight_s = _slowest(
+        comm,
+        product_s / (2 * most_tokens * elements),
         latency_s,
-        large.nbytes / max(transfer_s - latency_s, 1e-9),
-        weights_per_s=math.prod(weight.shape) / row_s,
+        max(transfer_s - latency_s, 1e-9) / large.nbytes,
+        row_s / elements,
     )
-    return rates._replace(contention=_measure_contention(comm, x[:num_tokens], weight, rates))
+    rates = Rates(1 / per_flop_s, latency_s, 1 / per_byte_s, weights_per_s=1 / per_weight_s)
+    (contention,) = _slowest(comm, _measure_contention(comm, x[:num_tokens], weight, rates))
+    return rates._replace(contention=contention)
 
 
 def find_scattering(comm: Communicator, norm: torch.Tensor, weight: Weight, most_tokens: int) -> int | None:
@@ -118,8 +122,7 @@ def _measure_contention(comm: Communicator, x: torch.Tensor, weight: Weight, rat
     transfer_s = rates.transfer_s(len(x), weight.shape[0], weight.itemsize)
     if num_chunks < 2:
         return 0.0
-    took = _least_s(lambda: reduce_in_chunks(comm, x, weight, num_chunks))
-    (took_s,) = _slowest(comm, took)
+    took_s = _least_s(lambda: reduce_in_chunks(comm, x, weight, num_chunks))
     ideal_s = rates.chunked_s(compute_s, transfer_s, num_chunks)
     return min(1.0, max(0.0, took_s - ideal_s) / min(compute_s, transfer_s))
 

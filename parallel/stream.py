@@ -8,7 +8,6 @@ Shapes: T tokens, H hidden size, I input columns of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
@@ -59,19 +58,12 @@ class WholeStream:
 class ChunkedStream(WholeStream):
     """The product of a block is cut into chunks of tokens, whose sums travel while the next ones are computed."""
 
-    def __init__(
-        self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float, num_chunks: Callable[[RowParallelLinear], int]
-    ) -> None:
-        """num_chunks: into how many the product of a layer is cut."""
+    def __init__(self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float, num_chunks: int) -> None:
         super().__init__(x_TH, norm, eps)
         self._num_chunks = num_chunks
 
     def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
-        num_chunks = self._num_chunks(out)
-        if num_chunks == 1:
-            super().add(out, x_TI, norm)
-            return
-        y_TH = out.biased(reduce_in_chunks(out.comm, x_TI, out.weight, num_chunks))
+        y_TH = out.biased(reduce_in_chunks(out.comm, x_TI, out.weight, self._num_chunks))
         if norm is None:
             self._x_TH = self._x_TH + y_TH
         else:

@@ -43,12 +43,12 @@ def random_tokens(length: int) -> list[int]:
     return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
-SEQUENCES = tuple(random_tokens(length) for length in (23, 1, 70, 9))
+SEQUENCES = tuple(random_tokens(length) for length in (23, 1, 98, 9))
 
 # How many tokens of each sequence a step takes, step by step: the prompts whole, in one step; and cut into chunks, each
 # sequence in its own rhythm, so that one step holds first chunks, later ones and single tokens.
 WHOLE = (tuple(len(sequence) for sequence in SEQUENCES),)
-CHUNKED = ((5, 0, 40, 1), (17, 1, 1, 0), (1, 0, 13, 7), (0, 0, 15, 1), (0, 0, 1, 0))
+CHUNKED = ((5, 0, 40, 1), (17, 1, 1, 0), (1, 0, 13, 7), (0, 0, 43, 1), (0, 0, 1, 0))
 
 
 class Model(NamedTuple):
@@ -245,6 +245,7 @@ def test_prompts_in_one_step_have_the_logits_of_prompts_in_chunks(models: Models
 def test_hiding_transfers_leaves_the_logits_those_of_transformers(
     models: Models, name: str, layout: str, overlap: str
 ) -> None:
+    assert Overlap(overlap).way(sum(map(len, SEQUENCES))).name == overlap
     model = models(name)
     found = phalanx_logits(model.source, LAYOUTS[layout], WHOLE, overlap=overlap)
     error = errors(found, model.reference(torch.float32))

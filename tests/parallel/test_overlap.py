@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tests.rank_threads import Join, run_ranks
 
 from phalanx.parallel.overlap import (
-    PARTS,
+    PIECES,
     WORTH,
     Overlap,
     StageWork,
-    choose_cut,
+    Way,
     choose_way,
     chunks_s,
     parts_s,
@@ -37,7 +37,6 @@ WORK = StageWork(
     itemsize=2,
 )
 
-counts = st.integers(1, 8192)
 work = st.builds(
     StageWork,
     num_layers=st.integers(1, 6),
@@ -64,7 +63,7 @@ def test_parts_hide_sums_behind_whole_blocks_and_chunks_behind_one_product() -> 
     assert compute_s == pytest.approx(transfer_s, rel=1e-3)
     # What cannot be hidden is the last of 32 sums.
     assert parts_s(1024, WORK, rates, 2) == pytest.approx(compute_s + transfer_s / 32, rel=1e-3)
-    assert chunks_s(1024, WORK, rates) == pytest.approx(serial_s - compute_s / 3 * (1 - 1 / 8), rel=1e-3)
+    assert chunks_s(1024, WORK, rates, 8) == pytest.approx(serial_s - compute_s / 3 * (1 - 1 / 8), rel=1e-3)
     chosen = choose_way(1024, WORK, rates, None)
     assert chosen.name == "parts"
     assert " take " in chosen.reason
@@ -78,7 +77,7 @@ def test_of_unlike_blocks_more_parts_hide_more() -> None:
     halves_s, eighths_s = (parts_s(1024, uneven, rates, parts) for parts in (2, 8))
     assert halves_s > 1.2 * max(compute_s, transfer_s)
     assert eighths_s < 1.1 * max(compute_s, transfer_s)
-    assert choose_way(1024, uneven, rates, None).num_parts == 8
+    assert choose_way(1024, uneven, rates, None).num_pieces == 8
 
 
 @pytest.mark.parametrize(
@@ -103,23 +102,17 @@ def test_what_is_chosen_is_predicted_to_gain_and_nothing_beats_the_longer_of_the
 ) -> None:
     chosen = choose_way(num_tokens, work, rates, None)
     compute_s, _, serial_s = serial_times(num_tokens, work, rates)
-    predicted = {1: chunks_s(num_tokens, work, rates)} | {
-        parts: parts_s(num_tokens, work, rates, parts) for parts in PARTS if num_tokens // parts >= LEAST_TOKENS
+    predicted = {
+        (name, pieces): took_s(num_tokens, work, rates, pieces)
+        for name, took_s in (("chunks", chunks_s), ("parts", parts_s))
+        for pieces in PIECES
+        if num_tokens // pieces >= LEAST_TOKENS
     }
     slack = 1 + 1e-9
     assert min(predicted.values()) * slack >= max(compute_s, work.num_layers * rates.compute_s(num_tokens, work.ffn))
     if chosen.name != "none":
-        assert predicted[chosen.num_parts] <= WORTH * serial_s * slack
-        assert predicted[chosen.num_parts] == min(predicted.values())
-
-
-@given(counts, counts, counts, rates)
-def test_chunks_are_of_some_size_and_few(num_tokens: int, num_outputs: int, num_inputs: int, rates: Rates) -> None:
-    chosen = choose_cut(num_tokens, num_outputs, num_inputs, 2, rates)
-    assert chosen.num_chunks == 1 or num_tokens // chosen.num_chunks >= LEAST_TOKENS
-    assert chosen.num_chunks in (1, 2, 4, 8)
-    whole_s = rates.compute_s(num_tokens, num_outputs * num_inputs) + rates.transfer_s(num_tokens, num_outputs, 2)
-    assert chosen.took_s <= (whole_s + rates.latency_s) * (1 + 1e-9)
+        assert predicted[chosen.name, chosen.num_pieces] <= WORTH * serial_s * slack
+        assert predicted[chosen.name, chosen.num_pieces] == min(predicted.values())
 
 
 def test_norms_of_ones_own_tokens_are_taken_where_they_were_faster_and_nothing_hides_more() -> None:
@@ -157,26 +150,28 @@ def test_a_product_in_chunks_is_the_product() -> None:
         assert torch.equal(found, x @ weight.T)
 
 
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
-def test_all_ranks_measure_the_same(backend: str) -> None:
-    def rank(number: int, join: Join) -> list[str]:
+@pytest.mark.parametrize("backend", ["shm", "gloo", "hierarchical"])
+def test_ranks_of_unlike_shares_decide_alike(backend: str) -> None:
+    """Or one would be in a call that the other never makes."""
+
+    def rank(number: int, join: Join) -> list[Way]:
         comm = join("stage", number, 2)
         assert comm.backend == backend
         overlap = Overlap()
-        told = overlap.measure(comm, WORK, torch.zeros(16, 12), torch.ones(16), 512)
-        return [told, *(overlap.way(num_tokens).reason for num_tokens in (64, 100, 512))]
+        own = WORK._replace(attention=1_000_000 * (1 + 4 * number), ffn_inputs=500 * (1 + number))
+        overlap.measure(comm, own, torch.zeros(16, 12 * (1 + 3 * number)), torch.ones(16), 512)
+        return [overlap.way(num_tokens) for num_tokens in range(1, 513)]
 
     one, other = run_ranks(2, rank, backend=backend)
     assert one == other
-    assert one[0].split()[1:4] == ["at", "512", "tokens:"]
-    assert ("same cores" in one[0]) == (backend == "shm")
+    assert any("same cores" in way.reason for way in one) == (backend == "shm")
 
 
 def test_steps_without_anything_to_hide_are_told_so() -> None:
     def rank(number: int, join: Join) -> str:
-        return Overlap().measure(join("stage", number, 2), WORK, torch.zeros(16, 12), torch.ones(16), 63)
+        return Overlap().measure(join("stage", number, 2), WORK, torch.zeros(16, 12), torch.ones(16), 127)
 
-    assert run_ranks(2, rank) == ["none at 63 tokens: steps of fewer than 64 tokens have nothing to hide behind"] * 2
+    assert run_ranks(2, rank) == ["none at 127 tokens: steps of fewer than 128 tokens have nothing to hide behind"] * 2
 
 
 def test_rates_follow_the_roofline() -> None:
