@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phalanx.kernels import choose_packing, linear, make_packed
-from phalanx.kernels.native import find_native, resize_pool
+from phalanx.native import find_native, resize_pool
 
 SHAPES = "576x1536,576x960,4096x4096,2048x8192,49152x576"
 ROWS = "1,2,4,8,16,32,64,256,1024"

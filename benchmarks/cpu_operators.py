@@ -39,9 +39,9 @@ from phalanx.kernels import (
     silu_mul,
     top,
 )
-from phalanx.kernels.native import find_native, resize_pool
 from phalanx.launcher.bench.report import processor
 from phalanx.launcher.machine import this_machine
+from phalanx.native import find_native, resize_pool
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 16

@@ -34,13 +34,13 @@ from phalanx.comm.group import GroupSpec
 from phalanx.engine.messages import Chunk, NewSequence, Sampling, StepPlan
 from phalanx.engine.tables import SlotTables
 from phalanx.kernels import choose_packing
-from phalanx.kernels.native import resize_pool
 from phalanx.kernels.packed import PackedWeight
 from phalanx.launcher.bench.report import processor
 from phalanx.models.batch import KVCache
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.decoder import Decoder
 from phalanx.models.weights import rank_params
+from phalanx.native import resize_pool
 from phalanx.parallel.layout import StageRequest, build_layout
 from phalanx.parallel.overlap import Overlap
 from phalanx.parallel.shape import ModelShape

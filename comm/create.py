@@ -13,7 +13,7 @@ from phalanx.comm.ledger import Ledger
 from phalanx.comm.machine import exchange_seats, find_obstacle, machines_of, own_seat, sharing_machines, why_apart
 from phalanx.comm.rendezvous import connect_store, host_store_at, local_address, parse_rendezvous
 from phalanx.errors import CommError
-from phalanx.kernels.native import find_native
+from phalanx.native import find_native
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

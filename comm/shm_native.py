@@ -20,7 +20,7 @@ from phalanx.comm.shm_segment import RING_BYTES
 from phalanx.comm.shm_stream import Stream
 from phalanx.comm.work import Work
 from phalanx.errors import CommError
-from phalanx.kernels.native import find_native
+from phalanx.native import find_native
 
 if TYPE_CHECKING:
     from phalanx import _native

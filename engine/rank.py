@@ -48,11 +48,11 @@ from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.errors import PhalanxError
 from phalanx.kernels import choose_packing
-from phalanx.kernels.native import resize_pool
 from phalanx.models.batch import KVCache
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.weights import load_params, rank_params
+from phalanx.native import resize_pool
 from phalanx.parallel.handover import HandOver
 from phalanx.parallel.overlap import Overlap
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from phalanx.kernels.native import find_native
+from phalanx.native import find_native
 
 LIBRARY: Any = find_native().library  # looked up once: these operators are called hundreds of times a step
 

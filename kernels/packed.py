@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from phalanx.kernels.native import find_native
+from phalanx.native import find_native
 
 BLOCK_ROWS = 32  # of a weight that lie side by side; see `kernels/csrc/linear.hpp`
 

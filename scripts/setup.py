@@ -255,7 +255,7 @@ def install_torch(status: Status, version: str, gpu: bool, index: str | None) ->
 def check(status: Status, gpu: bool, index: str | None) -> None:
     """Imports what was installed, and holds it against what this machine asked for."""
     program = (
-        "import phalanx, torch; from phalanx.kernels.native import find_native; "
+        "import phalanx, torch; from phalanx.native import find_native; "
         "print(torch.__version__, torch.version.cuda or '', find_native().told, sep='|')"
     )
     answer = subprocess.run(

@@ -28,7 +28,7 @@ from phalanx.comm.nccl_create import _agree
 from phalanx.comm.nccl_cupy import Found
 from phalanx.comm.single import SingleCommunicator
 from phalanx.errors import CommError
-from phalanx.kernels.native import Native
+from phalanx.native import Native
 
 needs_shm = pytest.mark.skipif(bool(find_obstacle("cpu")), reason=f"shared memory: {find_obstacle('cpu')}")
 

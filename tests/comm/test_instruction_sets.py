@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from phalanx.comm.shm_calls import DTYPE_CODES
-from phalanx.kernels.native import find_native
 from phalanx.kernels.rms_norm import rms_norm
+from phalanx.native import find_native
 
 NATIVE = find_native()
 SETS = range(len(NATIVE.library.instruction_sets) if NATIVE.library is not None else 0)

@@ -16,8 +16,8 @@ from torch._C._distributed_c10d import Store
 
 from phalanx.comm import Communicator, create_communicator
 from phalanx.comm.shm_segment import ROUND_BYTES, SMALL_BYTES
-from phalanx.kernels.native import find_native
 from phalanx.kernels.rms_norm import rms_norm
+from phalanx.native import find_native
 
 NATIVE = find_native()
 needs_library = pytest.mark.skipif(NATIVE.library is None, reason=NATIVE.told)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from tests.native_library import excuse_for_no_library
 
-from phalanx.kernels.native import find_native
+from phalanx.native import find_native
 
 
 def test_the_library_is_there_where_it_can_be_built() -> None:

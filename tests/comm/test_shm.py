@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import Store
 from phalanx.comm import Communicator, create, create_communicator, machine, shm_segment
 from phalanx.comm.shm_segment import NUM_RING, RING_BYTES, ROUND_BYTES, SMALL_BYTES
 from phalanx.errors import CommError
-from phalanx.kernels.native import find_native
+from phalanx.native import find_native
 
 MORE_THAN_CORES = min(8, (os.cpu_count() or 1) + 3)
 AROUND_BORDERS = [

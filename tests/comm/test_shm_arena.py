@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from phalanx.comm.shm_arena import Arena
 from phalanx.comm.shm_calls import WINDOW
 from phalanx.comm.shm_segment import ARENA_BYTES, BLOCK_BYTES, HEADER_BYTES, NUM_BLOCKS, ROUND_BYTES, Segment
-from phalanx.kernels.native import find_native
+from phalanx.native import find_native
 
 NATIVE = find_native()
 sizes = st.lists(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from phalanx.kernels import native_cpu
-from phalanx.kernels.native import find_native, resize_pool
+from phalanx.native import find_native, resize_pool
 
 NATIVE = find_native()
 SETS = NATIVE.library.instruction_sets if NATIVE.library is not None else ()

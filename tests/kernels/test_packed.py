@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phalanx.kernels import PackedWeight, choose_packing, linear, make_packed
-from phalanx.kernels.native import find_native
+from phalanx.native import find_native
 
 CPU = torch.device("cpu")
 PACKING = choose_packing(torch.bfloat16, CPU)
