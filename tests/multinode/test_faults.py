@@ -141,7 +141,7 @@ def test_a_link_cut_for_good_ends_every_call_and_the_error_names_both_ends(
     assert LIMIT_S * 0.9 < time.monotonic() - cut_s < 2 * LIMIT_S + 10
     for error in errors:
         assert error["type"] == "RankFailedError"
-        # Both ends wait, and whichever began first is heard of first: the engine is told of ends of processes elsewhere.
+        # Both ends wait: whichever began first is heard of first, for the engine is told how processes ended anywhere.
         assert re.search(r"on node (alpha|beta) failed: ", error["message"])
         assert re.search(r"(recv|send|all_reduce|all_gather|fused_all_reduce_rms_norm) #\d+ ", error["message"])
         assert "rank 0 of the replica, on alpha" in error["message"]
