@@ -128,7 +128,8 @@ def main() -> None:
     shares = [Share(store, None if pinned is None else pinned[rank]) for rank in range(len(seats.hosts))]
     engines: dict[str, AsyncEngine] = {}
     try:
-        for overlap in OVERLAPS:
+        # Within a stage of one rank there is nothing to choose between.
+        for overlap in OVERLAPS if case["parallel"].get("tensor", 1) > 1 else ("auto", "none"):
             print(f"  starts with overlap {overlap}", file=sys.stderr, flush=True)
             engines[overlap] = engine_for(case["parallel"], overlap, seats, bool(case["plot"]))
             if pinned is not None:
