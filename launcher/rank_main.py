@@ -16,9 +16,9 @@ from phalanx.errors import CommError
 MAX_MESSAGE, MAX_TRACEBACK = 2_000, 16_000  # characters kept; together they fit in a pipe that nobody reads yet
 
 
-# How long threads of torch's OpenMP (libgomp) spin behind a parallel region, in pauses: about 10 us in place of 5 ms,
-# in which the native operators' threads have to share their cores. With an operator of each in turn on two cores, the
-# native one takes 72 us and not 92 (alone 70), and torch's 33 and not 41.
+# How long threads of torch's OpenMP (libgomp) spin behind a parallel region, in pauses: much less than by default, when
+# the native operators' threads have to share their cores. With an operator of each in turn on two cores, the native one
+# takes 72 us and not 92 (alone 70), and torch's 33 and not 41.
 OPENMP_SPINS = ("GOMP_SPINCOUNT", "500")
 
 
