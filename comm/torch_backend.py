@@ -7,6 +7,7 @@ and formations live in one process.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from phalanx.comm.gpu import CudaGpu
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.rendezvous import meet
 from phalanx.comm.stream_ordered import HostWait, StreamOrderedCommunicator, StreamWork
-from phalanx.comm.work import Work, all_of
+from phalanx.comm.work import Work
 from phalanx.errors import CommError
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -99,10 +100,10 @@ class GlooCommunicator(Communicator):
         return _GlooWork(work, wire, None if wire is x else lambda: x.copy_(wire))
 
     def _start_send(self, x: torch.Tensor, to: int, tag: int = TAG) -> Work:
-        return all_of([self._send_piece(piece, to, tag) for piece in _pieces(x)])
+        return _all_of([self._send_piece(piece, to, tag) for piece in _pieces(x)])
 
     def _start_recv(self, x: torch.Tensor, source: int, tag: int = TAG) -> Work:
-        return all_of([self._recv_piece(piece, source, tag) for piece in _pieces(x)])
+        return _all_of([self._recv_piece(piece, source, tag) for piece in _pieces(x)])
 
     def _send_piece(self, x: torch.Tensor, to: int, tag: int = TAG) -> Work:
         return _GlooWork(_begin(self._process_group.send, x, to, tag), x, None)
@@ -234,6 +235,21 @@ class _GlooWork:
         if self._then is not None:
             self._then()
         return True
+
+
+class _AllOf:
+    __slots__ = ("_works",)
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+
+    def wait(self, timeout_s: float) -> bool:
+        deadline_s = time.monotonic() + timeout_s
+        return all(work.wait(max(0.001, deadline_s - time.monotonic())) for work in self._works)
+
+
+def _all_of(works: Sequence[Work]) -> Work:
+    return works[0] if len(works) == 1 else _AllOf(works)
 
 
 def _pieces(x: torch.Tensor) -> Sequence[torch.Tensor]:

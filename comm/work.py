@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -32,22 +31,6 @@ class FinishedWork:
 
 
 FINISHED = FinishedWork()
-
-
-class _AllOf:
-    __slots__ = ("_works",)
-
-    def __init__(self, works: Sequence[Work]) -> None:
-        self._works = works
-
-    def wait(self, timeout_s: float) -> bool:
-        deadline_s = time.monotonic() + timeout_s
-        return all(work.wait(max(0.001, deadline_s - time.monotonic())) for work in self._works)
-
-
-def all_of(works: Sequence[Work]) -> Work:
-    """Done when each of them is."""
-    return works[0] if len(works) == 1 else _AllOf(works)
 
 
 class WaitTimeoutError(CommError):

@@ -16,7 +16,7 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.kernels import Weight
-from phalanx.parallel.rates import LEAST_TOKENS, Rates, find_scattering, measure_rates
+from phalanx.parallel.rates import LEAST_TOKENS, Rates, find_scattering, find_trial_tokens, measure_rates
 from phalanx.parallel.stream import ChunkedStream, ResidualStream, ScatteredStream, WholeStream
 
 PIECES = (2, 4, 8)
@@ -94,9 +94,10 @@ class Overlap:
         if self._asked == "auto" and most_tokens >= 2 * LEAST_TOKENS:
             most = comm.all_reduce(torch.tensor(work, dtype=torch.int64, device=comm.device), op="max")
             self._work = StageWork(*most.tolist())
+            trial_tokens = find_trial_tokens(comm, weight, most_tokens)
             if comm.in_background:
-                self._rates = measure_rates(comm, weight, most_tokens)
-            self._scattered_from = find_scattering(comm, norm, weight, most_tokens)
+                self._rates = measure_rates(comm, weight, most_tokens, trial_tokens)
+            self._scattered_from = find_scattering(comm, norm, weight, trial_tokens)
         way = self.way(most_tokens)
         return f"{way.name} at {most_tokens} tokens: {way.reason}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -48,19 +49,29 @@ class Rates(NamedTuple):
         return ideal_s + self.contention * hidden_s
 
 
-def measure_rates(comm: Communicator, weight: Weight, most_tokens: int) -> Rates:
+def find_trial_tokens(comm: Communicator, weight: Weight, most_tokens: int) -> int:
+    """As many as are summed in `TRIAL_S`, at most `most_tokens`. A collective call."""
+    num_tokens = min(LEAST_TOKENS, most_tokens)
+    while True:
+        x = _zeros_like_output(weight, num_tokens)
+        comm.all_reduce(x)  # connections and buffers are made at the first use
+        (took_s,) = _slowest(comm, _least_s(partial(comm.all_reduce, x), 1))
+        if 2 * num_tokens > most_tokens or 2 * took_s > TRIAL_S:
+            return num_tokens
+        num_tokens *= 2
+
+
+def measure_rates(comm: Communicator, weight: Weight, most_tokens: int, trial_tokens: int) -> Rates:
     """The rates that the slowest rank sees, the same on all. A collective call.
 
-    weight: [H, I] of a row-parallel product. most_tokens: of a step.
+    weight: [H, I] of a row-parallel product. most_tokens: of a step. trial_tokens: see `find_trial_tokens`.
     """
     x = torch.ones(most_tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
     product_s = _least_s(lambda: linear(x, weight))
     row_s = _least_s(lambda: linear(x[:1], weight))
     small = _zeros_like_output(weight, 1)
-    comm.all_reduce(small)  # connections and buffers are made at the first use
     latency_s = _least_s(lambda: comm.all_reduce(small, async_op=True).wait(), SHORT_REPEATS)
-    num_tokens = _tokens_of_a_trial(comm, weight, most_tokens)
-    large = _zeros_like_output(weight, num_tokens)
+    large = _zeros_like_output(weight, trial_tokens)
     transfer_s = _least_s(lambda: comm.all_reduce(large))
     elements = math.prod(weight.shape)
     # Ranks may hold unlike parts of the weight, so that what they agree on is not the times.
@@ -72,16 +83,16 @@ def measure_rates(comm: Communicator, weight: Weight, most_tokens: int) -> Rates
         row_s / elements,
     )
     rates = Rates(1 / per_flop_s, latency_s, 1 / per_byte_s, weights_per_s=1 / per_weight_s)
-    (contention,) = _slowest(comm, _measure_contention(comm, x[:num_tokens], weight, rates))
+    (contention,) = _slowest(comm, _measure_contention(comm, x[:trial_tokens], weight, rates))
     return rates._replace(contention=contention)
 
 
-def find_scattering(comm: Communicator, norm: torch.Tensor, weight: Weight, most_tokens: int) -> int | None:
+def find_scattering(comm: Communicator, norm: torch.Tensor, weight: Weight, trial_tokens: int) -> int | None:
     """Tokens from which on reduce-scatter, addition and norm of a rank's own tokens and all-gather take less time than
     the communicator's one operation for all of it; None for never. The same on all ranks. A collective call.
     """
     found = None
-    num_tokens = _tokens_of_a_trial(comm, weight, most_tokens)
+    num_tokens = trial_tokens
     while num_tokens >= 2 * LEAST_TOKENS:
         x, residual = _zeros_like_output(weight, num_tokens), _zeros_like_output(weight, num_tokens)
         sizes = [num_tokens // comm.size] * (comm.size - 1)
@@ -101,18 +112,6 @@ def find_scattering(comm: Communicator, norm: torch.Tensor, weight: Weight, most
         found = num_tokens
         num_tokens //= 2
     return found
-
-
-def _tokens_of_a_trial(comm: Communicator, weight: Weight, most_tokens: int) -> int:
-    """As many as are summed in `TRIAL_S`, at most `most_tokens`."""
-    num_tokens = min(LEAST_TOKENS, most_tokens)
-    while True:
-        x = _zeros_like_output(weight, num_tokens)
-        comm.all_reduce(x)
-        (took_s,) = _slowest(comm, _least_s(lambda x=x: comm.all_reduce(x), 1))  # type: ignore[misc]
-        if 2 * num_tokens > most_tokens or 2 * took_s > TRIAL_S:
-            return num_tokens
-        num_tokens *= 2
 
 
 def _measure_contention(comm: Communicator, x: torch.Tensor, weight: Weight, rates: Rates) -> float:

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "pool.hpp"
+#include "scratch.hpp"
 
 namespace phalanx {
 namespace {
@@ -16,23 +17,6 @@ constexpr int kRows = 72;
 constexpr size_t kPartsPerThread = 4;
 // Multiplications of a step, of scores and of values, that take as long as waking the threads.
 constexpr double kSmall = 3e5;
-
-// Floats at a cache line, kept by a thread from call to call.
-float* scratch_of(size_t num_floats) {
-  struct Free {
-    void operator()(float* at) const { std::free(at); }
-  };
-  thread_local std::unique_ptr<float, Free> kept;
-  thread_local size_t size = 0;
-  if (num_floats > size) {
-    kept.reset();
-    size = 0;
-    kept.reset(static_cast<float*>(std::aligned_alloc(64, (num_floats * sizeof(float) + 63) / 64 * 64)));
-    if (kept == nullptr) throw std::bad_alloc();
-    size = num_floats;
-  }
-  return kept.get();
-}
 
 }  // namespace
 
@@ -130,9 +114,9 @@ void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dty
   const Attend attend = operators.attend[dtype];
   const size_t num_scratch = operators.attention_scratch[dtype](attention.head_dim, most_rows);
   auto run = [&](const AttentionPart& piece, int first_head, int last_head) {
-    float* const scratch = scratch_of(num_scratch);
+    float* const room = scratch<float>(num_scratch);
     for (int head = first_head; head < last_head; head++) {
-      if (heads.group(head) > 0) attend(attention, with_head(piece, head), scratch);
+      if (heads.group(head) > 0) attend(attention, with_head(piece, head), room);
     }
   };
   if (small) {

@@ -10,6 +10,7 @@
 
 #include "pool.hpp"
 #include "reduce.hpp"
+#include "scratch.hpp"
 
 namespace phalanx {
 
@@ -57,23 +58,6 @@ size_t blocks_of_task(size_t blocks, size_t threads) {
     }
   }
   return best;
-}
-
-// Memory that a thread keeps from one call to the next.
-template <class T>
-T* scratch(size_t count) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t held = 0;
-  if (count > held) {
-    memory.reset();
-    memory.reset(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
-    if (!memory) throw std::bad_alloc();
-    held = count;
-  }
-  return static_cast<T*>(memory.get());
 }
 
 // One product of at most kMostRowsAtOnce rows.
