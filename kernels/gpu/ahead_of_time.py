@@ -1,0 +1,156 @@
+"""Kernels compiled on a machine without a GPU, and what the compiler made of them.
+
+An operator's launcher is called with tensors of device `meta`, its launches are caught, and each is compiled with the
+very arguments, constants and options that it would have on the GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from triton import compile as compile_kernel
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from phalanx.kernels import gpu
+from phalanx.kernels.gpu.example import Example
+from phalanx.kernels.gpu.kernel_swap import swapped
+from phalanx.kernels.gpu.target import A100, H100, assumed
+
+TARGETS = {80: A100, 90: H100}
+SHARED_BYTES = {80: 166_912, 90: 232_448}  # most that a block may have; ptxas takes more without complaint
+_SM_SHARED_BYTES = {80: 167_936, 90: 233_472}
+_BLOCK_RESERVED_BYTES = 1024  # of shared memory, taken by the driver
+_SM_WARPS, _SM_BLOCKS, _SM_REGISTERS = 64, 32, 65_536
+_WARP_REGISTERS = 256  # registers are given to a warp in units of this
+_IN_PTX = {"wgmma": "wgmma.mma_async", "tma": "cp.async.bulk.tensor"}
+
+
+class Launch(NamedTuple):
+    """A kernel, and what its launcher gave it."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a launch. stack_bytes: of a thread, for registers that were spilled. occupancy: warps
+    that fit on a multiprocessor at once, of the most it can hold. instructions: of `wgmma` and `tma`.
+    """
+
+    operator: str
+    example: str
+    kernel: str
+    arch: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    num_warps: int
+    instructions: tuple[str, ...]
+
+    @property
+    def occupancy(self) -> float:
+        registers_of_warp = -(-self.registers * 32 // _WARP_REGISTERS) * _WARP_REGISTERS
+        by_registers = _SM_REGISTERS // (registers_of_warp * self.num_warps)
+        by_shared = _SM_SHARED_BYTES[self.arch] // (self.shared_bytes + _BLOCK_RESERVED_BYTES)
+        blocks = min(by_registers, by_shared, _SM_BLOCKS, _SM_WARPS // self.num_warps)
+        return blocks * self.num_warps / _SM_WARPS
+
+    def faults(self, needed: tuple[str, ...] = ()) -> list[str]:
+        """What must not be. needed: instructions that there must be on sm_90."""
+        faults = []
+        if self.stack_bytes:
+            faults.append(f"spills {self.stack_bytes} bytes a thread")
+        if self.shared_bytes > SHARED_BYTES[self.arch]:
+            faults.append(f"takes {self.shared_bytes} bytes of shared memory, {SHARED_BYTES[self.arch]} is the most")
+        if self.arch == 90:
+            faults += [f"has no {name} instructions" for name in needed if name not in self.instructions]
+        return faults
+
+
+@cache
+def kernel_modules() -> dict[str, ModuleType]:
+    """The files of the package, by name."""
+    names = [info.name for info in pkgutil.iter_modules(gpu.__path__)]
+    return {name: importlib.import_module(f"{gpu.__name__}.{name}") for name in names}
+
+
+def examples() -> Iterator[tuple[str, Example, int]]:
+    """(operator, example, architecture): all that is to be compiled."""
+    for name, module in kernel_modules().items():
+        for example in getattr(module, "EXAMPLES", ()):
+            for arch in example.archs:
+                yield name, example, arch
+
+
+def launches_of(example: Example, arch: int) -> list[Launch]:
+    """Those that the example makes on a GPU of that architecture; none runs."""
+    caught: list[Launch] = []
+
+    class Catcher:
+        def __init__(self, kernel: JITFunction) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *args, **options: caught.append(Launch(self._kernel, args, options))
+
+    with swapped(kernel_modules().values(), Catcher), assumed(TARGETS[arch]):
+        example.call()
+    return caught
+
+
+@cache
+def compiled(operator: str, example: Example, arch: int) -> tuple[Compiled, ...]:
+    """Each launch of an example, compiled."""
+    return tuple(_compile(operator, example, arch, launch) for launch in launches_of(example, arch))
+
+
+def _compile(operator: str, example: Example, arch: int, launch: Launch) -> Compiled:
+    """As `JITFunction.run` does before it launches."""
+    kernel = launch.kernel
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    given = {"debug": False, "instrumentation_mode": "", **launch.options}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.args, **given)
+    options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    made = compile_kernel(source, target=target, options=options.__dict__)
+    registers, stack_bytes = _resources(made.asm["cubin"])
+    found = tuple(name for name, text in _IN_PTX.items() if text in made.asm["ptx"])
+    return Compiled(
+        operator,
+        example.name,
+        kernel.fn.__name__.strip("_").removesuffix("_kernel"),
+        arch,
+        registers,
+        stack_bytes,
+        made.metadata.shared,
+        made.metadata.num_warps,
+        found,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) of a thread, by the cuobjdump that Triton brings."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
