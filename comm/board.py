@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from phalanx.comm.ledger import Ledger
@@ -68,6 +68,7 @@ class WaitBoard:
         self.num_started = 0
         self.group = group
         self.num_arrived: int | None = None  # where that is fewer than were started: a GPU lags behind its thread
+        self.replayed: Callable[[], tuple[int, Call | None, int]] | None = None  # `now`, while transfers are replayed
         self._store = store
         self._rank = rank
         self._size = size
@@ -133,16 +134,24 @@ class WaitBoard:
             if store.check([_member_key(rank)]):
                 self.members[rank] = store.get(_member_key(rank)).decode()
 
+    def now(self) -> tuple[int, Call | None, int]:
+        """Collectives started, what is waited for, and the layer."""
+        if (replayed := self.replayed) is not None:
+            return replayed()
+        num_arrived = self.num_started if self.num_arrived is None else self.num_arrived
+        return num_arrived, self.waiting, self._ledger.layer
+
     def _look(self) -> RankStatus:
         ledger = self._ledger
-        num_arrived = self.num_started if self.num_arrived is None else self.num_arrived
+        num_arrived, _, here = self.now()
         for board in (self, *ledger.boards):
-            if (call := board.waiting) is not None:
-                return RankStatus(num_arrived, True, board.group, *call[:3], ledger.layer, ledger.step)
+            _, call, layer = board.now()
+            if call is not None:
+                return RankStatus(num_arrived, True, board.group, *call[:3], layer, ledger.step)
         last = ledger.newest
         if last is None:
-            return RankStatus(num_arrived, False, self.group, "", 0, None, ledger.layer, ledger.step)
-        return RankStatus(num_arrived, False, last.group, last.op, last.seq, last.peer, ledger.layer, ledger.step)
+            return RankStatus(num_arrived, False, self.group, "", 0, None, here, ledger.step)
+        return RankStatus(num_arrived, False, last.group, last.op, last.seq, last.peer, here, ledger.step)
 
     def _publish(self, store: Store, status: RankStatus) -> None:
         store.set(_key(self._rank), json.dumps(status))

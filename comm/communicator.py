@@ -15,7 +15,7 @@ from phalanx.comm.group import GroupSpec
 from phalanx.comm.names import in_range, profiled
 from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
 from phalanx.errors import CommError
-from phalanx.kernels.rms_norm import add_rms_norm
+from phalanx.kernels import Recording, add_rms_norm
 
 ReduceOp = Literal["sum", "max"]
 Result = TypeVar("Result")
@@ -89,6 +89,8 @@ class Communicator(ABC):
     backend: ClassVar[str]
     in_background: ClassVar[bool] = False
     """Whether asynchronous transfers go on by themselves, and leave the cores to whoever started them."""
+    capturable: ClassVar[bool] = False
+    """Whether blocking operations may be captured into a CUDA graph, after the same were run outside of one."""
 
     def __init__(self, spec: GroupSpec) -> None:
         self.rank = spec.rank
@@ -144,6 +146,36 @@ class Communicator(ABC):
         call = self._number(FUSED, x.nbytes)
         self._run(call, x, False, self._start_all_reduce, x, "sum")
         return add_rms_norm(x, residual, weight, eps)
+
+    def record_all_reduce(self, recording: Recording, x: torch.Tensor) -> None:
+        """The sum over the ranks, in place, in every replay of what is being recorded, of the layer that the ledger is
+        at.
+        """
+        ledger, layer = self.ledger, self.ledger.layer
+
+        def reduce() -> None:
+            ledger.layer = layer
+            self.all_reduce(x)
+
+        recording.by_hand(reduce)
+
+    def record_fused_all_reduce_rms_norm(
+        self, recording: Recording, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`fused_all_reduce_rms_norm` in every replay of what is being recorded, of the layer that the ledger is at;
+        where its results will be.
+        """
+        normed, total = torch.empty_like(x), torch.empty_like(x)
+        ledger, layer = self.ledger, self.ledger.layer
+
+        def reduce() -> None:
+            ledger.layer = layer
+            results = self.fused_all_reduce_rms_norm(x, residual, weight, eps)
+            normed.copy_(results[0])
+            total.copy_(results[1])
+
+        recording.by_hand(reduce)
+        return normed, total
 
     @overload
     def all_gather(

@@ -41,6 +41,7 @@ class NcclCommunicator(StreamOrderedCommunicator):
     """
 
     backend = "nccl"
+    capturable = True
 
     def __init__(self, spec: GroupSpec, binding: NcclBinding, gpu: Gpu, comm: NcclComm | None = None) -> None:
         """comm: NCCL's communicator of these ranks where there is one already, as after `split`."""

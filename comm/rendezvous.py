@@ -60,8 +60,12 @@ def host_store(address: str) -> tuple[Store, str]:
 
     It listens on that address only, and as long as it is referenced. Raises CommError where the address is not ours.
     """
-    from torch._C._distributed_c10d import TCPStore
+    listener, place = listen_for_store(address)
+    return store_on(listener), place
 
+
+def listen_for_store(address: str) -> tuple[socket.socket, str]:
+    """The first half of `host_store`, without torch: who comes to `host:port` from now on waits for `store_on`."""
     listener = socket.socket(_family(address), socket.SOCK_STREAM)
     try:
         listener.bind((address, 0))
@@ -72,17 +76,20 @@ def host_store(address: str) -> tuple[Store, str]:
             f"cannot open a rendezvous store on {address!r}: {error.strerror or error}; use an address of this machine "
             f"({_interface_table()})"
         ) from error
-    port = int(listener.getsockname()[1])
-    # The store takes over the open socket, so no other process can take the port in between.
+    return listener, join_host_port(address, int(listener.getsockname()[1]))
+
+
+def store_on(listener: socket.socket) -> Store:
+    """The store behind a listening socket, which it takes over: no other process can take the port in between."""
+    from torch._C._distributed_c10d import TCPStore
+
+    address, port = listener.getsockname()[:2]
     with brief_lookups():
-        store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-    return store, join_host_port(address, port)
+        return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def host_store_at(rendezvous: str) -> Store | None:
     """Opens a store at `host:port`; None where that is no address of this machine, or is in use."""
-    from torch._C._distributed_c10d import TCPStore
-
     place = parse_rendezvous(rendezvous)
     assert place.host is not None
     assert place.port is not None
@@ -90,9 +97,7 @@ def host_store_at(rendezvous: str) -> Store | None:
         listener = socket.create_server((place.host, place.port), family=_family(place.host), backlog=1024)
     except OSError:
         return None
-    address, port = listener.getsockname()[:2]
-    with brief_lookups():
-        return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return store_on(listener)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar, overload
 
@@ -14,19 +15,20 @@ from phalanx.comm.board import Call
 from phalanx.comm.communicator import FUSED, Handle, ReduceOp
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.names import in_range, profiled
+from phalanx.comm.replayed import Failure, ReplayedTransfers
 from phalanx.comm.shm import ShmCommunicator
 from phalanx.comm.shm_calls import DTYPE_CODES, WINDOW, unlike_error
 from phalanx.comm.shm_segment import RING_BYTES
 from phalanx.comm.shm_stream import Stream
 from phalanx.comm.work import Work
 from phalanx.errors import CommError
+from phalanx.kernels import Recording
 from phalanx.native import find_native
 
 if TYPE_CHECKING:
     from phalanx import _native
 
 Result = TypeVar("Result")
-Failure = tuple[int, int, int, int]
 Ended = int | Failure  # who arrived last, or what went wrong
 
 _NORMED = (torch.bfloat16, torch.float16, torch.float32)
@@ -63,7 +65,7 @@ class NativeShmCommunicator(ShmCommunicator):
         num_bytes = x.nbytes
         if (
             async_op
-            or op != "sum"
+            or op not in ("sum", "max")
             or code is None
             or self._stopped
             or self._collectives.queue
@@ -77,7 +79,7 @@ class NativeShmCommunicator(ShmCommunicator):
         board.num_started = seq = board.num_started + 1
         board.waiting = call = ("all_reduce", seq, None, num_bytes)
         started_s = self._clock_s()
-        last = self._group.all_reduce(x.data_ptr(), num_bytes, code, False, self.timeout_s)
+        last = self._group.all_reduce(x.data_ptr(), num_bytes, code, op == "max", self.timeout_s)
         if isinstance(last, tuple):
             self._explain(call, last)
         board.waiting = None
@@ -92,11 +94,69 @@ class NativeShmCommunicator(ShmCommunicator):
             return super().fused_all_reduce_rms_norm(x, residual, weight, eps)
         self._check_norm(x, residual, weight)
         residual_sum = torch.empty_like(residual)
-        width = x.shape[-1]
-        addresses = (x.data_ptr(), residual_sum.data_ptr(), residual.data_ptr(), weight.data_ptr())
-        shape = (eps, x.numel() // width, width, DTYPE_CODES[x.dtype], self.timeout_s)
-        self._run_native(self._number(FUSED, x.nbytes), self._group.all_reduce_rms_norm, *addresses, *shape)
+        call = self._number(FUSED, x.nbytes)
+        self._run_native(call, self._fused, x, residual_sum, residual, weight, eps, self._group.all_reduce_rms_norm)
         return x, residual_sum
+
+    def record_all_reduce(self, recording: Recording, x: torch.Tensor) -> None:
+        self._check_tensor("all_reduce", x)
+        code = DTYPE_CODES.get(x.dtype)
+        if code is None or not x.nbytes:
+            super().record_all_reduce(recording, x)
+            return
+        transfers = recording.followed_by(self, self._replayed)
+        transfers.add("all_reduce", x.nbytes)
+        self._group.record_all_reduce(transfers.native, x.data_ptr(), x.nbytes, code, False, self.timeout_s)
+
+    def record_fused_all_reduce_rms_norm(
+        self, recording: Recording, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check_norm(x, residual, weight)
+        if x.dtype not in _NORMED or not x.nbytes:
+            return super().record_fused_all_reduce_rms_norm(recording, x, residual, weight, eps)
+        residual_sum = torch.empty_like(residual)
+        transfers = recording.followed_by(self, self._replayed)
+        transfers.add(FUSED, x.nbytes)
+        record = partial(self._group.record_all_reduce_rms_norm, transfers.native)
+        self._fused(x, residual_sum, residual, weight, eps, record)
+        return x, residual_sum
+
+    def _fused(
+        self,
+        x: torch.Tensor,
+        residual_sum: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        native: Callable[..., Result],
+    ) -> Result:
+        width = x.shape[-1]
+        return native(
+            x.data_ptr(),
+            residual_sum.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            eps,
+            x.numel() // width,
+            width,
+            DTYPE_CODES[x.dtype],
+            self.timeout_s,
+        )
+
+    def _replayed(self) -> ReplayedTransfers:
+        native = self._library.Transfers()
+        return ReplayedTransfers(native, self._board, self.ledger, self.group, self._before_replay, self._explain)
+
+    def _before_replay(self, first: Call) -> None:
+        """Raises where the group is broken, or transfers that are under way do not end in time."""
+        if self._stopped:
+            self._check_usable(first[0])
+        if queue := self._collectives.queue:
+            try:
+                if not queue[-1].wait(self.timeout_s):
+                    self._give_up(first)
+            except (RuntimeError, ConnectionError) as error:
+                self._fail(first, error)
 
     # ---- any other ----
 

@@ -9,18 +9,27 @@ import torch
 from phalanx.comm.communicator import Communicator, ReduceOp
 from phalanx.comm.work import FINISHED, Work
 from phalanx.errors import CommError
-from phalanx.kernels.rms_norm import add_rms_norm
+from phalanx.kernels import Recording, add_rms_norm
 
 
 class SingleCommunicator(Communicator):
     """The communicator of a group of one; on any device. `send` and `recv` are refused: there is nobody else."""
 
     backend = "single"
+    capturable = True
 
     def fused_all_reduce_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Nothing is moved, so that nothing is recorded: a step of one rank has 60 of these."""
+        return add_rms_norm(x, residual, weight, eps)
+
+    def record_all_reduce(self, recording: Recording, x: torch.Tensor) -> None:
+        pass
+
+    def record_fused_all_reduce_rms_norm(
+        self, recording: Recording, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return add_rms_norm(x, residual, weight, eps)
 
     def _start_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Work:

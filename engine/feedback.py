@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
+from phalanx.engine.vocab_shard import on_device
 
 
 class _Expected(NamedTuple):
@@ -50,7 +52,7 @@ class TokenReceiver:
         if slots:
             self._drawn_in.update(dict.fromkeys(slots, step))
             tokens = torch.empty(len(slots), dtype=torch.int64, device=self._comm.device)
-            rows = torch.tensor(slots, device=self._comm.device)
+            rows = on_device(np.array(slots), tokens)
             self._expected.append(_Expected(step, rows, self._comm.recv(tokens, self._source, async_op=True)))
 
     def collect(self, slots: Sequence[int], last_tokens: torch.Tensor) -> None:

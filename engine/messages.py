@@ -9,6 +9,7 @@ import msgspec
 
 from phalanx.comm.ledger import CommTotals, LateTotals, LedgerEntry
 from phalanx.engine.clock import ClockReading
+from phalanx.engine.held_cores import NO_CORES, HeldCores
 from phalanx.models.config import DecoderConfig
 from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.layout import Layout
@@ -59,6 +60,7 @@ class RankSpec:
     entries: where the tensors of the checkpoint lie, by canonical name. num_pages, page_size: KV cache, in pages and
     tokens a page; `measure` says how many where `num_pages` is 0. max_sequences, max_batch_tokens: most slots, and most
     tokens of a step. max_length: most tokens of a sequence. trace: whether every step and transfer is handed over.
+    cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured.
     """
 
     replica: int
@@ -79,6 +81,8 @@ class RankSpec:
     secret: str
     measure: KVMeasure | None = None
     trace: bool = False
+    cores: HeldCores = NO_CORES
+    cuda_graphs: bool = True
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -182,7 +186,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Tokens drawn in a step, in the order that the plan says, from the first rank of the last stage.
+    """Tokens drawn in a step, in the order that the plan says, from one rank of the last stage.
 
     logprobs: (place among the drawn, what was asked for) of the sequences that ask. prompt_logprobs: (place among the
     chunks, one a token of the prompt that is known after a token of the chunk).
@@ -260,7 +264,8 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A rank that can serve. startup_s: seconds by part. weight_bytes: held; bytes_read: from the checkpoint's files.
 
     num_pages: pages of the KV cache. choices: what this rank chose among, the choice and why, for the start-up table.
-    groups: as in `TraceReport`. link_bytes_per_s: of its network interface, 0 where that is not known.
+    groups: as in `TraceReport`. link_bytes_per_s: of its network interface, 0 where that is not known. cores: as in
+    `RankSpec`.
     """
 
     rank: int
@@ -274,6 +279,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     choices: dict[str, str] = {}
     groups: dict[str, tuple[int, ...]] = {}
     link_bytes_per_s: float = 0.0
+    cores: HeldCores = NO_CORES
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -14,6 +14,7 @@ import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -26,6 +27,7 @@ from phalanx.comm.work import GroupBrokenError
 from phalanx.engine.channel import RankChannel
 from phalanx.engine.clock import ClockKeeper
 from phalanx.engine.feedback import TokenReceiver, TokenSender
+from phalanx.engine.host_memory import give_back
 from phalanx.engine.kv_budget import free_device_bytes, num_pages_for
 from phalanx.engine.messages import (
     Chunk,
@@ -41,17 +43,21 @@ from phalanx.engine.messages import (
     StageReport,
     StageStep,
     StepPlan,
+    StepResult,
     TraceReport,
 )
 from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.errors import PhalanxError
-from phalanx.kernels import choose_packing
+from phalanx.kernels import Graphs, choose_packing
+from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
+from phalanx.models.captured import choose_graphs
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
-from phalanx.models.weights import load_params, rank_params
+from phalanx.models.params import rank_params
+from phalanx.models.weights import load_params
 from phalanx.native import resize_pool
 from phalanx.parallel.handover import HandOver
 from phalanx.parallel.overlap import Overlap
@@ -85,6 +91,8 @@ class Rank:
         resize_pool(spec.num_threads)
         self._comms: list[Communicator] = []
         self._groups: dict[str, tuple[int, ...]] = {}  # ranks of the replica, in the order of their numbers in a group
+        self._untold: StepResult | None = None
+        self._graphs: Graphs | None = None
         self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
         try:
             self._rendezvous()
@@ -169,6 +177,10 @@ class Rank:
         packing = choose_packing(self._dtype, self._device)
         if self._device.type == "cpu":
             self.choices["cpu products"] = packing.told
+        else:
+            self.choices["gpu kernels"] = find_triton().told
+            self._graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)
+            self.choices["decode steps"] = told
         weights = load_params(
             params,
             checkpoint,
@@ -178,11 +190,12 @@ class Rank:
             num_threads=spec.num_threads,
             on_bytes=on_bytes,
         )
+        give_back()
         self._weight_bytes = sum(weight.nbytes for weight in weights.values())
         self._bytes_read = checkpoint.bytes_read
         self._overlap = Overlap(spec.comm.overlap)
         part = self._place.tensor_rank
-        self._decoder = Decoder(spec.config, self._stage, part, self._comm, weights, self._overlap)
+        self._decoder = Decoder(spec.config, self._stage, part, self._comm, weights, self._overlap, self._graphs)
         self._make_runner(spec.num_pages or -(-self._widest_step // spec.page_size))
         self._took("weights")
 
@@ -211,9 +224,15 @@ class Rank:
             hidden_size=spec.config.shape.hidden_size,
             dtype=self._dtype,
             device=self._device,
-            reports=part == 0,
+            reports=part == self._lightest,
             drains=spec.comm.overlap == "none",
         )
+
+    @property
+    def _lightest(self) -> int:
+        """Of the ranks of the stage, the one with the fewest heads: what it does beside, others wait for least."""
+        heads = self._stage.query_heads.sizes
+        return heads.index(min(heads))
 
     def _warm_up(self) -> None:
         self._progress("warmup", 0, len(WARMUP))
@@ -241,10 +260,11 @@ class Rank:
             torch.cuda.reset_peak_memory_stats(self._device)
         tokens = (0,) * self._widest_step
         pages = tuple(range(self._cache.num_pages))
-        self._runner.run(
-            StepPlan(step=-1, new=(NewSequence(0, pages, Sampling()),), chunks=(Chunk(0, 0, tokens, sample=True),))
-        )
+        plan = StepPlan(step=-1, new=(NewSequence(0, pages, Sampling()),), chunks=(Chunk(0, 0, tokens, sample=True),))
+        with self._decoder.shortened(1):
+            self._runner.run(plan)
         del self._runner, self._cache  # the next ones take their place
+        self._decoder.forget_steps()
         self._everyone.barrier()
         if self._device.type == "cpu":
             part = 1 / (self._num_here() * measure.copies)
@@ -261,15 +281,20 @@ class Rank:
         own = torch.tensor([zlib.crc32(socket.gethostname().encode())], dtype=torch.int64)
         return int((self._everyone.all_gather(own) == own).sum())
 
-    def run(self, plan: StepPlan) -> Ran:
+    def run(self, plan: StepPlan, on_start: Callable[[], None] | None = None) -> Ran:
+        """on_start: see `StepRunner.run`."""
         self.ledger.begin_step(plan.step)
-        ran = self._runner.run(plan)
+        ran = self._runner.run(plan, on_start)
         for comm in self._comms:
             comm.check()  # a GPU runs on where a transfer has failed: its results are none then
         return ran
 
     def serve(self, channel: RankChannel, clock: ClockKeeper) -> None:
-        """Runs steps until the engine says `Shutdown`."""
+        """Runs steps until the engine says `Shutdown`.
+
+        The result of a step is told when the next one is about to be computed, where that is known already: in a
+        process that the two share, the engine's thread then has the interpreter while the rank needs none.
+        """
         self.ledger.take()  # what the warm-up took is no part of it
         times: list[StageStep] = []
         plans: deque[StepPlan] = deque()  # the next step and, where transfers go behind compute, the one after it
@@ -277,9 +302,12 @@ class Rank:
         ending = False
         while plans or not ending:
             while not ending and len(plans) < most:
-                message = channel.receive(0.0 if plans else REPORT_S if times else None)
+                message = channel.receive(0.0 if plans or self._untold else REPORT_S if times else None)
                 if message is None:
-                    break
+                    if plans or self._untold is None:
+                        break
+                    self._tell_result(channel)
+                    continue
                 ending = isinstance(message, Shutdown)
                 if isinstance(message, StepPlan):
                     self._runner.expect(message)
@@ -290,10 +318,18 @@ class Rank:
                     clock.refresh()  # while the engine is awake
                 times = []
             if plans:
-                ran = self.run(plans.popleft())
-                if ran.result is not None:
-                    channel.send(ran.result)
+                try:
+                    ran = self.run(plans.popleft(), partial(self._tell_result, channel))
+                finally:
+                    self._tell_result(channel)  # where it failed before that
+                self._untold = ran.result
                 times.append(ran.times)
+        self._tell_result(channel)
+
+    def _tell_result(self, channel: RankChannel) -> None:
+        if self._untold is not None:
+            channel.send(self._untold)
+            self._untold = None
 
     def _tell(self, channel: RankChannel, times: list[StageStep], clock: ClockKeeper) -> None:
         """What was done lately: by the stage, as its first rank tells it, and by this rank's transfers."""
@@ -322,6 +358,7 @@ class Rank:
             choices=self.choices,
             groups=self._groups,
             link_bytes_per_s=self._link_bytes_per_s(),
+            cores=self._spec.cores,
         )
 
     def _link_bytes_per_s(self) -> float:
@@ -332,6 +369,8 @@ class Rank:
 
     def close(self) -> None:
         """Releases the connections; the process's end releases the rest."""
+        if self._graphs is not None:
+            self._graphs.reset()  # NCCL waits for those that its transfers are in
         for comm in self._comms:
             comm.close()
         self._comms.clear()
@@ -348,7 +387,7 @@ class Rank:
 def run_rank(spec: RankSpec) -> None:
     """Starts a rank and serves steps until the engine says `Shutdown`.
 
-    Reports `Progress`, then `RankReady`, then a `StepResult` a step (the first rank of the last stage) and now and then
+    Reports `Progress`, then `RankReady`, then a `StepResult` a step (one rank of the last stage) and now and then
     a `StageReport` (the first rank of each stage) and a `CommReport` over the engine's channel, and a `TraceReport`
     where all is traced. A failure is reported there as `RankFailed` and raised. Blocks; the caller's process is the
     rank.

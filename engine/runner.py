@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from phalanx.engine.feedback import TokenReceiver, TokenSender
 from phalanx.engine.messages import Chunk, StageStep, StepPlan, StepResult, TokenLogprobs
-from phalanx.engine.sampler import Draws, Sampler
+from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.models.batch import KVCache
 from phalanx.models.decoder import Decoder
@@ -32,7 +33,7 @@ class Links(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """times: of the stage's work. result: from the first rank of the last stage, else None."""
+    """times: of the stage's work. result: from one rank of the last stage, else None."""
 
     times: StageStep
     result: StepResult | None
@@ -79,11 +80,13 @@ class StepRunner:
             self._links.before.expect(plan.num_tokens, self._hidden_size, self._dtype, self._device)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Ran:
-        """Computes this rank's share of a step."""
+    def run(self, plan: StepPlan, on_start: Callable[[], None] | None = None) -> Ran:
+        """Computes this rank's share of a step. on_start: called once that is prepared, and only computing is left."""
         began_s = time.perf_counter()
         self._tables.apply(plan)
         batch = self._tables.batch(plan, self._decoder.num_parts(plan.num_tokens))  # while the input is on its way
+        if on_start is not None:
+            on_start()
         asked_s = time.perf_counter()
         x = self._input(plan)
         waited_s = time.perf_counter() - asked_s
@@ -114,7 +117,7 @@ class StepRunner:
         return self._tables.tokens(plan)
 
     def _draw(
-        self, plan: StepPlan, hidden: torch.Tensor, last_rows: torch.Tensor, sampler: Sampler
+        self, plan: StepPlan, hidden: torch.Tensor, last_rows: torch.Tensor | None, sampler: Sampler
     ) -> StepResult | None:
         for new in plan.new:
             sampler.admit(new.slot, new.sampling)
@@ -122,18 +125,21 @@ class StepRunner:
             if new.sampling.prompt_logprobs >= 0:
                 self._prompt_logprobs[new.slot] = new.sampling.prompt_logprobs
         slots = plan.drawn_slots
-        draws = Draws(torch.empty(0, dtype=torch.int64), ())
+        tokens: tuple[int, ...] = ()
+        logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
         if slots:
             logits = self._decoder.logits(hidden, last_rows)
             draws = sampler.sample(logits, slots, self._tables.lengths_of(slots), dict(plan.masks))
             if self._links.tokens_out is not None:
                 self._links.tokens_out.send(draws.tokens)
             else:
-                self._tables.last_tokens[torch.tensor(slots, device=self._device)] = draws.tokens
+                self._tables.note(slots, draws.tokens)
+            if self._reports:
+                tokens, logprobs = tuple(draws.tokens.tolist()), draws.logprobs
         prompt_logprobs = self._prompt(plan, hidden, sampler) if self._prompt_logprobs else ()
         if not self._reports:
             return None
-        return StepResult(plan.step, tuple(draws.tokens.tolist()), draws.logprobs, prompt_logprobs)
+        return StepResult(plan.step, tokens, logprobs, prompt_logprobs)
 
     def _prompt(
         self, plan: StepPlan, hidden: torch.Tensor, sampler: Sampler

@@ -21,7 +21,7 @@ from phalanx.engine.logit_rules import LogitRules
 from phalanx.engine.logprobs import token_logprobs
 from phalanx.engine.messages import Sampling, TokenLogprobs
 from phalanx.engine.vocab_shard import VocabShard, blocks, on_device
-from phalanx.kernels import gumbel_noise
+from phalanx.kernels import SamplingRows, gumbel_noise, sample, triton_gpu
 from phalanx.parallel.split import Split
 
 FIRST_NUCLEUS = 256  # candidates first asked of each rank for top_p; doubled until their mass suffices
@@ -57,6 +57,7 @@ class Sampler:
         self._shard = VocabShard(vocab, comm)
         self._rules = LogitRules(self._shard, comm.device)
         self._facts = np.zeros(0, FACTS)  # by slot
+        self._plain: set[int] = set()  # slots that want the likeliest token, and nothing beside
 
     def admit(self, slot: int, sampling: Sampling) -> None:
         """A sequence takes a slot, with the tokens in its history; what held the slot before is forgotten."""
@@ -72,6 +73,8 @@ class Sampler:
             sampling.logprobs,
         )
         self._rules.admit(slot, sampling)
+        plain = sampling.temperature <= 0 and sampling.logprobs < 0 and not self._rules.concern((slot,))
+        (self._plain.add if plain else self._plain.discard)(slot)
 
     def sample(
         self,
@@ -89,6 +92,8 @@ class Sampler:
         `min_tokens`, unless nothing else is left, and what is not allowed or masked out. Raises ValueError, on every
         rank, where that leaves no token of the vocabulary.
         """
+        if not masks and self._plain.issuperset(slots):
+            return Draws(self._shard.argmax(logits_BV), ())
         facts = self._facts[np.asarray(slots, np.intp)]
         facts["position"] = positions
         asking = np.flatnonzero(facts["logprobs"] >= 0)
@@ -122,6 +127,8 @@ class Sampler:
         sampled = facts["temperature"] > 0
         if not sampled.any():
             return self._shard.argmax(logits_BV)
+        if self._shard.whole and triton_gpu.applies_on(logits_BV.device):
+            return sample(logits_BV, _sampling_rows(facts, logits_BV))
         cut = sampled & ((facts["top_k"] > 0) | (facts["top_p"] < 1))
         tokens_B = torch.empty(facts.size, dtype=torch.int64, device=logits_BV.device)
         for rows, draw in ((~sampled, self._greedy), (sampled & ~cut, self._from_all), (cut, self._from_best)):
@@ -186,6 +193,15 @@ class Sampler:
         values_BC = values_BC.masked_fill(before_BC >= _column(facts["top_p"], logits_BV), -math.inf)
         choice_B1 = (values_BC + _noise(facts, best.tokens)).argmax(1, keepdim=True)
         return best.tokens.gather(1, choice_B1).squeeze(1)
+
+
+def _sampling_rows(facts: Facts, like: torch.Tensor) -> SamplingRows:
+    """What the facts say, brought over in one piece."""
+    columns = dict(
+        zip(FACTS.fields or (), on_device(facts.view(np.int64).reshape(facts.size, -1).T, like), strict=True)
+    )
+    floats = {name: columns[name].view(torch.float64) for name in ("temperature", "top_p", "min_p")}
+    return SamplingRows(**floats, **{name: columns[name] for name in ("top_k", "seed", "position")})
 
 
 def _scaled(

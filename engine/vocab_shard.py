@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import argmax, top
+from phalanx.kernels import argmax, argmax_keys, columns_of_keys, top
 from phalanx.parallel.split import Split
 
 # Entries that a pass over whole rows takes at a time. On a CPU its temporaries, 4 MiB in float64, are then memory that
@@ -41,12 +41,16 @@ class VocabShard:
         self._sizes = vocab.sizes
         self._comm = comm
 
+    @property
+    def whole(self) -> bool:
+        """Whether this rank holds all of the vocabulary."""
+        return self.rows.size == self.vocab_size
+
     def argmax(self, values_BV: torch.Tensor) -> torch.Tensor:
         """The token with the largest value over all ranks, [B] int64; the first of equals."""
-        column_B = argmax(values_BV)
         if self._comm.size == 1:
-            return column_B
-        return self.winner(values_BV.gather(1, column_B.unsqueeze(1)).squeeze(1).double(), column_B)
+            return argmax(values_BV)
+        return columns_of_keys(self._comm.all_reduce(argmax_keys(values_BV, self.rows.start), op="max"))
 
     def winner(self, value_B: torch.Tensor, column_B: torch.Tensor) -> torch.Tensor:
         """The token, [B] int64, of the largest of the ranks' values, float64, which they hold in these columns."""
@@ -93,5 +97,8 @@ def blocks(num_rows: int, like_BV: torch.Tensor) -> Iterator[slice]:
 
 
 def on_device(values: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
-    """What the host knows of rows, where the rows are."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)
+    """What the host knows of rows, where the rows are. A GPU copies it in its turn, and nobody waits for that."""
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    if like.is_cpu:
+        return host
+    return host.pin_memory().to(like.device, non_blocking=True)  # PyTorch keeps the pinned memory until it is copied

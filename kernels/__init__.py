@@ -2,45 +2,88 @@
 
 from __future__ import annotations
 
-from phalanx.kernels.gated_mul import gelu_mul, silu_mul
+from phalanx.kernels.cuda_graphs import CudaGraphs, Graph, Graphs
+from phalanx.kernels.device_plan import DevicePlan, PlanRoom
+from phalanx.kernels.embedding import embedding
+from phalanx.kernels.gated_mul import gelu_mul, gelu_mul_quantised, silu_mul, silu_mul_quantised
 from phalanx.kernels.head_groups import HeadGroups, group_heads
-from phalanx.kernels.largest import argmax, top
-from phalanx.kernels.linear import linear
+from phalanx.kernels.largest import argmax, argmax_keys, columns_of_keys, top
+from phalanx.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
+from phalanx.kernels.linear import gated_linear, linear, linear_add
 from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, make_packed
 from phalanx.kernels.paged_attention import (
     AttentionPlan,
+    PagePlan,
     paged_attention,
     paged_attention_reference,
     plan_attention,
+    plan_room,
 )
+from phalanx.kernels.quantised_rows import quantise_rows
 from phalanx.kernels.random import gumbel_noise
-from phalanx.kernels.rms_norm import add_rms_norm, rms_norm
+from phalanx.kernels.recording import Arena, NotRecordableError, Recording
+from phalanx.kernels.rms_norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from phalanx.kernels.rope import rope, rope_frequencies, rope_table
+from phalanx.kernels.rope_and_attend import rope_and_attend
 from phalanx.kernels.rope_and_write_kv import rope_and_write_kv, write_kv
+from phalanx.kernels.sample import SamplingRows, sample
+from phalanx.kernels.token_places import fill_token_places, planned_places, token_places
+from phalanx.kernels.widen import widen
 
 __all__ = [
+    "Arena",
     "AttentionPlan",
+    "CudaGraphs",
+    "DevicePlan",
+    "Graph",
+    "Graphs",
     "HeadGroups",
+    "NotRecordableError",
     "PackedWeight",
     "Packing",
+    "PagePlan",
+    "PlanRoom",
+    "Recording",
+    "SamplingRows",
     "Weight",
+    "add_layer_norm",
+    "add_layer_norm_quantised",
     "add_rms_norm",
+    "add_rms_norm_quantised",
     "argmax",
+    "argmax_keys",
     "choose_packing",
+    "columns_of_keys",
+    "embedding",
+    "fill_token_places",
+    "gated_linear",
     "gelu_mul",
+    "gelu_mul_quantised",
     "group_heads",
     "gumbel_noise",
+    "layer_norm",
+    "layer_norm_quantised",
     "linear",
+    "linear_add",
     "make_packed",
     "paged_attention",
     "paged_attention_reference",
     "plan_attention",
+    "plan_room",
+    "planned_places",
+    "quantise_rows",
     "rms_norm",
+    "rms_norm_quantised",
     "rope",
+    "rope_and_attend",
     "rope_and_write_kv",
     "rope_frequencies",
     "rope_table",
+    "sample",
     "silu_mul",
+    "silu_mul_quantised",
+    "token_places",
     "top",
+    "widen",
     "write_kv",
 ]

@@ -21,13 +21,16 @@ class HeadGroups(NamedTuple):
 
     head_of_place: [K * G] int64, the query head at each place, any head where the group has no more. place_of_head: [N]
     int64. Both are None where all groups are equal and in order, so that the rectangle is a view. native: the same for
-    the native operator, None where that does not apply.
+    the native operator, None where that does not apply. table: [K, G] int32 for operators of GPUs, like head_of_place,
+    but -1 where the group has no more.
     """
 
     num_kv_heads: int
+    group_size: int
     head_of_place: torch.Tensor | None
     place_of_head: torch.Tensor | None
     native: HeadLists | None
+    table: torch.Tensor | None
 
     def arrange(self, x_TND: torch.Tensor) -> torch.Tensor:
         """[T, N, D] -> [T, K * G, D]."""
@@ -44,9 +47,14 @@ def group_heads(kv_of_query: Sequence[int], num_kv_heads: int, device: torch.dev
     groups = [[head for head, kv in enumerate(kv_of_query) if kv == group] for group in range(num_kv_heads)]
     size = max(map(len, groups))
     if [head for group in groups for head in group] == list(range(num_kv_heads * size)):
-        return HeadGroups(num_kv_heads, None, None, native)
-    head_of_place = [head for group in groups for head in group + [0] * (size - len(group))]
+        return HeadGroups(num_kv_heads, size, None, None, native, None)
+    rectangle = torch.tensor([group + [-1] * (size - len(group)) for group in groups], dtype=torch.int32, device=device)
     place_of_head = [kv * size + groups[kv].index(head) for head, kv in enumerate(kv_of_query)]
     return HeadGroups(
-        num_kv_heads, torch.tensor(head_of_place, device=device), torch.tensor(place_of_head, device=device), native
+        num_kv_heads,
+        size,
+        rectangle.flatten().clamp(min=0).long(),
+        torch.tensor(place_of_head, device=device),
+        native,
+        rectangle,
     )

@@ -1,4 +1,4 @@
-"""`argmax`, `top`: the largest numbers of rows, as a shard of the vocabulary is searched."""
+"""`argmax`, `argmax_keys`, `top`: the largest numbers of rows, as a shard of the vocabulary is searched."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import math
 
 import torch
 
-from phalanx.kernels import native_cpu
+from phalanx.kernels import native_cpu, triton_gpu
+
+_LARGEST_INT32 = 2**31 - 1
+_LOWER_BITS = 2**32 - 1
 
 
 def argmax(values_BV: torch.Tensor) -> torch.Tensor:
     """The column of each row's largest number, [B] int64; the first of equals."""
+    gpu = triton_gpu.operators_for(values_BV)
+    if gpu is not None:
+        return gpu.argmax(values_BV)  # type: ignore[no-any-return]
     if not _applies(values_BV):
         return values_BV.argmax(1)
     columns_B = torch.empty(values_BV.shape[0], dtype=torch.int64)
@@ -18,10 +24,35 @@ def argmax(values_BV: torch.Tensor) -> torch.Tensor:
     return columns_B
 
 
+def argmax_keys(values_BV: torch.Tensor, first: int) -> torch.Tensor:
+    """A key of each row's largest number, [B] int64, for float32 rows that go on in the columns of other ranks: of
+    several keys the largest is that of the largest number, the first of equals. `columns_of_keys` reads the column.
+
+    first: the column, among all, of the first one here; below 2^32 in all.
+    """
+    if _applies(values_BV):
+        keys_B = torch.empty(values_BV.shape[0], dtype=torch.int64)
+        native_cpu.LIBRARY.argmax_keys(keys_B.data_ptr(), values_BV.data_ptr(), *values_BV.shape, first)
+        return keys_B
+    column_B1 = argmax(values_BV).unsqueeze(1)
+    value_B = values_BV.gather(1, column_B1).squeeze(1).float()
+    bits_B = (value_B + 0.0).view(torch.int32)  # adding zero makes both zeros one
+    rank_B = torch.where(bits_B < 0, bits_B ^ _LARGEST_INT32, bits_B).masked_fill(value_B.isnan(), _LARGEST_INT32)
+    return (rank_B.long() << 32) | (_LOWER_BITS - (column_B1.squeeze(1) + first))
+
+
+def columns_of_keys(keys_B: torch.Tensor) -> torch.Tensor:
+    """[B] int64."""
+    return _LOWER_BITS - (keys_B & _LOWER_BITS)
+
+
 def top(values_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and columns of the best `count` of each row, best first, equal ones in order of their columns. Without
     not-a-numbers. Where a row has fewer above minus infinity, the rest of its columns are any that are not.
     """
+    gpu = triton_gpu.operators_for(values_BV)
+    if gpu is not None:
+        return gpu.top(values_BV, count)  # type: ignore[no-any-return]
     if not _applies(values_BV):
         return _top(values_BV, count)
     num_rows, width = values_BV.shape

@@ -1,10 +1,14 @@
-"""`linear`: y = x W^T + b."""
+"""`linear`: y = x W^T + b, and the forms in which something follows it at once."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from phalanx.kernels import triton_gpu
+from phalanx.kernels.gated_mul import gelu_mul, silu_mul
 from phalanx.kernels.packed import PackedWeight, Weight
 
 # Of float32 on CPUs torch reads weights at 5 to 12 GB/s for so many rows, and at 11 to 31 with the product turned round
@@ -20,7 +24,32 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     """
     if isinstance(weight, PackedWeight):
         return weight.multiply(x, bias)
+    gpu = triton_gpu.operators_for(x)
+    if gpu is not None:
+        return gpu.linear(x, weight, bias)  # type: ignore[no-any-return]
     if x.is_cpu and x.dtype == torch.float32 and len(x) in FEW_ROWS:
         y = torch.mm(weight, x.t()).t().contiguous()
         return y if bias is None else y.add_(bias)
     return F.linear(x, weight, bias)
+
+
+def linear_add(
+    x: torch.Tensor, weight: Weight, residual: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear(x, weight, bias) + residual`, residual [T, out]; on a GPU what lies between need not be rounded."""
+    gpu = triton_gpu.operators_for(x)
+    if gpu is not None:
+        return gpu.linear_add(x, weight, residual, bias)  # type: ignore[no-any-return]
+    return linear(x, weight, bias) + residual
+
+
+def gated_linear(
+    x: torch.Tensor, weight: Weight, activation: Literal["silu", "gelu"], bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`silu_mul(linear(x, weight, bias))`, or `gelu_mul`: the first half of the weight's rows are the gates. On a GPU
+    what lies between need not be rounded.
+    """
+    gpu = triton_gpu.operators_for(x)
+    if gpu is not None:
+        return gpu.gated_linear(x, weight, activation, bias)  # type: ignore[no-any-return]
+    return (silu_mul if activation == "silu" else gelu_mul)(linear(x, weight, bias))

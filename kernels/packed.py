@@ -1,4 +1,4 @@
-"""`PackedWeight`: a matrix in the order in which the native product reads it."""
+"""`PackedWeight`: a matrix as the native product reads it, in 12 bits a weight where that loses no bit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 
 from phalanx.native import find_native
-
-BLOCK_ROWS = 32  # of a weight that lie side by side; see `kernels/csrc/linear.hpp`
 
 
 class Packing(NamedTuple):
@@ -32,22 +30,17 @@ def choose_packing(dtype: torch.dtype, device: torch.device) -> Packing:
         return Packing(False, f"torch: native products are in bfloat16, this is {str(dtype).removeprefix('torch.')}")
     if not library.linear_sets:
         return Packing(False, "torch: native products need a processor with AVX2")
-    return Packing(True, f"native, {library.linear_sets[0]}: from packed weights")
-
-
-def packed_size(num_outputs: int, num_inputs: int) -> int:
-    """Elements of a packed matrix [num_outputs, num_inputs]."""
-    return -(-num_outputs // BLOCK_ROWS) * BLOCK_ROWS * -(-num_inputs // 2) * 2
+    return Packing(True, f"native, {library.linear_sets[0]}: from weights packed into 12 bits, lossless")
 
 
 def make_packed(shapes: Sequence[Sequence[int]]) -> list[PackedWeight]:
     """Packed weights [N, K], to be filled, side by side in one piece of memory with huge pages where the system gives
     them: products read a quarter faster from those (16 million weights: 45 GB/s for 35).
     """
-    sizes = [packed_size(shape[0], shape[1]) for shape in shapes]
-    room = torch.empty(sum(sizes), dtype=torch.bfloat16)
     library = find_native().library
     assert library is not None
+    sizes = [library.PackedMatrix.room_bytes(shape[0], shape[1]) for shape in shapes]
+    room = torch.empty(sum(sizes), dtype=torch.uint8)
     library.advise_huge_pages(room.data_ptr(), room.nbytes)
     parts = torch.split(room, sizes)
     return [PackedWeight(shape[0], shape[1], part) for shape, part in zip(shapes, parts, strict=True)]
@@ -56,27 +49,29 @@ def make_packed(shapes: Sequence[Sequence[int]]) -> list[PackedWeight]:
 class PackedWeight:
     """A bfloat16 matrix [N, K] on the CPU, held once, in packed order: `put` fills it, `linear` multiplies by it.
 
-    shape, dtype, device, itemsize and numel are the matrix's, as of a tensor; nbytes is what is held. data: the packed
-    tensor, rows and columns filled up with zeros. Needs `choose_packing(...).usable`.
+    A weight takes 12 bits, and every bit comes back (`kernels/csrc/packed.hpp`). Of 32 outputs whose exponents are too
+    many for that, and of those that have come only in part, it takes 16.
+
+    shape, dtype, device, itemsize and numel are the matrix's, as of a tensor; nbytes is what is held. data: bytes of
+    weights in 12 bits. Needs `choose_packing(...).usable`.
     """
 
-    __slots__ = ("_address", "_library", "data", "shape")
+    __slots__ = ("_address", "_library", "_matrix", "data", "shape")
 
     dtype = torch.bfloat16
     device = torch.device("cpu")
     itemsize = torch.bfloat16.itemsize
 
     def __init__(self, num_outputs: int, num_inputs: int, room: torch.Tensor | None = None) -> None:
-        """To be filled by `put`. room: bfloat16 [packed_size(num_outputs, num_inputs)] to lie in, or its own."""
-        size = packed_size(num_outputs, num_inputs)
-        self.data = torch.empty(size, dtype=self.dtype) if room is None else room
-        if size > num_outputs * num_inputs:
-            self.data.zero_()  # what fills it up stays zero
-        self.shape = torch.Size((num_outputs, num_inputs))
-        self._address = self.data.data_ptr()
+        """To be filled by `put`. room: the uint8 to lie in, as `make_packed` cuts it, or its own."""
         library = find_native().library
         assert library is not None
         self._library: ModuleType = library
+        size = library.PackedMatrix.room_bytes(num_outputs, num_inputs)
+        self.data = torch.empty(size, dtype=torch.uint8) if room is None else room
+        self.shape = torch.Size((num_outputs, num_inputs))
+        self._matrix = library.PackedMatrix(num_outputs, num_inputs, self.data.data_ptr())
+        self._address = self._matrix.address
 
     @classmethod
     def pack(cls, weight: torch.Tensor) -> PackedWeight:
@@ -91,21 +86,32 @@ class PackedWeight:
         if num_inputs != self.shape[1] or first < 0 or first + num_rows > self.shape[0] or rows.dtype != self.dtype:
             raise ValueError(f"{list(rows.shape)} {rows.dtype} from row {first} on do not fit {list(self.shape)}")
         rows = rows.contiguous()
-        self._library.pack_weight(self._address, rows.data_ptr(), first, num_rows, num_inputs)
+        self._matrix.put(rows.data_ptr(), first, num_rows)
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return int(self._matrix.num_bytes)
+
+    @property
+    def share_in_16_bits(self) -> float:
+        """Of the blocks of 32 outputs, those that do not fit into 12 bits a weight."""
+        return float(self._matrix.num_plain / max(1, self._matrix.num_blocks))
 
     def numel(self) -> int:
         return math.prod(self.shape)
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [T] int64 -> [T, K], as of an embedding. Raises IndexError for a row that the matrix has not."""
-        num_outputs, num_inputs = self.shape
-        out = torch.empty(len(rows), num_inputs, dtype=self.dtype)
+        out = torch.empty(len(rows), self.shape[1], dtype=self.dtype)
         rows = rows.to(torch.int64).contiguous()
-        self._library.unpack_rows(out.data_ptr(), self._address, rows.data_ptr(), len(rows), num_outputs, num_inputs)
+        self._matrix.take_rows(out.data_ptr(), rows.data_ptr(), len(rows))
+        return out
+
+    def held_rows(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """The same of a matrix that begins with row `first` of a larger one; zeros for rows that it has not."""
+        out = torch.empty(len(rows), self.shape[1], dtype=self.dtype)
+        rows = rows.to(torch.int64).contiguous()
+        self._matrix.take_held_rows(out.data_ptr(), rows.data_ptr(), len(rows), first)
         return out
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, instructions: int = 0) -> torch.Tensor:
@@ -125,8 +131,6 @@ class PackedWeight:
             self._address,
             0 if bias is None else bias.contiguous().data_ptr(),
             x.shape[0],
-            num_outputs,
-            num_inputs,
             instructions,
         )
         return y

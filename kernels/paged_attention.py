@@ -2,9 +2,9 @@
 2309.06180).
 
 `paged_attention_reference` defines it. `paged_attention` computes the same from an `AttentionPlan`, made once a step
-and used by every layer, and `HeadGroups`, made once a rank. On CPUs the native operator reads the pages where they lie;
-what it gives for a token is the same to the bit, whatever is beside it in the batch, however its prompt is cut into
-chunks, and on any number of threads.
+and used by every layer, and `HeadGroups`, made once a rank. On GPUs the operators in Triton do, by a `DevicePlan`. On
+CPUs the native operator reads the pages where they lie; what it gives for a token is the same to the bit, whatever is
+beside it in the batch, however its prompt is cut into chunks, and on any number of threads.
 
 Shapes: T tokens of a step, S sequences, P pages a sequence, L positions attended, N query heads and K KV heads of a
 rank, D head dimension.
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from phalanx.kernels import native_cpu
+from phalanx.kernels import native_cpu, triton_gpu
+from phalanx.kernels.device_plan import DevicePlan, PlanRoom, plan_on_device
 from phalanx.kernels.gathered_attention import GatherPlan, gathered_attention, plan_gathers
 from phalanx.kernels.head_groups import HeadGroups
 
@@ -29,24 +30,38 @@ if TYPE_CHECKING:
     from phalanx._native import AttentionSteps
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PagePlan:
-    """Who attends to what in a step, for the native operator. steps: what it keeps of the rest, reading page_tables [S,
+    """Who attends to what in a step, for the native operator. steps: what it keeps of the rest, reading page_tables [.,
     P] int64 where they are. The rest: as for `plan_attention`.
     """
 
     steps: AttentionSteps
     page_tables: torch.Tensor
+    rows: Sequence[int]
     query_lengths: Sequence[int]
     context_lengths: Sequence[int]
     page_size: int
     window: int | None
 
+    def move(self, rows: Sequence[int], context_lengths: Sequence[int]) -> None:
+        """On to another step: of as many sequences, each with as many new tokens."""
+        self.rows, self.context_lengths = rows, context_lengths
+        self.__dict__.pop("gathers", None)
+        self.steps.move(
+            self.page_tables.data_ptr(),
+            self.page_tables.stride(0),
+            rows,
+            self.query_lengths,
+            context_lengths,
+            self.window or 0,
+        )
+
     @cached_property
     def gathers(self) -> GatherPlan:
         """For what the native operator does not apply to, such as tensors in float64."""
         return plan_gathers(
-            self.page_tables,
+            self.page_tables[list(self.rows)],
             self.query_lengths,
             self.context_lengths,
             page_size=self.page_size,
@@ -55,7 +70,7 @@ class PagePlan:
         )
 
 
-AttentionPlan: TypeAlias = GatherPlan | PagePlan
+AttentionPlan: TypeAlias = GatherPlan | PagePlan | DevicePlan
 """Who attends to what in a step; the same in every layer."""
 
 
@@ -104,6 +119,13 @@ def paged_attention_reference(
     return torch.cat(outputs)
 
 
+def plan_room(max_sequences: int, max_pages: int, device: torch.device) -> PlanRoom | None:
+    """Where plans of steps lie, of up to so many sequences with so many pages each; None where they need none."""
+    if not triton_gpu.applies_on(device):
+        return None
+    return PlanRoom(max_sequences, max_sequences * max_pages, device)
+
+
 def plan_attention(
     page_tables: torch.Tensor,
     query_lengths: Sequence[int],
@@ -112,20 +134,38 @@ def plan_attention(
     page_size: int,
     window: int | None,
     device: torch.device,
+    rows: Sequence[int] | None = None,
+    room: PlanRoom | None = None,
 ) -> AttentionPlan:
-    """page_tables [S, P], query_lengths, context_lengths, window as in `paged_attention_reference`; sequences may come
-    in any order. What the plan holds is on `device`; page_tables may not be changed while it is used.
+    """page_tables, query_lengths, context_lengths, window as in `paged_attention_reference`; sequences may come in any
+    order. rows: of page_tables [., P], for each sequence; None where they are in that order. What the plan holds is on
+    `device`; page_tables, in main memory, may not be changed while it is used. room: where on a GPU it lies, None for
+    memory of its own.
     """
+    if triton_gpu.applies_on(device):
+        return plan_on_device(
+            page_tables,
+            query_lengths,
+            context_lengths,
+            page_size=page_size,
+            window=window,
+            device=device,
+            rows=rows,
+            room=room,
+        )
     if not native_cpu.applies_on(device):
+        if rows is not None:
+            page_tables = page_tables[list(rows), : -(-max(context_lengths) // page_size)]
         return plan_gathers(
             page_tables, query_lengths, context_lengths, page_size=page_size, window=window, device=device
         )
+    rows = range(len(query_lengths)) if rows is None else rows
     if page_tables.stride(1) != 1:
         page_tables = page_tables.contiguous()
     steps = native_cpu.LIBRARY.AttentionSteps(
-        page_tables.data_ptr(), page_tables.stride(0), query_lengths, context_lengths, window or 0
+        page_tables.data_ptr(), page_tables.stride(0), rows, query_lengths, context_lengths, window or 0
     )
-    return PagePlan(steps, page_tables, query_lengths, context_lengths, page_size, window)
+    return PagePlan(steps, page_tables, rows, query_lengths, context_lengths, page_size, window)
 
 
 def paged_attention(
@@ -137,12 +177,27 @@ def paged_attention(
     *,
     scale: float,
     logit_softcap: float | None = None,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`paged_attention_reference` of the sequences of `plan`, to rounding.
 
     query_TND and the caches share a dtype; all may be strided. What a cache holds where no sequence has written, NaN
-    included, does not reach the output. Returns [T, N, D].
+    included, does not reach the output. On GPUs the caches may be float8_e4m3fn with kv_scales, of keys and of values,
+    [K] float32 each, by which they are multiplied. Returns [T, N, D].
     """
+    if isinstance(plan, DevicePlan):
+        return triton_gpu.find_triton().operators.paged_attention(  # type: ignore[no-any-return]
+            query_TND,
+            key_cache,
+            value_cache,
+            plan,
+            heads,
+            scale=scale,
+            logit_softcap=logit_softcap,
+            kv_scales=kv_scales,
+        )
+    if kv_scales is not None:
+        raise TypeError("caches of 8-bit floats are for GPUs with Triton; keep the KV cache in the model's dtype")
     if isinstance(plan, PagePlan):
         code = native_cpu.code_of(query_TND)
         page_stride, slot_stride, head_stride, step = key_cache.stride()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from phalanx.kernels import native_cpu
+from phalanx.kernels import native_cpu, triton_gpu
+from phalanx.kernels.quantised_rows import quantise_rows
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -14,7 +15,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     code = native_cpu.code_of(x)
     if code is None:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        gpu = triton_gpu.operators_for(x)
+        return F.rms_norm(x, (x.shape[-1],), weight, eps) if gpu is None else gpu.rms_norm(x, weight, eps)
     width = x.shape[-1]
     x = x.contiguous()
     normed = torch.empty_like(x)
@@ -31,6 +33,9 @@ def add_rms_norm(
 
     x, residual: [..., N] of one shape, weight [N], all of one dtype.
     """
+    gpu = triton_gpu.operators_for(x)
+    if gpu is not None:
+        return gpu.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
     code = native_cpu.code_of(x)
     if code is None or not (x.is_contiguous() and residual.is_contiguous()):
         residual_sum = x + residual
@@ -49,3 +54,24 @@ def add_rms_norm(
         code,
     )
     return normed, residual_sum
+
+
+def rms_norm_quantised(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q, scale): `rms_norm` in float32, and its rows by `quantise_rows`, not rounded between."""
+    gpu = triton_gpu.narrowing_operators_for(x, dtype)
+    if gpu is not None:
+        return gpu.rms_norm_quantised(x, weight, eps, dtype)  # type: ignore[no-any-return]
+    return quantise_rows(F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps), dtype)
+
+
+def add_rms_norm_quantised(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(q, scale, residual_sum): `rms_norm_quantised` of the sum rounded to x's dtype, and the sum."""
+    gpu = triton_gpu.narrowing_operators_for(x, dtype)
+    if gpu is not None:
+        return gpu.add_rms_norm_quantised(x, residual, weight, eps, dtype)  # type: ignore[no-any-return]
+    residual_sum = x + residual
+    return *rms_norm_quantised(residual_sum, weight, eps, dtype), residual_sum

@@ -6,6 +6,10 @@ import math
 
 import torch
 
+from phalanx.kernels import native_cpu, triton_gpu
+
+_NATIVE = {dtype: native_cpu.FLOAT_CODES[dtype] for dtype in (torch.bfloat16, torch.float32)}
+
 
 def rope_frequencies(
     head_dim: int,
@@ -33,7 +37,21 @@ def rope_frequencies(
 def rope_table(
     positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [T, 1, head_dim] in `dtype` for positions [T]; computed once a step for all layers."""
+    """Cosines and sines [T, 1, head_dim] in `dtype` for positions [T] int64; computed once a step for all layers.
+
+    frequencies: [head_dim / 2] float32. Angles are float32, and so are their cosines before they are rounded.
+    """
+    code = _NATIVE.get(dtype)
+    if code is not None and native_cpu.applies_on(positions.device) and positions.is_contiguous():
+        half = len(frequencies)
+        cos = torch.empty((len(positions), 1, 2 * half), dtype=dtype)
+        sin = torch.empty_like(cos)
+        addresses = cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), frequencies.data_ptr()
+        native_cpu.LIBRARY.rope_table(*addresses, len(positions), half, code)
+        return cos, sin
+    gpu = triton_gpu.operators_for(positions)
+    if gpu is not None:
+        return gpu.rope_table(positions, frequencies, dtype)  # type: ignore[no-any-return]
     angles = torch.outer(positions.to(torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from phalanx.kernels import native_cpu
+from phalanx.kernels import native_cpu, triton_gpu
 from phalanx.kernels.rms_norm import rms_norm
 from phalanx.kernels.rope import rope
 
@@ -41,6 +41,11 @@ def rope_and_write_kv(
     value_cache: as for `write_kv`. q_norm, k_norm: [D], for an `rms_norm` of each head before it is rotated, with
     `eps`. All of one dtype, but slots, int64.
     """
+    gpu = triton_gpu.operators_for(qkv)
+    if gpu is not None:
+        return gpu.rope_and_write_kv(  # type: ignore[no-any-return]
+            qkv, *table, key_cache, value_cache, slots, q_norm, k_norm, eps
+        )
     num_kv, head_dim = key_cache.shape[2:]
     num_tokens = qkv.shape[0]
     num_queries = qkv.shape[1] // head_dim - 2 * num_kv

@@ -13,23 +13,25 @@ class Part(NamedTuple):
     """Tokens of a step that pass a layer together: those of some sequences, laid one after another.
 
     positions: [T] int64, of each token in its sequence. slots: [T] int64, where its key and value go in the cache.
-    attention: which keys and values each token sees.
+    attention: which keys and values each token sees. kept: whether all this, and the tokens themselves, lies where it
+    lies for every kept part of as many tokens.
     """
 
     positions: torch.Tensor
     slots: torch.Tensor
     attention: AttentionPlan
+    kept: bool = False
 
 
 class Batch(NamedTuple):
     """The tokens of a step.
 
     parts: one after another, each behind the ones before it in every layer, so that a sequence may go on in the next.
-    last_rows: [B] int64, rows of the step whose next token is to be drawn.
+    last_rows: [B] int64, rows of the step whose next token is to be drawn; None for all, in order.
     """
 
     parts: tuple[Part, ...]
-    last_rows: torch.Tensor
+    last_rows: torch.Tensor | None
 
 
 class KVCache:

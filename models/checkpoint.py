@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from phalanx.errors import ModelError
+from phalanx.models.encodings import ENCODINGS
 from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.split import Interval
 
@@ -24,36 +25,8 @@ Bytes = npt.NDArray[np.uint8]
 _CHUNK_VALUES = 1 << 18
 
 
-class Encoding(NamedTuple):
-    """Storage in blocks of `block_values` that take `block_bytes`. dtype: None where blocks are quantised."""
-
-    block_values: int
-    block_bytes: int
-    dtype: torch.dtype | None = None
-
-    def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of `shape`, whose innermost dimension is a whole number of blocks."""
-        count = 1
-        for size in shape:
-            count *= size
-        return count // self.block_values * self.block_bytes
-
-
-# Block sizes: ggml's `block_q4_0` and its kin (ggml-common.h); a K block is 256 values. Names are those of ggml and
-# safetensors.
-ENCODINGS: Mapping[str, Encoding] = {
-    "F32": Encoding(1, 4, torch.float32),
-    "F16": Encoding(1, 2, torch.float16),
-    "BF16": Encoding(1, 2, torch.bfloat16),
-    "Q4_0": Encoding(32, 18),
-    "Q4_1": Encoding(32, 20),
-    "Q5_0": Encoding(32, 22),
-    "Q5_1": Encoding(32, 24),
-    "Q8_0": Encoding(32, 34),
-    "Q4_K": Encoding(256, 144),
-    "Q5_K": Encoding(256, 176),
-    "Q6_K": Encoding(256, 210),
-}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Of the encodings that are not quantised."""
 
 
 class Checkpoint:
@@ -114,7 +87,7 @@ class Checkpoint:
         columns: Interval | None,
         dtype: torch.dtype | None,
     ) -> torch.Tensor:
-        encoding = ENCODINGS[entry.encoding]
+        encoding, stored = ENCODINGS[entry.encoding], DTYPES.get(entry.encoding)
         rows = rows or Interval(0, shape[0])
         columns = columns or Interval(0, shape[1])
         first_block = columns.start // encoding.block_values
@@ -124,8 +97,8 @@ class Checkpoint:
         start = entry.offset + rows.start * row_bytes + first_block * encoding.block_bytes
         file = self._open(name, entry)
 
-        result = torch.empty((rows.size, columns.size), dtype=dtype or encoding.dtype or torch.float32)
-        if result.dtype is encoding.dtype:  # straight into place
+        result = torch.empty((rows.size, columns.size), dtype=dtype or stored or torch.float32)
+        if result.dtype is stored:  # straight into place
             self._read_bytes(name, entry, file, result.view(torch.uint8).numpy(), start, row_bytes)
             return result
         skipped = columns.start - first_block * encoding.block_values
@@ -203,7 +176,7 @@ def _check_interval(name: str, interval: Interval | None, size: int, granule: in
 
 def _decode(raw: Bytes, encoding: str) -> torch.Tensor:
     """Values of whole blocks: [rows, bytes] to [rows, values], of the stored dtype, or float32 where quantised."""
-    dtype = ENCODINGS[encoding].dtype
+    dtype = DTYPES.get(encoding)
     if dtype is not None:
         return torch.from_numpy(raw).view(dtype)
     from gguf import GGMLQuantizationType

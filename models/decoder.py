@@ -7,30 +7,38 @@ columns of this rank, V vocabulary rows of this rank, B rows whose next token is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from phalanx.comm.communicator import Communicator
+from phalanx.comm.names import profiled
 from phalanx.kernels import (
+    Arena,
+    Graphs,
+    PackedWeight,
+    Recording,
     group_heads,
-    paged_attention,
     rms_norm,
-    rope_and_write_kv,
+    rope_and_attend,
     rope_frequencies,
     rope_table,
     silu_mul,
+    widen,
 )
 from phalanx.models.batch import Batch, KVCache, Part
+from phalanx.models.captured import CapturedSteps
 from phalanx.models.config import DecoderConfig, RopeConfig
+from phalanx.models.recorded import Passed, RecordedSteps
 from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from phalanx.parallel.layout import Stage
 from phalanx.parallel.overlap import Overlap, StageWork
-from phalanx.parallel.stream import PendingStream, ResidualStream
+from phalanx.parallel.stream import PendingStream, RecordedStream, ResidualStream, WholeStream
 
-Weights = Mapping[str, Any]  # by name: `kernels.Weight` where it is multiplied by, a tensor elsewhere
 RopeTable = tuple[torch.Tensor, torch.Tensor]
+Weights = Mapping[str, Any]  # by name: `kernels.Weight` where it is multiplied by, a tensor elsewhere
 
 
 class Share(NamedTuple):
@@ -66,17 +74,19 @@ class Attention:
         self, x_TH: torch.Tensor, table: RopeTable, part: Part, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """What goes into the row-parallel product `o`, [T, N * D]."""
-        q_TND = rope_and_write_kv(
+        out_TND = rope_and_attend(
             self.qkv(x_TH),
             table,
             keys,
             values,
             part.slots,
+            part.attention,
+            self.heads,
+            scale=self.scale,
             q_norm=self.q_norm,
             k_norm=self.k_norm,
             eps=self.norm_eps,
         )
-        out_TND = paged_attention(q_TND, keys, values, part.attention, self.heads, scale=self.scale)
         return out_TND.flatten(1)
 
 
@@ -109,7 +119,8 @@ class Decoder:
     """One rank's share of the model: the layers of its stage, cut by the stage's splits.
 
     weights: by the names of `models/weights.py`. comm: the tensor-parallel group of the stage. overlap: decides how the
-    sums over the ranks are done; None for one after the other.
+    sums over the ranks are done; None for one after the other. graphs: that steps of a GPU are captured in; None for
+    none.
     """
 
     def __init__(
@@ -120,6 +131,7 @@ class Decoder:
         comm: Communicator,
         weights: Weights,
         overlap: Overlap | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.norm_eps = config.norm_eps
         self._comm = comm
@@ -130,7 +142,14 @@ class Decoder:
             self.embed = VocabParallelEmbedding(weights["embed"], stage.vocab[tensor_rank], comm)
         share = Share(config, stage, tensor_rank, comm, weights)
         self.layers = [Layer(share, f"layers.{layer}") for layer in range(stage.layers.start, stage.layers.stop)]
-        self._next_norms = [*(layer.attention_norm for layer in self.layers[1:]), None]
+        self._recorded: RecordedSteps | CapturedSteps | None = None
+        if graphs is not None:
+            self._recorded = CapturedSteps(self._run, graphs)
+        elif self._recordable():
+            self._recorded = RecordedSteps(self._record)
+        # Whether recordings begin at the embedding; they begin behind it where that is none of their calls.
+        self._records_embedding = graphs is not None or (self.embed is not None and self.embed.native)
+        self._passed: Passed | None = None  # by the last step, where it was a recorded one
         self.head = None
         if stage.last:
             self.norm = weights["norm"]
@@ -146,28 +165,97 @@ class Decoder:
         """Hidden states [T, H] after this stage's layers; x is token ids [T] on the first stage, hidden states
         elsewhere. Several parts of a batch pass each block in turns, so that the sums of one travel behind the other.
         """
-        streams = self._streams(x, batch)
+        embed, norm, eps = self.embed, self.layers[0].attention_norm, self.norm_eps
+        if len(batch.parts) == 1:
+            if embed is not None and not self._records_embedding:
+                x = embed(x)
+            self._passed = None
+            if self._recorded is not None and self._overlap.way(len(x)).name == "none" and not profiled():
+                drawn = self.head is not None and batch.last_rows is None and self._few_logits(len(x))
+                self._passed = self._recorded(x, batch.parts[0], cache, drawn)
+                if self._passed is not None:
+                    self._comm.ledger.layer = -1
+                    hidden_TH = self._passed.hidden
+                    # What is handed on may be on its way while the next step is computed.
+                    return hidden_TH if self.head is not None else hidden_TH.clone()
+            streams: list[ResidualStream] = [self._overlap.stream(self._embedded(x), norm, eps, self._comm)]
+        else:
+            parts = torch.split(x, [len(part.positions) for part in batch.parts])
+            streams = [PendingStream(part if embed is None else embed.start(part), norm, eps) for part in parts]
+        self._pass(streams, batch.parts, cache)
+        done = [stream.whole() for stream in streams]
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def forget_steps(self) -> None:
+        """Lets go of recorded steps, and so of the cache that they know."""
+        self._passed = None
+        if self._recorded is not None:
+            self._recorded.forget()
+
+    @contextmanager
+    def shortened(self, num_layers: int) -> Iterator[None]:
+        """Only with the first layers: to try what a step takes beside weights and cache, which all layers do alike."""
+        layers = self.layers
+        self.layers = layers[:num_layers]
+        try:
+            yield
+        finally:
+            self.layers = layers
+
+    def _pass(
+        self,
+        streams: Sequence[ResidualStream],
+        parts: Sequence[Part],
+        cache: KVCache,
+        arena: Arena | None = None,
+        last_norm: torch.Tensor | None = None,
+    ) -> None:
+        """Through all layers. arena: whose turns they are. last_norm: of what is behind them, if that is wanted."""
         dtype = self.layers[0].attention_norm.dtype
-        tables = [rope_table(part.positions, self.frequencies, dtype) for part in batch.parts]
-        layers = zip(self.layers, cache.keys, cache.values, self._next_norms, strict=True)
+        tables = [rope_table(part.positions, self.frequencies, dtype) for part in parts]
+        norms = [*(layer.attention_norm for layer in self.layers[1:]), last_norm]
+        layers = zip(self.layers, cache.keys, cache.values, norms, strict=False)
         for number, (layer, keys, values, next_norm) in enumerate(layers, start=self._first_layer):
             self._comm.ledger.layer = number
+            if arena is not None:
+                arena.turn()
             attention, ffn = layer.attention, layer.ffn
-            for stream, part, table in zip(streams, batch.parts, tables, strict=True):
+            for stream, part, table in zip(streams, parts, tables, strict=True):
                 attended_TI = attention(stream.normed(), table, part, keys, values)
                 stream.add(attention.o, attended_TI, layer.ffn_norm)
             for stream in streams:
                 stream.add(ffn.down, ffn(stream.normed()), next_norm)
         self._comm.ledger.layer = -1
-        done = [stream.whole() for stream in streams]
-        return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _streams(self, x: torch.Tensor, batch: Batch) -> list[ResidualStream]:
-        embed, norm, eps = self.embed, self.layers[0].attention_norm, self.norm_eps
-        if len(batch.parts) == 1:
-            return [self._overlap.stream(x if embed is None else embed(x), norm, eps, self._comm)]
-        parts = torch.split(x, [len(part.positions) for part in batch.parts])
-        return [PendingStream(part if embed is None else embed.start(part), norm, eps) for part in parts]
+    def _embedded(self, x: torch.Tensor) -> torch.Tensor:
+        """Of token ids, or hidden states as they are."""
+        return x if self.embed is None or x.dim() == 2 else self.embed(x)
+
+    def _recordable(self) -> bool:
+        """Whether this rank's part of the layers is made of native calls."""
+        blocks = [(layer.attention.qkv, layer.attention.o, layer.ffn.gate_up, layer.ffn.down) for layer in self.layers]
+        return all(isinstance(product.weight, PackedWeight) for products in blocks for product in products)
+
+    def _record(self, x: torch.Tensor, part: Part, cache: KVCache, recording: Recording, with_logits: bool) -> Passed:
+        """x: token ids [T] where the embedding is native, hidden states [T, H] elsewhere."""
+        if self.embed is not None and x.dim() == 1:
+            x = self.embed.record(x, recording)
+        stream = RecordedStream(x, self.layers[0].attention_norm, self.norm_eps, recording)
+        passed = self._passed_through(stream, part, cache, with_logits, recording.arena)
+        return passed if passed.logits is None else Passed(passed.hidden, widen(passed.logits))
+
+    def _run(self, x: torch.Tensor, part: Part, cache: KVCache, with_logits: bool) -> Passed:
+        """x: token ids [T] on the first stage, hidden states [T, H] elsewhere."""
+        stream = WholeStream(self._embedded(x), self.layers[0].attention_norm, self.norm_eps)
+        return self._passed_through(stream, part, cache, with_logits)
+
+    def _passed_through(
+        self, stream: ResidualStream, part: Part, cache: KVCache, with_logits: bool, arena: Arena | None = None
+    ) -> Passed:
+        """With logits in the model's dtype."""
+        self._pass([stream], [part], cache, arena, self.norm if with_logits else None)
+        logits_TV = self.head(stream.normed()) if with_logits and self.head is not None else None
+        return Passed(stream.whole(), logits_TV)
 
     def work(self) -> StageWork:
         """What the layers of this stage take; by the first of them, since all are alike."""
@@ -183,11 +271,24 @@ class Decoder:
             itemsize=attention.o.weight.itemsize,
         )
 
-    def logits(self, x_TH: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:
-        """This rank's vocabulary shard of the logits, [B, V] float32, at `rows_B`. On the last stage only."""
+    def logits(self, x_TH: torch.Tensor, rows_B: torch.Tensor | None) -> torch.Tensor:
+        """This rank's vocabulary shard of the logits, [B, V] float32, at `rows_B`, or all. On the last stage only."""
         if self.head is None:
             raise RuntimeError("only the last stage has a head")
-        return self.head(rms_norm(x_TH[rows_B], self.norm, self.norm_eps)).float()
+        passed = self._passed
+        if rows_B is None and passed is not None and passed.hidden is x_TH and passed.logits is not None:
+            return passed.logits
+        x_BH = x_TH if rows_B is None else x_TH[rows_B]
+        return self._logits_of(rms_norm(x_BH, self.norm, self.norm_eps))
+
+    def _logits_of(self, normed_BH: torch.Tensor) -> torch.Tensor:
+        assert self.head is not None
+        return widen(self.head(normed_BH))
+
+    def _few_logits(self, num_rows: int) -> bool:
+        """Whether those of so many rows are few enough to have memory of their own between steps."""
+        head, recorded = self.head, self._recorded
+        return head is not None and recorded is not None and num_rows * head.weight.shape[0] <= recorded.most_logits
 
 
 def _rope_frequencies(head_dim: int, config: RopeConfig) -> torch.Tensor:

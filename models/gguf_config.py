@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from phalanx.errors import ModelError
-from phalanx.models.checkpoint import ENCODINGS, Checkpoint
 from phalanx.models.config import DecoderConfig, RopeConfig
+from phalanx.models.encodings import ENCODINGS
 from phalanx.models.families import FAMILIES, family_of
 from phalanx.models.fields import Fields, checked_shape
 from phalanx.models.gguf_file import GgufArray, GgufFile
@@ -180,6 +180,8 @@ def _llama3_rope(file: GgufFile, theta: float, head_dim: int, original_max_posit
             f"{file.path}: tensor {ROPE_FACTORS} has shape {tensor.shape}; expected ({head_dim // 2},) of F32"
         )
     entry = TensorEntry(str(file.path), tensor.offset, 4 * (head_dim // 2), tensor.shape, "F32")
+    from phalanx.models.checkpoint import Checkpoint
+
     with Checkpoint({ROPE_FACTORS: entry}) as checkpoint:
         factors = checkpoint.read(ROPE_FACTORS).numpy().astype(np.float64)
     if np.all(factors == 1.0):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from phalanx.errors import ModelError
-from phalanx.models.checkpoint import ENCODINGS
 from phalanx.models.config import DecoderConfig
+from phalanx.models.encodings import ENCODINGS
 from phalanx.models.families import FAMILIES, expected_tensors
 from phalanx.models.gguf_config import ROPE_FACTORS, gguf_encoding
 from phalanx.models.gguf_file import GgufFile

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from phalanx.errors import ModelError
-from phalanx.models.checkpoint import ENCODINGS
 from phalanx.models.config import DecoderConfig
+from phalanx.models.encodings import ENCODINGS
 from phalanx.models.families import expected_tensors
 from phalanx.models.hf_config import read_json
 from phalanx.models.inventory import check_inventory

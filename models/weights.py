@@ -1,62 +1,16 @@
-"""Which slices of a checkpoint each rank holds, and the reading of them."""
+"""The reading of the slices of a checkpoint that a rank holds."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from phalanx.kernels import PackedWeight, Weight, make_packed
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.models.config import DecoderConfig
-from phalanx.parallel.layout import Layout, RankPlace, Stage
-from phalanx.parallel.split import Interval
-
-
-class TensorSlice(NamedTuple):
-    """Part of a checkpoint's tensor, by canonical name. shape: of the part. rows, columns: None for all of them."""
-
-    tensor: str
-    shape: tuple[int, ...]
-    rows: Interval | None = None
-    columns: Interval | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Param:
-    """A tensor that a rank holds: slices of the checkpoint, stacked along the first dimension.
-
-    multiplied: whether it is a matrix of a product.
-    """
-
-    name: str
-    slices: tuple[TensorSlice, ...]
-    multiplied: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows = sum(piece.shape[0] for piece in self.slices)
-        return (rows, *self.slices[0].shape[1:])
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-
-def rank_params(config: DecoderConfig, layout: Layout, place: RankPlace) -> list[Param]:
-    """Everything the rank at `place` holds. A tied head beside its embedding is held once and not listed twice."""
-    stage = layout.stages[place.stage]
-    return list(_params(config, stage, place.tensor_rank))
-
-
-def kv_bytes_per_token(config: DecoderConfig, layout: Layout, place: RankPlace, dtype_bytes: int) -> int:
-    """Bytes that one token takes in the rank's KV cache, over all of its layers."""
-    stage = layout.stages[place.stage]
-    return 2 * stage.layers.size * stage.kv_heads[place.tensor_rank].size * config.shape.head_dim * dtype_bytes
+from phalanx.models.params import Param
 
 
 def load_params(
@@ -99,60 +53,3 @@ def load_params(
             if on_bytes is not None:
                 on_bytes(param.num_elements * dtype.itemsize)
     return loaded
-
-
-def _params(config: DecoderConfig, stage: Stage, tensor_rank: int) -> Iterator[Param]:
-    hidden = config.shape.hidden_size
-    vocab = stage.vocab[tensor_rank]
-    if stage.first:
-        embed = _rows("embed", ("model.embed_tokens.weight", vocab, hidden))
-        yield replace(embed, multiplied=stage.last and config.tie_embeddings)
-    for layer in range(stage.layers.start, stage.layers.stop):
-        yield from _layer_params(config, stage, tensor_rank, layer)
-    if stage.last:
-        yield _vector("norm", "model.norm.weight", hidden)
-        if not config.tie_embeddings:
-            yield _rows("head", ("lm_head.weight", vocab, hidden))
-        elif not stage.first:
-            yield _rows("head", ("model.embed_tokens.weight", vocab, hidden))
-
-
-def _layer_params(config: DecoderConfig, stage: Stage, tensor_rank: int, layer: int) -> Iterator[Param]:
-    hidden, head_dim = config.shape.hidden_size, config.shape.head_dim
-    queries = stage.query_heads[tensor_rank].scaled(head_dim)
-    keys = stage.kv_heads[tensor_rank].scaled(head_dim)
-    ffn = stage.ffn[tensor_rank]
-    source = f"model.layers.{layer}"
-    attention, mlp = f"{source}.self_attn", f"{source}.mlp"
-    name = f"layers.{layer}"
-    yield _vector(f"{name}.attention_norm", f"{source}.input_layernorm.weight", hidden)
-    qkv = (("q_proj", queries), ("k_proj", keys), ("v_proj", keys))
-    yield _rows(f"{name}.qkv", *((f"{attention}.{part}.weight", rows, hidden) for part, rows in qkv))
-    if config.qkv_bias:
-        yield _rows(f"{name}.qkv_bias", *((f"{attention}.{part}.bias", rows, None) for part, rows in qkv))
-    if config.qk_norm:
-        yield _vector(f"{name}.q_norm", f"{attention}.q_norm.weight", head_dim)
-        yield _vector(f"{name}.k_norm", f"{attention}.k_norm.weight", head_dim)
-    yield _columns(f"{name}.o", f"{attention}.o_proj.weight", hidden, queries)
-    if config.o_bias:
-        yield _vector(f"{name}.o_bias", f"{attention}.o_proj.bias", hidden)
-    yield _vector(f"{name}.ffn_norm", f"{source}.post_attention_layernorm.weight", hidden)
-    yield _rows(f"{name}.gate_up", *((f"{mlp}.{part}_proj.weight", ffn, hidden) for part in ("gate", "up")))
-    yield _columns(f"{name}.down", f"{mlp}.down_proj.weight", hidden, ffn)
-    if config.ffn_bias:
-        yield _rows(f"{name}.gate_up_bias", *((f"{mlp}.{part}_proj.bias", ffn, None) for part in ("gate", "up")))
-        yield _vector(f"{name}.down_bias", f"{mlp}.down_proj.bias", hidden)
-
-
-def _rows(name: str, *pieces: tuple[str, Interval, int | None]) -> Param:
-    """Rows of matrices [., width], or with width None elements of vectors, stacked."""
-    slices = (TensorSlice(t, (rows.size,) if width is None else (rows.size, width), rows) for t, rows, width in pieces)
-    return Param(name, tuple(slices), multiplied=pieces[0][2] is not None)
-
-
-def _columns(name: str, tensor: str, num_rows: int, columns: Interval) -> Param:
-    return Param(name, (TensorSlice(tensor, (num_rows, columns.size), None, columns),), multiplied=True)
-
-
-def _vector(name: str, tensor: str, size: int) -> Param:
-    return Param(name, (TensorSlice(tensor, (size,)),))

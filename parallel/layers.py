@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import Weight, add_rms_norm, linear
+from phalanx.kernels import PackedWeight, Recording, Weight, add_rms_norm, embedding, linear
 from phalanx.parallel.split import Interval
 
 
@@ -66,12 +66,22 @@ class VocabParallelEmbedding:
             return self.weight[tokens_T]
         return self.comm.all_reduce(self._held(tokens_T))
 
+    @property
+    def native(self) -> bool:
+        """Whether looking up is a native call."""
+        return isinstance(self.weight, PackedWeight)
+
+    def record(self, tokens_T: torch.Tensor, recording: Recording) -> torch.Tensor:
+        """The same in every replay of what is being recorded, where it is native."""
+        if self.comm.size == 1:
+            return self.weight[tokens_T]
+        x_TH = self._held(tokens_T)
+        self.comm.record_all_reduce(recording, x_TH)
+        return x_TH
+
     def start(self, tokens_T: torch.Tensor) -> Handle[torch.Tensor]:
         """The same, under way. In a group of several only."""
         return self.comm.all_reduce(self._held(tokens_T), async_op=True)
 
     def _held(self, tokens_T: torch.Tensor) -> torch.Tensor:
-        local_T = tokens_T - self.rows.start
-        missing_T = (local_T < 0) | (local_T >= self.rows.size)
-        x_TH = self.weight[local_T.masked_fill(missing_T, 0)]
-        return x_TH.masked_fill_(missing_T.unsqueeze(1), 0)
+        return embedding(tokens_T, self.weight, self.rows.start)

@@ -11,6 +11,10 @@ from phalanx.errors import LayoutError
 from phalanx.parallel.shape import ModelShape
 from phalanx.parallel.split import Interval, Split
 
+# Of the tokens that pass the layers, those that pass the head. Between prompts, of which one does, and what is drawn,
+# which all do: with as much of the one as of the other.
+HEAD_SHARE = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class StageRequest:
@@ -102,8 +106,8 @@ class Layout:
 def build_layout(shape: ModelShape, requests: Sequence[StageRequest], replicas: int = 1) -> Layout:
     """The layout of a model over the requested stages.
 
-    Layers that no stage asked for are dealt so that the slowest stage, by weights read per rank and step, is as fast as
-    can be; the language-model head counts as weights of the last stage.
+    Layers that no stage asked for are dealt so that the slowest stage, by the weights that a rank multiplies a token
+    by, is as fast as can be. The language-model head counts by half: of prompts only the last token passes it.
 
     Raises LayoutError, with figures, where a division cannot be done.
     """
@@ -179,6 +183,6 @@ def _deal_layers(shape: ModelShape, requests: Sequence[StageRequest]) -> list[In
 
 
 def _stage_cost(shape: ModelShape, requests: Sequence[StageRequest], counts: Sequence[int], stage: int) -> float:
-    """Weights that each rank of `stage` would read in a step with one more layer."""
-    head = shape.head_params if stage == len(requests) - 1 else 0
+    """Weights that each rank of `stage` would multiply a token by, on average, with one more layer."""
+    head = HEAD_SHARE * shape.head_params if stage == len(requests) - 1 else 0
     return ((counts[stage] + 1) * shape.layer_params + head) / requests[stage].num_ranks

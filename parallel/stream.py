@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import Weight, add_rms_norm, linear, rms_norm
+from phalanx.kernels import Recording, Weight, add_rms_norm, linear, rms_norm
 from phalanx.parallel.layers import RowParallelLinear
 
 
@@ -53,6 +53,32 @@ class WholeStream:
 
     def whole(self) -> torch.Tensor:
         return self._x_TH
+
+
+class RecordedStream(WholeStream):
+    """The same, while it is recorded."""
+
+    def __init__(self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float, recording: Recording) -> None:
+        super().__init__(x_TH, norm, eps)
+        self._recording = recording
+
+    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        y_TH, before_TH = linear(x_TI, out.weight), self._x_TH
+        if norm is not None and out.bias is None:
+            self._normed_TH, self._x_TH = out.comm.record_fused_all_reduce_rms_norm(
+                self._recording, y_TH, before_TH, norm, self._eps
+            )
+            return
+        sum_TH = self._x_TH = torch.empty_like(before_TH)
+        ledger, layer = out.comm.ledger, out.comm.ledger.layer
+
+        def reduce() -> None:
+            ledger.layer = layer
+            torch.add(before_TH, out.biased(out.comm.all_reduce(y_TH)), out=sum_TH)
+
+        self._recording.by_hand(reduce)
+        if norm is not None:
+            self._normed_TH = rms_norm(sum_TH, norm, self._eps)
 
 
 class ChunkedStream(WholeStream):

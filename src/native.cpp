@@ -5,6 +5,7 @@
 #include "bindings.hpp"
 
 NB_MODULE(_native, module) {
+  nanobind::set_leak_warnings(false);  // of what a script still holds when the interpreter ends
   phalanx::bind_comm(module);
   phalanx::bind_kernels(module);
 }

@@ -17,8 +17,8 @@ from tests.tiny_models import MAX_POSITION, TINY_MODELS, VOCAB, Reference, make
 
 from phalanx import LLM, AsyncEngine, RequestOutput, SamplingParams
 from phalanx.launcher.schema import ParallelSection
+from phalanx.models.params import kv_bytes_per_token
 from phalanx.models.resolve import resolve_model
-from phalanx.models.weights import kv_bytes_per_token
 from phalanx.parallel.layout import build_layout
 
 NUM_REQUESTS = 24

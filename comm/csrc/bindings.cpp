@@ -4,10 +4,15 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <time.h>
+
+#include <atomic>
+#include <deque>
 #include <string>
 #include <utility>
 
 #include "group.hpp"
+#include "program.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -21,6 +26,38 @@ char* at(uintptr_t address) { return reinterpret_cast<char*>(address); }
 bool interrupted() {
   nb::gil_scoped_acquire held;
   return PyErr_CheckSignals() != 0;
+}
+
+double now_s() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+}
+
+// The transfers of a program, in their order, each with the times and the end of the last run.
+class Transfers {
+ public:
+  struct Transfer {
+    double started_s = 0, ended_s = 0;
+    int last = -1;
+    Outcome outcome;
+  };
+
+  Transfer& add() { return transfers_.emplace_back(); }
+  void begin() { position_.store(0, std::memory_order_relaxed); }
+  // Called at the beginning of each transfer of a run, and at its end.
+  void advance() { position_.store(position() + 1, std::memory_order_relaxed); }
+  // Odd within a transfer; half of it, how many have ended. May be read by any thread.
+  int position() const { return position_.load(std::memory_order_relaxed); }
+  const Transfer& operator[](size_t index) const { return transfers_.at(index); }
+
+ private:
+  std::deque<Transfer> transfers_;  // which the steps of the program refer to
+  std::atomic<int> position_{0};
+};
+
+nb::object told(const Outcome& outcome) {
+  return nb::make_tuple(int(outcome.end), outcome.rank, outcome.header, outcome.expected);
 }
 
 // A group as Python holds it. Each call waits without the interpreter's lock; it returns who arrived last, or of what
@@ -39,6 +76,17 @@ class PyGroup {
   nb::object all_reduce_rms_norm(uintptr_t x, uintptr_t sum, uintptr_t residual, uintptr_t weight, float eps,
                                  size_t num_rows, size_t width, int dtype, double timeout_s) {
     return run([&] {
+      return group_.all_reduce_rms_norm(at(x), at(sum), at(residual), at(weight), eps, num_rows, width, dtype,
+                                        timeout_s);
+    });
+  }
+  void record_all_reduce(Transfers& transfers, uintptr_t x, size_t num_bytes, int dtype, bool max, double timeout_s) {
+    record(transfers, [=, this] { return group_.all_reduce(at(x), num_bytes, dtype, max, timeout_s); });
+  }
+  void record_all_reduce_rms_norm(Transfers& transfers, uintptr_t x, uintptr_t sum, uintptr_t residual,
+                                  uintptr_t weight, float eps, size_t num_rows, size_t width, int dtype,
+                                  double timeout_s) {
+    record(transfers, [=, this] {
       return group_.all_reduce_rms_norm(at(x), at(sum), at(residual), at(weight), eps, num_rows, width, dtype,
                                         timeout_s);
     });
@@ -90,17 +138,38 @@ class PyGroup {
   }
 
   template <typename Call>
+  Outcome run_unlocked(Call call) {
+    const Outcome outcome = group_.aborted();
+    group_.forget_last();
+    return outcome ? call() : outcome;
+  }
+
+  // Adds a transfer to the program that is recorded. Where it fails the program ends.
+  template <typename Call>
+  void record(Transfers& transfers, Call call) {
+    Program* const program = Program::recording();
+    if (program == nullptr) throw std::logic_error("no program is being recorded");
+    program->add([=, this, &transfers, &transfer = transfers.add()] {
+      transfers.advance();
+      transfer.started_s = now_s();
+      transfer.outcome = run_unlocked(call);
+      transfer.ended_s = now_s();
+      transfer.last = group_.last();
+      if (transfer.outcome) transfers.advance();
+      return bool(transfer.outcome);
+    });
+  }
+
+  template <typename Call>
   nb::object run(Call call) {
     Outcome outcome;
     {
       nb::gil_scoped_release released;
-      outcome = group_.aborted();
-      group_.forget_last();
-      if (outcome) outcome = call();
+      outcome = run_unlocked(call);
     }
     if (outcome) return nb::int_(group_.last());
     if (outcome.end == End::kInterrupted) throw nb::python_error();
-    return nb::make_tuple(int(outcome.end), outcome.rank, outcome.header, outcome.expected);
+    return told(outcome);
   }
 };
 
@@ -122,12 +191,28 @@ void bind_comm(nb::module_& module) {
       .def(nb::init<nb::object, uintptr_t, const nb::dict&, int, std::vector<int>, bool, int64_t>())
       .def("all_reduce", &PyGroup::all_reduce)
       .def("all_reduce_rms_norm", &PyGroup::all_reduce_rms_norm)
+      .def("record_all_reduce", &PyGroup::record_all_reduce)
+      .def("record_all_reduce_rms_norm", &PyGroup::record_all_reduce_rms_norm)
       .def("all_gather", &PyGroup::all_gather)
       .def("reduce_scatter", &PyGroup::reduce_scatter)
       .def("broadcast", &PyGroup::broadcast)
       .def("barrier", &PyGroup::barrier)
       .def("send", &PyGroup::send)
       .def("recv", &PyGroup::recv);
+  nb::class_<Transfers>(module, "Transfers")
+      .def(nb::init<>())
+      .def("begin", &Transfers::begin)
+      .def_prop_ro("position", &Transfers::position)
+      .def("times",
+           [](const Transfers& self, int count) {
+             nb::list times;
+             for (int i = 0; i < count; i++) {
+               const Transfers::Transfer& each = self[size_t(i)];
+               times.append(nb::make_tuple(each.started_s, each.ended_s, each.last));
+             }
+             return times;
+           })
+      .def("outcome", [](const Transfers& self, size_t index) { return told(self[index].outcome); });
   const nb::call_guard<nb::gil_scoped_release> unlocked;
   module.def("combine", &combine, "out"_a, "parts"_a, "count"_a, "dtype"_a, "maximum"_a,
              "instructions"_a = 0, unlocked);

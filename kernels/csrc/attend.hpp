@@ -7,6 +7,7 @@
 // it is, to the bit.
 #pragma once
 #include "attention.hpp"
+#include "direct.hpp"
 #include "operators.hpp"
 #include "tile.hpp"
 
@@ -39,9 +40,25 @@ struct State {
   State(float* at, size_t num_rows, size_t width)
       : largest(at), total(at + num_rows), values(at + 2 * num_rows), num_rows(num_rows), width(width) {}
 
+  // Those from `first` on.
+  State rows(size_t first, size_t count) const {
+    State found = *this;
+    found.largest += first;
+    found.total += first;
+    found.values += first * width;
+    found.num_rows = count;
+    return found;
+  }
+
   void clear() {
     for (size_t row = 0; row < num_rows; row++) largest[row] = kNothingSeen, total[row] = 0;
     std::memset(values, 0, num_rows * width * sizeof(float));
+  }
+
+  void copy(const State& from) {
+    std::memcpy(largest, from.largest, num_rows * sizeof(float));
+    std::memcpy(total, from.total, num_rows * sizeof(float));
+    std::memcpy(values, from.values, num_rows * width * sizeof(float));
   }
 
   // Takes in the state of later keys.
@@ -85,6 +102,7 @@ class Carver {
   size_t used_ = 0;
 };
 
+// most_rows: of those that go through a block of keys together; num_rows: of all.
 template <typename T>
 struct Buffers {
   using U = typename UnitOf<T>::type;
@@ -95,15 +113,15 @@ struct Buffers {
   float *scores, *factors, *whole, *split;
   size_t num_floats;
 
-  Buffers(float* scratch, int head_dim, size_t num_rows)
+  Buffers(float* scratch, int head_dim, size_t most_rows, size_t num_rows)
       : width(width_of(head_dim)), num_units(rounded_up(size_t(head_dim), kPerUnit * kWidth) / kPerUnit) {
     Carver carver(scratch);
     queries = carver.take<U>(num_rows * num_units);
     keys = carver.take<U>(num_units * kKeyBlock);
     values = carver.take<U>(kKeyBlock / kPerUnit * width);
-    weights = carver.take<U>(num_rows * kKeyBlock / kPerUnit);
-    scores = carver.take<float>(num_rows * kKeyBlock);
-    factors = carver.take<float>(num_rows);
+    weights = carver.take<U>(most_rows * kKeyBlock / kPerUnit);
+    scores = carver.take<float>(most_rows * kKeyBlock);
+    factors = carver.take<float>(most_rows);
     whole = carver.take<float>(State::num_floats(num_rows, width));
     split = carver.take<float>(State::num_floats(num_rows, width));
     num_floats = carver.used();
@@ -111,8 +129,8 @@ struct Buffers {
 };
 
 template <typename T>
-size_t attention_scratch(int head_dim, int num_rows) {
-  return Buffers<T>(nullptr, head_dim, size_t(num_rows)).num_floats;
+size_t attention_scratch(int head_dim, int most_rows, int num_rows) {
+  return Buffers<T>(nullptr, head_dim, size_t(most_rows), size_t(num_rows)).num_floats;
 }
 
 inline V capped(V score, float softcap) {
@@ -168,20 +186,15 @@ inline float weigh(const Attention& attention, float* scores, U* weights, size_t
   return factor[0];
 }
 
-// Where row `row` of the part writes.
+// The output of a group of the part.
 template <typename T>
-inline T* output_of(const Attention& attention, const AttentionPart& part, size_t row) {
-  const size_t token = row / size_t(part.group), place = row % size_t(part.group);
-  return static_cast<T*>(attention.out) + (part.row + int64_t(token)) * attention.out_stride +
-         int64_t(part.heads[place]) * attention.head_dim;
-}
-
-template <typename T>
-inline void write_output(const Attention& attention, const AttentionPart& part, const State& state) {
+inline void write_output(const Attention& attention, const AttentionPart& part, const HeadGroup& group, const State& state) {
   for (size_t row = 0; row < state.num_rows; row++) {
     const V by = all(1.0f / state.total[row]);
     const float* values = state.values + row * state.width;
-    T* to = output_of<T>(attention, part, row);
+    const size_t token = row / size_t(group.size), place = row % size_t(group.size);
+    T* to = static_cast<T*>(attention.out) + (part.row + int64_t(token)) * attention.out_stride +
+            int64_t(group.heads[place]) * attention.head_dim;
     size_t i = 0;
     for (; i + kWidth <= size_t(attention.head_dim); i += kWidth) store(to + i, multiply(load(values + i), by));
     if (i < size_t(attention.head_dim)) {
@@ -195,112 +208,178 @@ inline void write_output(const Attention& attention, const AttentionPart& part, 
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Where the keys and values of a block lie.
-template <typename T>
-struct KeyRows {
-  const T *keys[kKeyBlock], *values[kKeyBlock];
+// Positions of a part's keys: those that any token sees lie in [start, stop), the first block begins at `first`.
+struct Span {
+  int64_t start, stop, first;
+
+  Span(const Attention& attention, const AttentionPart& part)
+      : start(first_seen(part.position, attention.window)),
+        stop(lesser(part.position + part.num_tokens, part.last_split * kSplit)),
+        // The block of `start` or of the first split, whichever is later.
+        first(greater(start / kKeyBlock * kKeyBlock, part.first_split * kSplit)) {}
+};
+
+// Where the keys and values of a block lie: of each position, in elements from the start of the caches.
+struct Block {
+  int64_t places[kKeyBlock];
   size_t count;
 
-  // Of the block at position `key`, below `stop`; what lies before `start` is not read, but its place is kept. Fetches
-  // them into the second cache: pages are scattered, and a head's rows lie apart, so that the processor does not foresee them.
-  void find(const Attention& attention, const AttentionPart& part, int64_t key, int64_t start, int64_t stop) {
-    count = size_t(lesser(stop - key, kKeyBlock));
-    const size_t skipped = size_t(greater(start - key, 0));
+  // At position `key`. What the span does not hold is not there; any place that it holds stands for that.
+  void find(const Attention& attention, const AttentionPart& part, const Span& span, int64_t key) {
+    count = size_t(lesser(span.stop - key, kKeyBlock));
+    const size_t skipped = size_t(greater(span.start - key, 0));
     int64_t page = (key + int64_t(skipped)) / attention.page_size;
     int64_t slot = (key + int64_t(skipped)) % attention.page_size;
-    const int64_t head = int64_t(part.kv_head) * attention.head_stride;
-    const size_t row_bytes = size_t(attention.head_dim) * sizeof(T);
     for (size_t i = skipped; i < count; i++) {
-      const int64_t place = part.pages[page] * attention.page_stride + slot * attention.slot_stride + head;
-      keys[i] = static_cast<const T*>(attention.keys) + place;
-      values[i] = static_cast<const T*>(attention.values) + place;
-      for (size_t byte = 0; byte < row_bytes; byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(keys[i]) + byte, 0, 2);
-        __builtin_prefetch(reinterpret_cast<const char*>(values[i]) + byte, 0, 2);
-      }
+      places[i] = part.pages[page] * attention.page_stride + slot * attention.slot_stride;
       if (++slot == attention.page_size) slot = 0, page++;
     }
-    // Any row will do, once it is known to be one.
-    for (size_t i = 0; i < skipped; i++) keys[i] = keys[skipped], values[i] = values[skipped];
+    for (size_t i = 0; i < skipped; i++) places[i] = places[skipped];
+    for (size_t i = count; i < size_t(kKeyBlock); i++) places[i] = places[count - 1];
   }
 };
 
-// Takes the keys of one block, from position `key` on, into the state.
+// Takes the keys of one block, from position `key` on, into the state of a group.
 template <typename T>
-inline void attend_block(const Attention& attention, const AttentionPart& part, const Buffers<T>& at,
-                         const KeyRows<T>& rows, int64_t key, const State& state) {
+inline void attend_block(const Attention& attention, const AttentionPart& part, const HeadGroup& group,
+                         const Buffers<T>& at, const typename Buffers<T>::U* queries, const Block& block, int64_t key,
+                         const State& state, Fetch& next_keys, Fetch& next_values) {
   constexpr size_t kPerUnit = Buffers<T>::kPerUnit;
-  const size_t group = size_t(part.group), head_dim = size_t(attention.head_dim), count = rows.count;
+  const size_t size = size_t(group.size), head_dim = size_t(attention.head_dim), count = block.count;
+  const int64_t head = int64_t(group.kv_head) * attention.head_stride;
   // Rows that see any of these keys.
   const int64_t first_token = greater(key - part.position, 0);
   int64_t last_token = part.num_tokens;
   if (attention.window > 0) {
     last_token = lesser(last_token, key + int64_t(count) + attention.window - 1 - part.position);
   }
-  const size_t first_row = size_t(first_token) * group, num_rows = size_t(last_token - first_token) * group;
+  const size_t first_row = size_t(first_token) * size, num_rows = size_t(last_token - first_token) * size;
   const size_t num_columns = rounded_up(count, kWidth);
-  pack_keys<kKeyBlock>(at.keys, rows.keys, count, head_dim);
-  product_all(at.queries + first_row * at.num_units, at.num_units, at.keys, kKeyBlock,
-              (head_dim + kPerUnit - 1) / kPerUnit, at.scores, kKeyBlock, nullptr, num_rows, num_columns);
+  const auto* const keys = static_cast<const T*>(attention.keys) + head;
+  const auto* const values = static_cast<const T*>(attention.values) + head;
+  const auto* const query = queries + first_row * at.num_units;
+  float* const sums = state.values + first_row * at.width;
+  const bool direct = num_rows <= kMostDirectRows && head_dim % kDirectStep == 0;
+  if (direct) {
+    with_rows(num_rows, [&](auto rows) {
+      direct_scores<kKeyBlock, rows.value>(query, at.num_units, keys, block.places, count, head_dim, at.scores,
+                                             next_keys);
+    });
+  } else {
+    pack_keys<kKeyBlock>(at.keys, keys, block.places, count, head_dim);
+    product_all(query, at.num_units, at.keys, kKeyBlock, (head_dim + kPerUnit - 1) / kPerUnit, at.scores, kKeyBlock,
+                nullptr, num_rows, num_columns);
+  }
   for (size_t row = 0; row < num_rows; row++) {
-    const int64_t position = part.position + int64_t((first_row + row) / group);
+    const int64_t position = part.position + int64_t((first_row + row) / size);
     const int64_t first = greater(first_seen(position, attention.window) - key, 0);
     const int64_t last = lesser(position + 1 - key, int64_t(count));
     at.factors[row] = weigh(attention, at.scores + row * kKeyBlock, at.weights + row * (kKeyBlock / kPerUnit),
                             size_t(first), size_t(last), num_columns, state.largest[first_row + row],
                             state.total[first_row + row]);
   }
-  pack_values(at.values, at.width, rows.values, count, head_dim);
-  product_all(at.weights, kKeyBlock / kPerUnit, at.values, at.width, (count + kPerUnit - 1) / kPerUnit,
-              state.values + first_row * at.width, at.width, at.factors, num_rows, at.width);
+  if (direct) {
+    with_rows(num_rows, [&](auto rows) {
+      direct_output<rows.value>(at.weights, kKeyBlock / kPerUnit, values, block.places, count, head_dim, sums, at.width,
+                                  at.factors, next_values);
+    });
+  } else {
+    pack_values(at.values, at.width, values, block.places, count, head_dim);
+    product_all(at.weights, kKeyBlock / kPerUnit, at.values, at.width, (count + kPerUnit - 1) / kPerUnit, sums, at.width,
+                at.factors, num_rows, at.width);
+  }
+}
+
+// Calls each(group, its first row, its number of rows) for the groups of the part.
+template <class Each>
+inline void each_group(const AttentionPart& part, Each&& each) {
+  size_t first_row = 0;
+  for (int number = 0; number < part.num_groups; number++) {
+    const HeadGroup& group = part.groups[number];
+    const size_t num_rows = size_t(part.num_tokens) * size_t(group.size);
+    each(group, first_row, num_rows);
+    first_row += num_rows;
+  }
 }
 
 template <typename T>
-void attend(const Attention& attention, const AttentionPart& part, float* scratch) {
-  const size_t group = size_t(part.group), num_rows = size_t(part.num_tokens) * group;
-  const Buffers<T> at(scratch, attention.head_dim, num_rows);
-  for (size_t row = 0; row < num_rows; row++) {
-    const T* query = static_cast<const T*>(attention.query) + (part.row + int64_t(row / group)) * attention.query_stride +
-                     int64_t(part.heads[row % group]) * attention.head_dim;
-    pack_row(at.queries + row * at.num_units, query, size_t(attention.head_dim));
-  }
-  const int64_t position_after = part.position + part.num_tokens;
-  const int64_t start = first_seen(part.position, attention.window);
-  const int64_t stop = lesser(position_after, part.last_split * kSplit);
-  // The block of `start` or of the first split, whichever is later.
-  int64_t key = greater(start / kKeyBlock * kKeyBlock, part.first_split * kSplit);
+void attend(const Attention& attention, const AttentionPart& part, const AttentionPart* after, float* scratch) {
+  size_t num_rows = 0, most_rows = 0;
+  each_group(part, [&](const HeadGroup&, size_t, size_t of_group) {
+    num_rows += of_group;
+    most_rows = of_group > most_rows ? of_group : most_rows;
+  });
+  const Buffers<T> at(scratch, attention.head_dim, most_rows, num_rows);
+  const Span span(attention, part);
+  // Of the part's heads in a position.
+  const int64_t first_head = int64_t(part.groups[0].kv_head) * attention.head_stride;
+  const int64_t last_head = int64_t(part.groups[part.num_groups - 1].kv_head) * attention.head_stride;
+  const T *first_key = static_cast<const T*>(attention.keys) + first_head;
+  const T *first_value = static_cast<const T*>(attention.values) + first_head;
+  const size_t num_bytes = size_t(last_head - first_head + attention.head_dim) * sizeof(T);
+  Block blocks[2];
+  blocks[0].find(attention, part, span, span.first);
+  each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
+    for (size_t row = 0; row < of_group; row++) {
+      const int64_t token = part.row + int64_t(row) / group.size;
+      const T* query = static_cast<const T*>(attention.query) + token * attention.query_stride +
+                       int64_t(group.heads[row % size_t(group.size)]) * attention.head_dim;
+      pack_row(at.queries + (first_row + row) * at.num_units, query, size_t(attention.head_dim));
+    }
+  });
   State whole(at.whole, num_rows, at.width), split(at.split, num_rows, at.width);
   State* state = &whole;
   whole.clear();
-  KeyRows<T> rows[2];
-  rows[0].find(attention, part, key, start, stop);
-  for (size_t turn = 0; key < stop; turn ^= 1) {
-    const KeyRows<T>& found = rows[turn];
+  int64_t key = span.first;
+  for (size_t turn = 0; key < span.stop; turn ^= 1) {
     const int64_t next = key + kKeyBlock;
-    if (next < stop) rows[turn ^ 1].find(attention, part, next, start, stop);  // on their way meanwhile
-    attend_block(attention, part, at, found, key, *state);
-    if (next % kSplit == 0 || next >= stop) {
+    Block& later = blocks[turn ^ 1];
+    Fetch next_keys, next_values;
+    if (next < span.stop) {
+      later.find(attention, part, span, next);
+    } else if (after != nullptr) {
+      const Span span_after(attention, *after);
+      later.find(attention, *after, span_after, span_after.first);
+    }
+    if (next < span.stop || after != nullptr) {
+      next_keys = Fetch(first_key, later.places, later.count, num_bytes);
+      next_values = Fetch(first_value, later.places, later.count, num_bytes);
+    }
+    each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
+      const auto* queries = at.queries + first_row * at.num_units;
+      attend_block(attention, part, group, at, queries, blocks[turn], key, state->rows(first_row, of_group), next_keys,
+                   next_values);
+    });
+    next_keys.rest();
+    next_values.rest();
+    if (next % kSplit == 0 || next >= span.stop) {
       if (state == &split) whole.join(split);
       state = &split;
       split.clear();
     }
     key = next;
   }
-  if (part.partial != nullptr) {
-    std::memcpy(part.partial, at.whole, State::num_floats(num_rows, at.width) * sizeof(float));
-  } else {
-    write_output<T>(attention, part, whole);
-  }
+  each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
+    const State rows = whole.rows(first_row, of_group);
+    if (part.partial == nullptr) {
+      write_output<T>(attention, part, group, rows);
+    } else {
+      State(part.partial + State::num_floats(first_row, at.width), of_group, at.width).copy(rows);
+    }
+  });
 }
 
 template <typename T>
 void join_splits(const Attention& attention, const AttentionPart& part) {
-  const size_t num_rows = size_t(part.num_tokens) * size_t(part.group), width = width_of(attention.head_dim);
-  State whole(part.partial, num_rows, width);
-  for (int64_t number = 1; number < part.last_split - part.first_split; number++) {
-    whole.join(State(part.partial + size_t(number) * part.partial_stride, num_rows, width));
-  }
-  write_output<T>(attention, part, whole);
+  const size_t width = width_of(attention.head_dim);
+  each_group(part, [&](const HeadGroup& group, size_t first_row, size_t num_rows) {
+    float* at = part.partial + State::num_floats(first_row, width);
+    State whole(at, num_rows, width);
+    for (int64_t number = part.first_split + 1; number < part.last_split; number++) {
+      whole.join(State(at += part.partial_stride, num_rows, width));
+    }
+    write_output<T>(attention, part, group, whole);
+  });
 }
 
 }  // namespace

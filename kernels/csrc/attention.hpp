@@ -15,31 +15,36 @@ static inline int64_t first_seen(int64_t position, int64_t window) {
   return window > 0 && position >= window ? position - window + 1 : 0;
 }
 
-// The query heads of each KV head.
+// The query heads of each KV head that has any.
 class HeadLists {
  public:
   // kv_of_query: the KV head of each query head, below num_kv_heads.
   HeadLists(const std::vector<int>& kv_of_query, int num_kv_heads);
+  HeadLists(const HeadLists&) = delete;
+  HeadLists& operator=(const HeadLists&) = delete;
 
-  int num_kv_heads() const { return int(starts_.size()) - 1; }
+  const std::vector<HeadGroup>& groups() const { return groups_; }
+  int num_heads() const { return int(heads_.size()); }
   int largest_group() const { return largest_; }
-  const int32_t* heads(int kv_head) const { return heads_.data() + starts_[size_t(kv_head)]; }
-  // Query heads of the KV heads before this one; for their number, of all.
-  int start(int kv_head) const { return starts_[size_t(kv_head)]; }
-  int group(int kv_head) const { return starts_[size_t(kv_head) + 1] - starts_[size_t(kv_head)]; }
 
  private:
   std::vector<int32_t> heads_;
-  std::vector<int> starts_;
+  std::vector<HeadGroup> groups_;  // of heads_
   int largest_ = 0;
 };
+
+// Of the last num_new of so many tokens of each sequence, one sequence after another: positions, then the slots (page *
+// page_size + offset) in pages that the row `table` of `tables` names.
+void token_places(int64_t* places, const int64_t* tables, int64_t table_stride, const std::vector<int64_t>& table,
+                  const std::vector<int64_t>& num_new, const std::vector<int64_t>& lengths, int64_t page_size);
 
 // Who attends to what in a step; the same in every layer. Page tables are read where they are, so that they must stay.
 class AttentionSteps {
  public:
-  // tables: rows of page numbers, table_stride apart. num_new, lengths: of each sequence, in the order of their rows.
-  AttentionSteps(const int64_t* tables, int64_t table_stride, const std::vector<int64_t>& num_new,
-                 const std::vector<int64_t>& lengths, int64_t window);
+  // tables: rows of page numbers, table_stride apart. table, num_new, lengths: of each sequence, which of those rows,
+  // and how many tokens.
+  AttentionSteps(const int64_t* tables, int64_t table_stride, const std::vector<int64_t>& table,
+                 const std::vector<int64_t>& num_new, const std::vector<int64_t>& lengths, int64_t window);
 
   // dtype: of queries, caches and output. attention: all but its window.
   void attend(Attention attention, const HeadLists& heads, int dtype, const Operators& operators) const;

@@ -4,6 +4,7 @@
 #include "linear.hpp"
 #include "memory.hpp"
 #include "pool.hpp"
+#include "program.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -16,11 +17,12 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// instructions: a place in `linear_sets`.
-void multiply(uintptr_t y, uintptr_t x, size_t x_stride, uintptr_t packed, uintptr_t bias, size_t num_rows,
-              size_t num_outputs, size_t num_inputs, size_t instructions) {
-  linear(*usable_linears().at(instructions), at<uint16_t>(y), at<uint16_t>(x), x_stride, at<uint16_t>(packed),
-         at<uint16_t>(bias), num_rows, num_outputs, num_inputs);
+// weight: a `PackedMatrix`. instructions: a place in `linear_sets`.
+void multiply(uintptr_t y, uintptr_t x, size_t x_stride, uintptr_t weight, uintptr_t bias, size_t num_rows,
+              size_t instructions) {
+  perform([=, &kernels = *usable_linears().at(instructions)] {
+    linear(kernels, at<uint16_t>(y), at<uint16_t>(x), x_stride, *at<PackedMatrix>(weight), at<uint16_t>(bias), num_rows);
+  });
 }
 
 }  // namespace
@@ -30,20 +32,47 @@ void bind_kernels(nb::module_& module) {
   module.def("resize_pool", [](int num_threads) { Pool::instance().resize(num_threads); }, "num_threads"_a, unlocked);
   module.def("pool_size", [] { return Pool::instance().size(); });
   bind_operators(module);
-  module.def("linear", &multiply, "y"_a, "x"_a, "x_stride"_a, "packed"_a, "bias"_a, "num_rows"_a, "num_outputs"_a,
-             "num_inputs"_a, "instructions"_a = 0, unlocked);
-  module.def(
-      "pack_weight",
-      [](uintptr_t packed, uintptr_t rows, size_t first, size_t num_rows, size_t num_inputs) {
-        pack_weight(at<uint16_t>(packed), at<uint16_t>(rows), first, num_rows, num_inputs);
-      },
-      "packed"_a, "rows"_a, "first"_a, "num_rows"_a, "num_inputs"_a, unlocked);
-  module.def(
-      "unpack_rows",
-      [](uintptr_t out, uintptr_t packed, uintptr_t indices, size_t count, size_t num_outputs, size_t num_inputs) {
-        unpack_rows(at<uint16_t>(out), at<uint16_t>(packed), at<int64_t>(indices), count, num_outputs, num_inputs);
-      },
-      "out"_a, "packed"_a, "indices"_a, "count"_a, "num_outputs"_a, "num_inputs"_a, unlocked);
+  nb::class_<Program>(module, "Program")
+      .def(nb::init<>())
+      .def("begin", [](Program& self) { Program::recording() = &self; })
+      .def("end", [](Program&) { Program::recording() = nullptr; })
+      .def("run", [](const Program& self) {
+        bool done;
+        {
+          nb::gil_scoped_release released;
+          done = self.run();
+        }
+        if (!done && PyErr_Occurred()) throw nb::python_error();  // an interrupt, seen while a step waited
+        return done;
+      });
+  module.def("linear", &multiply, "y"_a, "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "num_rows"_a, "instructions"_a = 0,
+             unlocked);
+  nb::class_<PackedMatrix>(module, "PackedMatrix")
+      .def_static("room_bytes", &PackedMatrix::room_bytes, "num_outputs"_a, "num_inputs"_a)
+      .def("__init__",
+           [](PackedMatrix* self, size_t num_outputs, size_t num_inputs, uintptr_t room) {
+             new (self) PackedMatrix(num_outputs, num_inputs, at<uint8_t>(room));
+           },
+           "num_outputs"_a, "num_inputs"_a, "room"_a)
+      .def("put",
+           [](PackedMatrix& self, uintptr_t rows, size_t first, size_t num_rows) {
+             self.put(at<uint16_t>(rows), first, num_rows);
+           },
+           "rows"_a, "first"_a, "num_rows"_a, unlocked)
+      .def("take_rows",
+           [](const PackedMatrix& self, uintptr_t out, uintptr_t indices, size_t count) {
+             perform([=, &self] { self.take_rows(at<uint16_t>(out), at<int64_t>(indices), count); });
+           },
+           "out"_a, "indices"_a, "count"_a, unlocked)
+      .def("take_held_rows",
+           [](const PackedMatrix& self, uintptr_t out, uintptr_t indices, size_t count, int64_t first) {
+             perform([=, &self] { self.take_held_rows(at<uint16_t>(out), at<int64_t>(indices), count, first); });
+           },
+           "out"_a, "indices"_a, "count"_a, "first"_a, unlocked)
+      .def_prop_ro("address", [](const PackedMatrix& self) { return reinterpret_cast<uintptr_t>(&self); })
+      .def_prop_ro("num_bytes", &PackedMatrix::num_bytes)
+      .def_prop_ro("num_blocks", &PackedMatrix::num_blocks)
+      .def_prop_ro("num_plain", &PackedMatrix::num_plain);
   module.def(
       "advise_huge_pages",
       [](uintptr_t memory, size_t num_bytes) { return advise_huge_pages(at<char>(memory), num_bytes); }, "memory"_a,

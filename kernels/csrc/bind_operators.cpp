@@ -9,7 +9,10 @@
 #include "attention.hpp"
 #include "bind_kernels.hpp"
 #include "pool.hpp"
+#include "program.hpp"
+#include "rotations.hpp"
 #include "select.hpp"
+#include "widen.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -40,28 +43,33 @@ void over_rows(size_t num_rows, size_t width, F&& body) {
 
 void rms_norm(uintptr_t normed, uintptr_t x, size_t x_stride, uintptr_t weight, float eps, size_t num_rows,
               size_t width, int dtype, size_t instructions) {
-  const size_t item = item_bytes(dtype);
-  over_rows(num_rows, width, [&, norm = operators_of(instructions).rms_norm[dtype]](size_t first, size_t last) {
-    norm(at(normed + first * width * item), at(x + first * x_stride * item), x_stride, at(weight), eps, last - first,
-         width);
+  perform([=, item = item_bytes(dtype), norm = operators_of(instructions).rms_norm[dtype]] {
+    over_rows(num_rows, width, [&](size_t first, size_t last) {
+      norm(at(normed + first * width * item), at(x + first * x_stride * item), x_stride, at(weight), eps, last - first,
+           width);
+    });
   });
 }
 
 void add_rms_norm(uintptr_t normed, uintptr_t sum, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps,
                   size_t num_rows, size_t width, int dtype, size_t instructions) {
-  over_rows(num_rows, width, [&, norm = operators_of(instructions).add_rms_norm[dtype]](size_t first, size_t last) {
-    const size_t skipped = first * width * item_bytes(dtype);
-    norm(at(normed + skipped), at(sum + skipped), at(x + skipped), at(residual + skipped), at(weight), eps,
-         last - first, width);
+  perform([=, item = item_bytes(dtype), norm = operators_of(instructions).add_rms_norm[dtype]] {
+    over_rows(num_rows, width, [&](size_t first, size_t last) {
+      const size_t skipped = first * width * item;
+      norm(at(normed + skipped), at(sum + skipped), at(x + skipped), at(residual + skipped), at(weight), eps,
+           last - first, width);
+    });
   });
 }
 
 void gated_mul(uintptr_t out, uintptr_t gate_up, size_t num_rows, size_t width, bool gelu, int dtype,
                size_t instructions) {
   const Operators& operators = operators_of(instructions);
-  over_rows(num_rows, 2 * width, [&, gated = (gelu ? operators.gelu_mul : operators.silu_mul)[dtype]](size_t first, size_t last) {
-    const size_t skipped = first * width * item_bytes(dtype);
-    gated(at(out + skipped), at(gate_up + 2 * skipped), last - first, width);
+  perform([=, item = item_bytes(dtype), gated = (gelu ? operators.gelu_mul : operators.silu_mul)[dtype]] {
+    over_rows(num_rows, 2 * width, [&](size_t first, size_t last) {
+      const size_t skipped = first * width * item;
+      gated(at(out + skipped), at(gate_up + 2 * skipped), last - first, width);
+    });
   });
 }
 
@@ -71,10 +79,10 @@ void rope_and_write_kv(uintptr_t heads, uintptr_t cos, uintptr_t sin, uintptr_t 
                        size_t num_queries, size_t num_keys, size_t head_dim, int dtype, size_t instructions) {
   const RopeWrite work{at(heads),  at(cos),     at(sin),     at(query_norm), at(key_norm), eps,      at(keys), at(values), at<int64_t>(slots),
                        page_size, page_stride, slot_stride, head_stride,    num_queries,  num_keys, head_dim};
-  over_rows(num_rows, (num_queries + 2 * num_keys) * head_dim,
-            [&, rows = operators_of(instructions).rope_and_write_kv[dtype]](size_t first, size_t last) {
-              rows(work, first, last);
-            });
+  perform([=, rows = operators_of(instructions).rope_and_write_kv[dtype]] {
+    over_rows(num_rows, (num_queries + 2 * num_keys) * head_dim,
+              [&](size_t first, size_t last) { rows(work, first, last); });
+  });
 }
 
 void attend(const AttentionSteps& steps, const HeadLists& heads, uintptr_t out, uintptr_t query, uintptr_t keys,
@@ -95,7 +103,9 @@ void attend(const AttentionSteps& steps, const HeadLists& heads, uintptr_t out, 
   attention.head_dim = head_dim;
   attention.scale = scale;
   attention.softcap = softcap;
-  steps.attend(attention, heads, dtype, operators_of(instructions));
+  perform([=, &steps, &heads, &operators = operators_of(instructions)] {
+    steps.attend(attention, heads, dtype, operators);
+  });
 }
 
 }  // namespace
@@ -115,23 +125,62 @@ void bind_operators(nb::module_& module) {
   module.def(
       "argmax",
       [](uintptr_t columns, uintptr_t x, size_t num_rows, size_t width, size_t instructions) {
-        argmax_rows(at<int64_t>(columns), at<const float>(x), num_rows, width, operators_of(instructions));
+        perform([=, &operators = operators_of(instructions)] {
+          argmax_rows(at<int64_t>(columns), at<const float>(x), num_rows, width, operators);
+        });
       },
       "columns"_a, "x"_a, "num_rows"_a, "width"_a, "instructions"_a = 0, unlocked);
   module.def(
+      "argmax_keys",
+      [](uintptr_t keys, uintptr_t x, size_t num_rows, size_t width, int64_t first, size_t instructions) {
+        perform([=, &operators = operators_of(instructions)] {
+          argmax_keys(at<int64_t>(keys), at<const float>(x), num_rows, width, first, operators);
+        });
+      },
+      "keys"_a, "x"_a, "num_rows"_a, "width"_a, "first"_a, "instructions"_a = 0, unlocked);
+  module.def(
       "top",
       [](uintptr_t values, uintptr_t columns, uintptr_t x, size_t num_rows, size_t width, size_t count, size_t instructions) {
-        top_rows(at<float>(values), at<int64_t>(columns), at<const float>(x), num_rows, width, count,
-                 operators_of(instructions));
+        perform([=, &operators = operators_of(instructions)] {
+          top_rows(at<float>(values), at<int64_t>(columns), at<const float>(x), num_rows, width, count, operators);
+        });
       },
       "values"_a, "columns"_a, "x"_a, "num_rows"_a, "width"_a, "count"_a, "instructions"_a = 0, unlocked);
+  module.def(
+      "rope_table",
+      [](uintptr_t cos, uintptr_t sin, uintptr_t positions, uintptr_t frequencies, size_t num_rows, size_t half, int dtype) {
+        perform([=] {
+          rope_table(at(cos), at(sin), at<const int64_t>(positions), at<const float>(frequencies), num_rows, half, dtype);
+        });
+      },
+      "cos"_a, "sin"_a, "positions"_a, "frequencies"_a, "num_rows"_a, "half"_a, "dtype"_a, unlocked);
+  module.def(
+      "token_places",
+      [](uintptr_t places, uintptr_t tables, int64_t table_stride, const std::vector<int64_t>& table,
+         const std::vector<int64_t>& num_new, const std::vector<int64_t>& lengths, int64_t page_size) {
+        token_places(at<int64_t>(places), at<const int64_t>(tables), table_stride, table, num_new, lengths, page_size);
+      },
+      "places"_a, "tables"_a, "table_stride"_a, "table"_a, "num_new"_a, "lengths"_a, "page_size"_a);
+  module.def(
+      "widen",
+      [](uintptr_t out, uintptr_t x, size_t count) {
+        perform([=] { widen(at<float>(out), at<const uint16_t>(x), count); });
+      },
+      "out"_a, "x"_a, "count"_a, unlocked);
   nb::class_<HeadLists>(module, "HeadLists").def(nb::init<const std::vector<int>&, int>());
   nb::class_<AttentionSteps>(module, "AttentionSteps")
       .def("__init__",
-           [](AttentionSteps* self, uintptr_t tables, int64_t table_stride, const std::vector<int64_t>& num_new,
-              const std::vector<int64_t>& lengths, int64_t window) {
-             new (self) AttentionSteps(at<const int64_t>(tables), table_stride, num_new, lengths, window);
+           [](AttentionSteps* self, uintptr_t tables, int64_t table_stride, const std::vector<int64_t>& table,
+              const std::vector<int64_t>& num_new, const std::vector<int64_t>& lengths, int64_t window) {
+             new (self) AttentionSteps(at<const int64_t>(tables), table_stride, table, num_new, lengths, window);
            })
+      .def("move",
+           [](AttentionSteps& self, uintptr_t tables, int64_t table_stride, const std::vector<int64_t>& table,
+              const std::vector<int64_t>& num_new, const std::vector<int64_t>& lengths, int64_t window) {
+             self = AttentionSteps(at<const int64_t>(tables), table_stride, table, num_new, lengths, window);
+           })
+      .def("copy", [](const AttentionSteps& self) { return self; })
+      .def("become", [](AttentionSteps& self, const AttentionSteps& other) { self = other; }, "other"_a)
       .def("attend", &attend, "heads"_a, "out"_a, "query"_a, "keys"_a, "values"_a, "query_stride"_a, "out_stride"_a,
            "page_size"_a, "page_stride"_a, "slot_stride"_a, "head_stride"_a, "head_dim"_a, "scale"_a, "softcap"_a,
            "dtype"_a, "instructions"_a = 0, unlocked);

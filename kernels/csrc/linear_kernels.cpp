@@ -1,8 +1,9 @@
 // Compiled once for each instruction set; see `reduce_kernels.cpp` for what that asks of a file.
 #include <cstring>
+#include <type_traits>
 
 #include "linear.hpp"
-#include <immintrin.h>
+#include "linear_vectors.hpp"
 
 #define PHALANX_JOIN_OF(a, b) a##b
 #define PHALANX_JOIN(a, b) PHALANX_JOIN_OF(a, b)
@@ -12,144 +13,156 @@
 namespace phalanx {
 namespace {
 
-// V: as many floats as a register holds. Pair: two inputs of a row, as they are multiplied.
-#if defined(__AVX512F__)
-
-using V = __m512;
-constexpr size_t kMostRows = 12, kVectors = 2;  // rows times vectors of sums, and what they are made of, fill 32 registers
-inline V zero() { return _mm512_setzero_ps(); }
-inline V load(const float* from) { return _mm512_loadu_ps(from); }
-inline void store(float* to, V v) { _mm512_storeu_ps(to, v); }
-
-#if defined(__AVX512BF16__)
-
-using Pair = uint32_t;
-struct W { __m512bh both; };
-inline W load_w(const uint16_t* from) { return {(__m512bh)_mm512_loadu_si512(from)}; }
-inline V add_product(V sum, W w, Pair x) { return _mm512_dpbf16_ps(sum, w.both, (__m512bh)_mm512_set1_epi32(int(x))); }
-inline Pair make_pair(uint16_t even, uint16_t odd) { return Pair(odd) << 16 | even; }
-
-#else
-
-struct Pair { float even, odd; };
-struct W { V even, odd; };
-inline W load_w(const uint16_t* from) {
-  const __m512i both = _mm512_loadu_si512(from);
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
-          _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xFFFF0000))))};
-}
-inline V add_product(V sum, W w, const Pair& x) {
-  sum = _mm512_fmadd_ps(w.even, _mm512_set1_ps(x.even), sum);
-  return _mm512_fmadd_ps(w.odd, _mm512_set1_ps(x.odd), sum);
-}
-
-#endif
-
-#else
-
-using V = __m256;
-constexpr size_t kMostRows = 4, kVectors = 2;  // of 16 registers, four hold a vector's pairs, widened
-inline V zero() { return _mm256_setzero_ps(); }
-inline V load(const float* from) { return _mm256_loadu_ps(from); }
-inline void store(float* to, V v) { _mm256_storeu_ps(to, v); }
-struct Pair { float even, odd; };
-struct W { V even, odd; };
-inline W load_w(const uint16_t* from) {
-  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
-          _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xFFFF0000))))};
-}
-inline V add_product(V sum, W w, const Pair& x) {
-  sum = _mm256_fmadd_ps(w.even, _mm256_broadcast_ss(&x.even), sum);
-  return _mm256_fmadd_ps(w.odd, _mm256_broadcast_ss(&x.odd), sum);
-}
-
-#endif
-
-constexpr size_t kWidth = sizeof(V) / sizeof(float);
-constexpr size_t kColumns = kVectors * kWidth;  // of one pass over the block
-
-inline float widen(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-// To the nearest, ties to even; not-a-number stays one.
-inline uint16_t narrow(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return value != value ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-#if !defined(__AVX512BF16__)
-inline Pair make_pair(uint16_t even, uint16_t odd) { return {widen(even), widen(odd)}; }
-#endif
-
 template <size_t kRows>
 void pack(Pair* out, const uint16_t* x, size_t x_stride, size_t num_inputs) {
-  for (size_t k = 0; k < num_inputs / 2; k++) {
+  const size_t whole = num_inputs / 2, pairs = (num_inputs + 3) / 4 * 2;
+  for (size_t k = 0; k < whole; k++) {
     for (size_t row = 0; row < kRows; row++) {
       uint16_t both[2];
       std::memcpy(both, x + row * x_stride + 2 * k, sizeof both);
       out[k * kRows + row] = make_pair(both[0], both[1]);
     }
   }
-  if (num_inputs % 2 == 0) return;
-  const size_t last = num_inputs / 2;
-  for (size_t row = 0; row < kRows; row++) out[last * kRows + row] = make_pair(x[row * x_stride + 2 * last], 0);
+  for (size_t k = whole; k < pairs; k++) {
+    for (size_t row = 0; row < kRows; row++) {
+      out[k * kRows + row] = make_pair(2 * k < num_inputs ? x[row * x_stride + 2 * k] : 0, 0);
+    }
+  }
 }
 
+// Of a plain quad, the bytes of vector v of a pass.
+constexpr size_t plain_place(size_t pair, size_t column, size_t v) {
+  return kPlainQuadBytes / 2 * pair + 4 * (column + v * kHalf);
+}
+
+// How a block's weights are read: pair 0 or 1 of a quad, in one pass over the block.
+struct Plain {
+  static constexpr size_t kBytes = kPlainQuadBytes;
+  explicit Plain(const PackedBlock&) {}
+  void load(Bits (&w)[kVectors], const uint8_t* quad, size_t pair, size_t column) const {
+    for (size_t v = 0; v < kVectors; v++) w[v] = load_bits(quad + plain_place(pair, column, v));
+  }
+};
+
+struct Codes {
+  static constexpr size_t kBytes = kQuadBytes;
+  Bits high, low;
+  explicit Codes(const PackedBlock& block) : high(load_table(block.high)), low(load_table(block.low)) {}
+  void load(Bits (&w)[kVectors], const uint8_t* quad, size_t pair, size_t column) const {
+    const Bits bytes = load_bits(quad + 64 * pair + 4 * column), sign = set_bytes(0x80);
+    const Bits codes = both(shift_right(load_bits(quad + 128 + 4 * column), 4 * pair), set_bytes(0x0F));
+    const Bits upper = insert(bytes, sign, look_up(high, codes)), lower = insert_others(bytes, sign, look_up(low, codes));
+    w[0] = interleave_first(lower, upper);
+    w[1] = interleave_last(lower, upper);
+  }
+};
+
+// Puts them where later rows find them decoded.
+struct KeptCodes : Codes {
+  using Codes::Codes;
+};
+
+template <size_t kBytes, _mm_hint kHint>
+inline void prefetch(const uint8_t* from) {
+#pragma GCC unroll 4
+  for (size_t at = 0; at < kBytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(from + at), kHint);
+}
+
+template <size_t kRows, bool kOdd>
+inline void add_outlier(float* sums, const Pair* x, float weight) {
+#pragma GCC unroll 16
+  for (size_t row = 0; row < kRows; row++) sums[row * kBlockColumns] += one_of<kOdd>(x[row]) * weight;
+}
+
+// The sums of a tile, whole but for outliers and bias, into y.
 template <size_t kRows>
+void finish(const Tile& tile, float* sums) {
+  for (const Outlier& each : tile.block->outliers) {
+    const Pair* x = static_cast<const Pair*>(tile.whole_x) + each.input / 2 * kRows;
+    if (each.input % 2 == 0) {
+      add_outlier<kRows, false>(sums + each.lane, x, widen(each.value));
+    } else {
+      add_outlier<kRows, true>(sums + each.lane, x, widen(each.value));
+    }
+  }
+  for (size_t row = 0; row < kRows; row++) {
+    const float* from = sums + row * kBlockColumns;
+    uint16_t* y = tile.y + row * tile.y_stride;
+    if (tile.num_columns == kBlockColumns) {
+#pragma GCC unroll 4
+      for (size_t i = 0; i < kBlockColumns; i += kWidth) {
+        const V sum = load(from + i);
+        store_narrow(y + i, tile.bias == nullptr ? sum : add(sum, widen_all(tile.bias + i)));
+      }
+    } else {
+      for (size_t i = 0; i < tile.num_columns; i++) {
+        y[i] = narrow(tile.bias == nullptr ? from[i] : from[i] + widen(tile.bias[i]));
+      }
+    }
+  }
+}
+
+template <class Held, size_t kRows>
 void multiply(const Tile& tile) {
-  for (size_t column = 0; column < kBlockColumns; column += kColumns) {
+  constexpr bool kKeeps = std::is_same_v<Held, KeptCodes>, kFetches = std::is_same_v<Held, Plain>;
+  alignas(64) float whole[kRows * kBlockColumns];
+  float* const to = tile.last ? whole : tile.partial;
+  if (tile.last) {
+    for (size_t row = 0; row < kRows; row++) __builtin_prefetch(tile.y + row * tile.y_stride, 1);
+  }
+  for (size_t column = 0; column < kHalf; column += kWidth) {
     V sums[kRows][kVectors];
 #pragma GCC unroll 16
     for (size_t row = 0; row < kRows; row++) {
 #pragma GCC unroll 4
       for (size_t v = 0; v < kVectors; v++) {
-        sums[row][v] = tile.first ? zero() : load(tile.partial + row * kBlockColumns + column + v * kWidth);
+        sums[row][v] = tile.first ? zero() : load(tile.partial + row * kBlockColumns + column + v * kHalf);
       }
     }
+    const Held held(*tile.block);
     const Pair* x = static_cast<const Pair*>(tile.x);
-    const uint16_t* w = tile.w + 2 * column;
-    const char* ahead = tile.ahead;
-    const size_t ahead_step = tile.ahead_step;
+    const uint8_t* w = tile.w;
+    uint8_t* decoded = tile.decoded;
+    const uint8_t* next = tile.next;
+    const size_t num_quads = tile.num_quads, ahead_bytes = tile.ahead_bytes, next_step = tile.next_step;
+    for (size_t quad = 0; quad < num_quads; quad++) {
+      if (column == 0) prefetch<Held::kBytes, _MM_HINT_T0>(w + ahead_bytes);
+      if (kFetches && column == 0) {
+        prefetch<kNextBytes, _MM_HINT_T1>(next);  // past the first cache, which x fills
+        next += next_step;
+      }
 #pragma GCC unroll 2
-    for (size_t k = 0; k < tile.num_pairs; k++) {
-      _mm_prefetch(ahead, _MM_HINT_T0);
-      _mm_prefetch(ahead + 64, _MM_HINT_T0);
-      ahead += ahead_step;
-      W pairs[kVectors];
+      for (size_t pair = 0; pair < 2; pair++) {
+        Bits bits[kVectors];
+        held.load(bits, w, pair, column);
+        if constexpr (kKeeps) {
+          for (size_t v = 0; v < kVectors; v++) store_bits(decoded + plain_place(pair, column, v), bits[v]);
+        }
+        W pairs[kVectors];
 #pragma GCC unroll 4
-      for (size_t v = 0; v < kVectors; v++) pairs[v] = load_w(w + 2 * v * kWidth);
+        for (size_t v = 0; v < kVectors; v++) pairs[v] = widen(bits[v]);
 #pragma GCC unroll 16
-      for (size_t row = 0; row < kRows; row++) {
+        for (size_t row = 0; row < kRows; row++) {
 #pragma GCC unroll 4
-        for (size_t v = 0; v < kVectors; v++) sums[row][v] = add_product(sums[row][v], pairs[v], x[row]);
+          for (size_t v = 0; v < kVectors; v++) sums[row][v] = add_product(sums[row][v], pairs[v], x[row]);
+        }
+#pragma GCC unroll 16
+        for (size_t row = 0; row < kRows; row++) {
+#pragma GCC unroll 4
+          for (size_t v = 0; v < kVectors; v++) hold(sums[row][v]);
+        }
+        x += kRows;
       }
-      x += kRows;
-      w += 2 * kBlockColumns;
+      w += Held::kBytes;
+      if constexpr (kKeeps) decoded += kPlainQuadBytes;
     }
-    float* to = tile.partial;
-    alignas(64) float whole[kRows * kBlockColumns];
-    if (tile.last) to = whole;
 #pragma GCC unroll 16
     for (size_t row = 0; row < kRows; row++) {
 #pragma GCC unroll 4
-      for (size_t v = 0; v < kVectors; v++) store(to + row * kBlockColumns + column + v * kWidth, sums[row][v]);
-    }
-    if (!tile.last) continue;
-    const size_t end = tile.num_columns < column + kColumns ? tile.num_columns : column + kColumns;
-    for (size_t row = 0; row < kRows; row++) {
-      const float* from = whole + row * kBlockColumns;
-      uint16_t* y = tile.y + row * tile.y_stride;
-      if (tile.bias != nullptr) {
-        for (size_t i = column; i < end; i++) y[i] = narrow(from[i] + widen(tile.bias[i]));
-      } else {
-        for (size_t i = column; i < end; i++) y[i] = narrow(from[i]);
-      }
+      for (size_t v = 0; v < kVectors; v++) store(to + row * kBlockColumns + column + v * kHalf, sums[row][v]);
     }
   }
+  if (tile.last) finish<kRows>(tile, whole);
 }
 
 using Pack = void (*)(Pair*, const uint16_t*, size_t, size_t);
@@ -172,9 +185,22 @@ const LinearKernels PHALANX_JOIN(kLinear_, PHALANX_SET) = {
     kMostRows,
     sizeof(Pair),
     pack_rows,
-    {nullptr, multiply<1>, multiply<2>, multiply<3>, multiply<4>,
+    {nullptr, multiply<Codes, 1>, multiply<Codes, 2>, multiply<Codes, 3>, multiply<Codes, 4>,
 #if defined(__AVX512F__)
-     multiply<5>, multiply<6>, multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>,
+     multiply<Codes, 5>, multiply<Codes, 6>, multiply<Codes, 7>, multiply<Codes, 8>,
+     multiply<Codes, 9>, multiply<Codes, 10>, multiply<Codes, 11>, multiply<Codes, 12>,
+#endif
+    },
+    {nullptr, multiply<KeptCodes, 1>, multiply<KeptCodes, 2>, multiply<KeptCodes, 3>, multiply<KeptCodes, 4>,
+#if defined(__AVX512F__)
+     multiply<KeptCodes, 5>, multiply<KeptCodes, 6>, multiply<KeptCodes, 7>, multiply<KeptCodes, 8>,
+     multiply<KeptCodes, 9>, multiply<KeptCodes, 10>, multiply<KeptCodes, 11>, multiply<KeptCodes, 12>,
+#endif
+    },
+    {nullptr, multiply<Plain, 1>, multiply<Plain, 2>, multiply<Plain, 3>, multiply<Plain, 4>,
+#if defined(__AVX512F__)
+     multiply<Plain, 5>, multiply<Plain, 6>, multiply<Plain, 7>, multiply<Plain, 8>,
+     multiply<Plain, 9>, multiply<Plain, 10>, multiply<Plain, 11>, multiply<Plain, 12>,
 #endif
     },
 };

@@ -47,22 +47,32 @@ struct Attention {
   float scale, softcap;  // softcap: 0 for none
 };
 
-// Some new tokens of one sequence, with the query heads of one KV head, over some splits of the keys.
+// The query heads of one KV head.
+struct HeadGroup {
+  const int32_t* heads;
+  int size, kv_head;
+};
+
+// Some new tokens of one sequence, with the query heads of some KV heads, over some splits of the keys.
 struct AttentionPart {
   const int64_t* pages;
   int64_t row, position;  // of the first token: in the step, in its sequence
   int num_tokens;
-  const int32_t* heads;
-  int group, kv_head;
+  const HeadGroup* groups;
+  int num_groups;
   int64_t first_split, last_split;  // [first, last)
-  // Where one split's state goes, and how far from it the next one's; null where the part is whole and writes its output.
+  // Where one split's states go, one group's after the other's, and how far from them the next split's; null where the
+  // part is whole and writes its output.
   float* partial;
   size_t partial_stride;
 };
 
-// Floats that `attend` needs at `scratch`, and those of a partial state.
-using AttentionFloats = size_t (*)(int head_dim, int num_rows);
-using Attend = void (*)(const Attention& attention, const AttentionPart& part, float* scratch);
+// Floats that `attend` needs at `scratch`: rows, that is query heads of tokens, of the largest group and of all.
+using AttentionScratch = size_t (*)(int head_dim, int most_rows, int num_rows);
+// Those of the partial states of so many rows.
+using AttentionPartial = size_t (*)(int head_dim, int num_rows);
+// after: what will be attended to next, if known, to be fetched meanwhile.
+using Attend = void (*)(const Attention& attention, const AttentionPart& part, const AttentionPart* after, float* scratch);
 // Joins the states of the part's splits, from part.partial on, and writes the output.
 using JoinSplits = void (*)(const Attention& attention, const AttentionPart& part);
 
@@ -79,8 +89,8 @@ struct Operators {
   RopeWriteRows rope_and_write_kv[kNumFloats];
   Attend attend[kNumFloats];
   JoinSplits join_splits[kNumFloats];
-  AttentionFloats attention_scratch[kNumFloats];
-  AttentionFloats attention_partial;
+  AttentionScratch attention_scratch[kNumFloats];
+  AttentionPartial attention_partial;
   ArgMax argmax;
   Above above;
 };

@@ -31,7 +31,7 @@ void over(size_t count, bool small, F&& body) {
 }
 
 void top_of(float* values, int64_t* columns, const float* row, size_t width, size_t count, const Operators& operators) {
-  // Twice as many as are wanted, and then some, so that sorting out is rare.
+  // Of the first piece: twice as many as are wanted, and then some.
   const size_t room = 2 * count + 256;
   thread_local std::vector<uint64_t> places;
   thread_local std::vector<uint32_t> found;
@@ -46,15 +46,13 @@ void top_of(float* values, int64_t* columns, const float* row, size_t width, siz
     floor = rank_at(places.back());
   };
   for (size_t start = 0; start < width;) {
-    // Until there are enough, pieces are small, for all of them are found.
-    const size_t piece = floor == INT32_MIN ? std::min(room, kPiece) : kPiece;
-    const size_t stop = std::min(width, start + piece);
+    // What is found in a piece are those that would belong by all before it: a few of as many again, most of more.
+    const size_t stop = std::min(width, start + std::min(std::max(room, 2 * start), kPiece));
     const size_t num_found = operators.above(row, start, stop, floor, found.data());
     for (size_t i = 0; i < num_found; i++) places.push_back(place_of(row[found[i]], found[i]));
-    if (places.size() >= room || floor == INT32_MIN) sort_out();
+    sort_out();
     start = stop;
   }
-  sort_out();
   std::sort(places.begin(), places.end());
   for (size_t i = 0; i < count; i++) {
     columns[i] = column_at(places[i]);
@@ -81,6 +79,16 @@ void argmax_rows(int64_t* columns, const float* x, size_t num_rows, size_t width
     columns[row] = *std::min_element(pieces, pieces + num_pieces, [&](uint32_t a, uint32_t b) {
       return place_of(numbers[a], a) < place_of(numbers[b], b);
     });
+  }
+}
+
+void argmax_keys(int64_t* keys, const float* x, size_t num_rows, size_t width, int64_t first,
+                 const Operators& operators) {
+  argmax_rows(keys, x, num_rows, width, operators);
+  for (size_t row = 0; row < num_rows; row++) {
+    const int64_t column = keys[row];
+    const int64_t rank = rank_of(x[row * width + size_t(column)]);
+    keys[row] = int64_t(uint64_t(rank) << 32) | int64_t(~uint32_t(first + column));
   }
 }
 

@@ -188,51 +188,99 @@ inline void pack_row(U* to, const T* from, size_t count) {
   put(to, units_from(to, rest));
 }
 
-// keys: rows of head_dim. to [units of head_dim, rounded up to kWidth][kKeys]: for each unit that of all keys, zeros for
-// those that fill the last kWidth.
+// Brings rows into the second cache a line at a time, in the order of memory: rows are scattered, so that the processor
+// does not foresee them, and of many lines asked for at once it would drop most.
+class Fetch {
+ public:
+  Fetch() = default;
+  // places: of num_rows rows of num_bytes, in elements of T from `from`.
+  template <typename T>
+  Fetch(const T* from, const int64_t* places, size_t num_rows, size_t num_bytes)
+      : from_(reinterpret_cast<const char*>(from)), place_(places), last_(places + num_rows), item_(sizeof(T)),
+        num_bytes_(num_bytes) {
+    start();
+  }
+
+  void line() {
+    if (place_ == last_) return;
+    __builtin_prefetch(line_, 0, 2);
+    line_ += 64;
+    if (line_ < stop_) return;
+    place_++;
+    start();
+  }
+  void rest() {
+    while (place_ != last_) line();
+  }
+
+ private:
+  const char *from_ = nullptr, *line_ = nullptr, *stop_ = nullptr;
+  const int64_t *place_ = nullptr, *last_ = nullptr;
+  size_t item_ = 0, num_bytes_ = 0;
+
+  void start() {
+    if (place_ == last_) return;
+    line_ = from_ + *place_ * int64_t(item_);
+    stop_ = line_ + num_bytes_;
+  }
+};
+
+// Of kWidth keys, kWidth units from number `i` on: units[j] that of all keys.
+template <typename U, typename T>
+inline void turn_keys(Lanes (&units)[kWidth], const T* keys, const int64_t* places, size_t i, size_t head_dim) {
+  constexpr size_t kNumbers = kWidth * (std::is_same<U, float>::value ? 1 : 2);
+  if (i + kNumbers <= head_dim) {
+    for (size_t j = 0; j < kWidth; j++) units[j] = units_from(static_cast<U*>(nullptr), keys + places[j] + i);
+  } else {
+    for (size_t j = 0; j < kWidth; j++) {
+      T rest[kNumbers] = {};
+      std::memcpy(rest, keys + places[j] + i, (head_dim - i) * sizeof(T));
+      units[j] = units_from(static_cast<U*>(nullptr), rest);
+    }
+  }
+  transpose(units);
+}
+
+// keys: rows of head_dim at `places`. to [units of head_dim, rounded up to kWidth][kKeys]: for each unit that of all
+// keys, up to a multiple of kWidth, for which there are places.
 template <size_t kKeys, typename U, typename T>
-inline void pack_keys(U* to, const T* const* keys, size_t num_keys, size_t head_dim) {
+inline void pack_keys(U* to, const T* keys, const int64_t* places, size_t num_keys, size_t head_dim) {
   constexpr size_t kNumbers = kWidth * (std::is_same<U, float>::value ? 1 : 2);
   for (size_t key = 0; key < num_keys; key += kWidth) {
     for (size_t i = 0; i < head_dim; i += kNumbers) {
       Lanes units[kWidth];
-      if (key + kWidth <= num_keys && i + kNumbers <= head_dim) {
-        for (size_t j = 0; j < kWidth; j++) units[j] = units_from(to, keys[key + j] + i);
-      } else {
-        const size_t left = (head_dim - i < kNumbers ? head_dim - i : kNumbers) * sizeof(T);
-        for (size_t j = 0; j < kWidth; j++) {
-          T rest[kNumbers] = {};
-          if (key + j < num_keys) std::memcpy(rest, keys[key + j] + i, left);
-          units[j] = units_from(to, rest);
-        }
-      }
-      transpose(units);
+      turn_keys<U>(units, keys, places + key, i, head_dim);
       for (size_t j = 0; j < kWidth; j++) put(to + (i / kNumbers * kWidth + j) * kKeys + key, units[j]);
     }
   }
 }
 
-// values: rows of head_dim. to [units of num_values][width]: numbers of the same place of one value, or of two.
+// values: rows of head_dim at `places`. to [units of their number][width]: numbers of the same place of one value, or of two.
 template <typename T>
-inline void pack_values(float* to, size_t width, const T* const* values, size_t num_values, size_t head_dim) {
-  for (size_t value = 0; value < num_values; value++) pack_row(to + value * width, values[value], head_dim);
+inline void pack_values(float* to, size_t width, const T* values, const int64_t* places, size_t num_values,
+                        size_t head_dim) {
+  for (size_t value = 0; value < num_values; value++) pack_row(to + value * width, values + places[value], head_dim);
 }
 #if defined(__AVX512BF16__)
-inline void pack_values(BF16Pair* to, size_t width, const BF16* const* values, size_t num_values, size_t head_dim) {
-  // first[0], second[0], first[1], ...: of the lower and of the upper halves of two registers.
-  const __m512i low = _mm512_add_epi32(
-      _mm512_set1_epi32(0x00200000),
+// Numbers of two rows in turns: of the first or of the second half of both.
+inline Lanes in_turns(__m512i first, __m512i second, bool high) {
+  const __m512i places = _mm512_add_epi32(
+      _mm512_set1_epi32(high ? 0x00300010 : 0x00200000),
       _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010));
+  return _mm512_permutex2var_epi16(first, places, second);
+}
+inline void pack_values(BF16Pair* to, size_t width, const BF16* values, const int64_t* places, size_t num_values,
+                        size_t head_dim) {
   for (size_t value = 0; value < num_values; value += 2, to += width) {
     const bool both = value + 1 < num_values;
+    const BF16 *one = values + places[value], *other = values + places[both ? value + 1 : value];
     for (size_t i = 0; i < head_dim; i += 2 * kWidth) {
       const __mmask32 there = head_dim - i < 2 * kWidth ? (1u << (head_dim - i)) - 1 : ~0u;
-      const __m512i first = _mm512_maskz_loadu_epi16(there, values[value] + i);
-      const __m512i second = both ? _mm512_maskz_loadu_epi16(there, values[value + 1] + i) : _mm512_setzero_si512();
-      put(to + i, _mm512_permutex2var_epi16(first, low, second));
-      if (i + kWidth < width) put(to + i + kWidth, _mm512_permutex2var_epi16(first, high, second));
+      const __m512i first = _mm512_maskz_loadu_epi16(there, one + i);
+      const __m512i second = _mm512_maskz_loadu_epi16(both ? there : 0, other + i);
+      put(to + i, in_turns(first, second, false));
+      if (i + kWidth < width) put(to + i + kWidth, in_turns(first, second, true));
     }
   }
 }

@@ -34,12 +34,39 @@ class Group:
         timeout_s: float,
         /,
     ) -> _Ended: ...
+    def record_all_reduce(
+        self, transfers: Transfers, x: int, num_bytes: int, dtype: int, maximum: bool, timeout_s: float, /
+    ) -> None: ...
+    def record_all_reduce_rms_norm(
+        self,
+        transfers: Transfers,
+        x: int,
+        sums: int,
+        residual: int,
+        weight: int,
+        eps: float,
+        num_rows: int,
+        width: int,
+        dtype: int,
+        timeout_s: float,
+        /,
+    ) -> None: ...
     def all_gather(self, output: int, x: int, counts: Sequence[int], dtype: int, timeout_s: float, /) -> _Ended: ...
     def reduce_scatter(self, output: int, x: int, counts: Sequence[int], dtype: int, timeout_s: float, /) -> _Ended: ...
     def broadcast(self, x: int, num_bytes: int, dtype: int, root: int, timeout_s: float, /) -> _Ended: ...
     def barrier(self, timeout_s: float, /) -> _Ended: ...
     def send(self, x: int, num_bytes: int, dtype: int, to: int, timeout_s: float, /) -> _Ended: ...
     def recv(self, x: int, num_bytes: int, dtype: int, source: int, timeout_s: float, /) -> _Ended: ...
+
+class Transfers:
+    """Those of a program. position: odd within one; half of it, how many of the run have ended."""
+
+    def __init__(self) -> None: ...
+    def begin(self) -> None: ...
+    @property
+    def position(self) -> int: ...
+    def times(self, count: int, /) -> list[tuple[float, float, int]]: ...  # of the first: started, ended, last
+    def outcome(self, index: int, /) -> tuple[int, int, int, int]: ...  # (end, rank, header, expected)
 
 # instructions: which of `instruction_sets`.
 def combine(
@@ -99,15 +126,58 @@ def rope_and_write_kv(
     /,
 ) -> None: ...
 def argmax(columns: int, x: int, num_rows: int, width: int, instructions: int = 0, /) -> None: ...
+def argmax_keys(keys: int, x: int, num_rows: int, width: int, first: int, instructions: int = 0, /) -> None: ...
+def widen(out: int, x: int, count: int, /) -> None: ...
 def top(values: int, columns: int, x: int, num_rows: int, width: int, count: int, instructions: int = 0, /) -> None: ...
+
+class Program:
+    """Calls of operators: those of this thread between `begin` and `end`, made again by `run`."""
+
+    def __init__(self) -> None: ...
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
+    def run(self) -> bool: ...
+
+def rope_table(
+    cos: int, sin: int, positions: int, frequencies: int, num_rows: int, half: int, dtype: int, /
+) -> None: ...
+def token_places(
+    places: int,
+    tables: int,
+    table_stride: int,
+    table: Sequence[int],
+    num_new: Sequence[int],
+    lengths: Sequence[int],
+    page_size: int,
+    /,
+) -> None: ...
 
 class HeadLists:
     def __init__(self, kv_of_query: Sequence[int], num_kv_heads: int, /) -> None: ...
 
 class AttentionSteps:
     def __init__(
-        self, tables: int, table_stride: int, num_new: Sequence[int], lengths: Sequence[int], window: int, /
+        self,
+        tables: int,
+        table_stride: int,
+        table: Sequence[int],
+        num_new: Sequence[int],
+        lengths: Sequence[int],
+        window: int,
+        /,
     ) -> None: ...
+    def move(
+        self,
+        tables: int,
+        table_stride: int,
+        table: Sequence[int],
+        num_new: Sequence[int],
+        lengths: Sequence[int],
+        window: int,
+        /,
+    ) -> None: ...
+    def copy(self) -> AttentionSteps: ...
+    def become(self, other: AttentionSteps, /) -> None: ...
     def attend(
         self,
         heads: HeadLists,
@@ -137,19 +207,21 @@ def pool_size() -> int: ...
 # `kernels/csrc/linear.hpp`.
 linear_sets: tuple[str, ...]
 
-def linear(
-    y: int,
-    x: int,
-    x_stride: int,
-    packed: int,
-    bias: int,
-    num_rows: int,
-    num_outputs: int,
-    num_inputs: int,
-    instructions: int = 0,
-) -> None: ...
-def pack_weight(packed: int, rows: int, first: int, num_rows: int, num_inputs: int) -> None: ...
-def unpack_rows(out: int, packed: int, indices: int, count: int, num_outputs: int, num_inputs: int) -> None: ...
+# weight: the address of a `PackedMatrix`.
+def linear(y: int, x: int, x_stride: int, weight: int, bias: int, num_rows: int, instructions: int = 0) -> None: ...
+
+# See `kernels/csrc/packed.hpp`.
+class PackedMatrix:
+    address: int
+    num_bytes: int
+    num_blocks: int
+    num_plain: int
+    def __init__(self, num_outputs: int, num_inputs: int, room: int) -> None: ...
+    @staticmethod
+    def room_bytes(num_outputs: int, num_inputs: int) -> int: ...
+    def put(self, rows: int, first: int, num_rows: int) -> None: ...
+    def take_rows(self, out: int, indices: int, count: int) -> None: ...
+    def take_held_rows(self, out: int, indices: int, count: int, first: int) -> None: ...
 
 # See `kernels/csrc/memory.hpp`.
 def advise_huge_pages(memory: int, num_bytes: int) -> bool: ...

@@ -13,6 +13,7 @@ from phalanx import __version__
 from phalanx.errors import PhalanxError
 from phalanx.launcher.commands.bench import bench
 from phalanx.launcher.commands.bench_comm import bench_comm
+from phalanx.launcher.commands.bench_kernels import bench_kernels
 from phalanx.launcher.commands.check import check
 from phalanx.launcher.commands.deployments import launch, status, stop
 from phalanx.launcher.commands.generate import generate
@@ -34,6 +35,7 @@ app.command()(launch)
 app.command()(status)
 app.command()(stop)
 bench.command("comm")(bench_comm)
+bench.command("kernels")(bench_kernels)
 bench.command("serve")(bench_serve)
 app.add_typer(bench, name="bench")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -21,6 +22,7 @@ from phalanx.engine.messages import (
     Shutdown,
     StageStep,
     StepPlan,
+    StepResult,
     ToEngine,
     ToRank,
     TraceReport,
@@ -28,6 +30,7 @@ from phalanx.engine.messages import (
 from phalanx.engine.rank import WARMUP, Rank
 from phalanx.engine.runner import Ran
 from phalanx.errors import PhalanxError
+from phalanx.models.batch import KVCache
 from phalanx.models.resolve import resolve_model
 from phalanx.parallel.layout import StageRequest, build_layout
 
@@ -77,6 +80,23 @@ def test_a_rank_that_measures_takes_the_stated_share_of_what_is_free_once_warm(s
     rank.close()
 
 
+def test_the_cache_that_was_measured_with_is_given_up(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the steps that were recorded with it, too: the next one takes its place."""
+    made: list[weakref.ref[KVCache]] = []
+
+    def make_cache(*arguments: Any) -> KVCache:
+        cache = KVCache(*arguments)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr("phalanx.engine.rank.KVCache", make_cache)
+    monkeypatch.setattr("phalanx.engine.rank.WARMUP", (WARMUP[0], *(WARMUP[1],) * 3))  # the third token is a replay
+    measure = KVMeasure(share=0.01, device_part=1.0, limit_pages=21, least_pages=4, copies=1)
+    rank = Rank(replace(spec, dtype="bfloat16", num_pages=0, measure=measure), lambda _: None)
+    assert [cache() is None for cache in made] == [True, False]
+    rank.close()
+
+
 def test_a_rank_without_room_for_the_longest_sequence_says_so(spec: RankSpec) -> None:
     measure = KVMeasure(share=1e-9, device_part=1.0, limit_pages=21, least_pages=4, copies=1)
     with pytest.raises(PhalanxError, match=r"no room for the KV cache: .* at least 4 are needed"):
@@ -109,7 +129,8 @@ def serve(rank: Rank, channel: Script) -> None:
 @pytest.mark.parametrize("trace", [False, True])
 def test_a_rank_hands_over_its_ledger_where_it_traces_and_only_there(spec: RankSpec, trace: bool) -> None:
     plans = [msgspec.structs.replace(plan, step=step) for step, plan in enumerate(WARMUP)]
-    channel = Script([*plans, None, None, Shutdown()])
+    waits: list[ToRank | None] = [None, None, None]  # while a plan is there, while a result is, and at last
+    channel = Script([*plans, *waits, Shutdown()])
     serve(Rank(replace(spec, trace=trace), lambda _: None), channel)
     reports = [message for message in channel.heard if isinstance(message, TraceReport)]
     assert len(reports) == trace
@@ -123,15 +144,19 @@ def test_a_rank_hands_over_its_ledger_where_it_traces_and_only_there(spec: RankS
 class Record:
     """In place of a runner: what it was asked to do."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails_at: int = -1) -> None:
         self.calls: list[tuple[str, int]] = []
+        self._fails_at = fails_at
 
     def expect(self, plan: StepPlan) -> None:
         self.calls.append(("expect", plan.step))
 
-    def run(self, plan: StepPlan) -> Ran:
+    def run(self, plan: StepPlan, on_start: Callable[[], None]) -> Ran:
+        if plan.step == self._fails_at:
+            raise RuntimeError("no")
+        on_start()
         self.calls.append(("run", plan.step))
-        return Ran(StageStep(plan.step, 0.0, 0.0), None)
+        return Ran(StageStep(plan.step, 0.0, 0.0), StepResult(plan.step, (7,)))
 
 
 def calls_of(spec: RankSpec, messages: Sequence[ToRank | None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -160,6 +185,36 @@ def test_the_input_of_the_next_step_is_expected_before_a_step_is_run(
 def test_a_step_does_not_wait_for_the_one_after_it(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     messages = [STEPS[0], None, None, STEPS[1], None, Shutdown()]
     assert calls_of(spec, messages, monkeypatch) == ["expect 0", "run 0", "expect 1", "run 1"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "order"),
+    [
+        ([*STEPS, Shutdown()], "told 0, run 1, told 1, run 2, told 2"),
+        ([STEPS[0], None, None, STEPS[1], None, Shutdown()], "told 0, run 1, told 1"),
+    ],
+)
+def test_a_result_is_told_before_the_next_step_is_computed(
+    spec: RankSpec, messages: Sequence[ToRank | None], order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, record, channel = Rank(spec, lambda _: None), Record(), Script(messages)
+    monkeypatch.setattr(rank, "_runner", record)
+    monkeypatch.setattr(
+        channel,
+        "send",
+        lambda message: record.calls.append(("told", message.step)) if isinstance(message, StepResult) else None,
+    )
+    serve(rank, channel)
+    assert ", ".join(f"{name} {step}" for name, step in record.calls if name != "expect") == f"run 0, {order}"
+
+
+def test_a_step_that_fails_takes_no_result_with_it(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank, channel = Rank(spec, lambda _: None), Script([*STEPS, Shutdown()])
+    monkeypatch.setattr(rank, "_runner", Record(fails_at=1))
+    with pytest.raises(RuntimeError, match="no"):
+        serve(rank, channel)
+    rank.close()
+    assert [message.step for message in channel.heard if isinstance(message, StepResult)] == [0]
 
 
 def test_without_overlap_nothing_is_expected_before_its_turn(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ SCALE = 0.3
 
 
 class Step(NamedTuple):
-    """Arguments of the operators, and what they should return, in float64."""
+    """Arguments of the operators, and what they should return, in float64. kv_scales: of keys and values, for caches
+    of 8-bit floats.
+    """
 
     query: torch.Tensor
     key_cache: torch.Tensor
@@ -30,6 +32,7 @@ class Step(NamedTuple):
     window: int | None
     logit_softcap: float | None
     expected: torch.Tensor
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def formula(
@@ -62,15 +65,18 @@ def make_step(
     poison: float = float("nan"),
     head_dim: int = HEAD_DIM,
     logit_softcap: float | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Step:
     """lengths: tokens in the cache and new ones, of each sequence. Pages are scattered; slots that no token has filled
-    hold `poison`, and the ends of page tables that no page fills are no page at all.
+    hold `poison`, and the ends of page tables that no page fills are no page at all. cache_dtype: of 8-bit floats, with
+    a scale for each head; None for dtype.
     """
     num_kv = max(kv_of_query) + 1
+    kv_scales = None if cache_dtype is None else (torch.rand(num_kv) + 0.5, torch.rand(num_kv) + 0.5)
     pages_of = [-(-(past + new) // page_size) for past, new in lengths]
     free = torch.randperm(sum(pages_of) + 3)
     page_tables = torch.full((len(lengths), max(pages_of) + 2), -(10**9))
-    key_cache = torch.full((len(free), page_size, num_kv, head_dim), poison, dtype=dtype)
+    key_cache = torch.full((len(free), page_size, num_kv, head_dim), poison).to(cache_dtype or dtype)
     value_cache = key_cache.clone()
     queries, expected = [], []
     for table, end, num_pages, (past, new) in zip(
@@ -80,7 +86,15 @@ def make_step(
         position = torch.arange(past + new)
         k_LKD, v_LKD = torch.randn(2, past + new, num_kv, head_dim).to(dtype)
         slots = table[position // page_size] * page_size + position % page_size
-        write_kv(k_LKD, v_LKD, key_cache, value_cache, slots)
+        if cache_dtype is None or kv_scales is None:
+            write_kv(k_LKD, v_LKD, key_cache, value_cache, slots)
+        else:
+            k_LKD, v_LKD = [
+                (x / scale[:, None]).to(cache_dtype) for x, scale in zip((k_LKD, v_LKD), kv_scales, strict=True)
+            ]
+            k_bits, v_bits, keys, values = (x.view(torch.uint8) for x in (k_LKD, v_LKD, key_cache, value_cache))
+            write_kv(k_bits, v_bits, keys, values, slots)
+            k_LKD, v_LKD = [x.double() * scale[:, None] for x, scale in zip((k_LKD, v_LKD), kv_scales, strict=True)]
         queries.append(torch.randn(new, len(kv_of_query), head_dim).to(dtype))
         expected.append(formula(queries[-1], k_LKD, v_LKD, kv_of_query, window, logit_softcap))
     return Step(
@@ -94,6 +108,7 @@ def make_step(
         window,
         logit_softcap,
         torch.cat(expected),
+        kv_scales,
     )
 
 
@@ -104,18 +119,19 @@ def plan_of(step: Step) -> AttentionPlan:
         step.context_lengths,
         page_size=step.key_cache.shape[1],
         window=step.window,
-        device=CPU,
+        device=step.query.device,
     )
 
 
-def by_plan(step: Step) -> torch.Tensor:
-    heads = group_heads(step.kv_of_query, step.key_cache.shape[2], CPU)
+def by_plan(step: Step, plan: AttentionPlan | None = None) -> torch.Tensor:
+    heads = group_heads(step.kv_of_query, step.key_cache.shape[2], step.query.device)
     return paged_attention(
         step.query,
         step.key_cache,
         step.value_cache,
-        plan_of(step),
+        plan or plan_of(step),
         heads,
         scale=SCALE,
         logit_softcap=step.logit_softcap,
+        kv_scales=step.kv_scales,
     )

@@ -13,6 +13,8 @@ from tests.kernels.instruction_sets import every_set, needs_native, only, thread
 from phalanx.kernels import (
     add_rms_norm,
     argmax,
+    argmax_keys,
+    columns_of_keys,
     gelu_mul,
     native_cpu,
     rms_norm,
@@ -21,6 +23,7 @@ from phalanx.kernels import (
     rope_table,
     silu_mul,
     top,
+    widen,
 )
 
 pytestmark = needs_native
@@ -154,6 +157,10 @@ def test_searches_take_the_first_of_equals(
     values, columns = x.sort(dim=1, descending=True, stable=True)
     with only(chosen), threads(3):
         assert torch.equal(argmax(x), columns[:, 0])
+        halves = [(first, x[:, first:stop]) for first, stop in ((0, width // 3), (width // 3, width)) if first < stop]
+        keys = [argmax_keys(half.contiguous(), first) for first, half in halves]
+        assert torch.equal(columns_of_keys(torch.stack(keys).amax(0)), columns[:, 0])
+        assert all(torch.equal(argmax_keys(half, first), key) for key, (first, half) in zip(keys, halves, strict=True))
         found_values, found_columns = top(x, count)
     assert torch.equal(found_columns, columns[:, :count])
     torch.testing.assert_close(found_values, values[:, :count], rtol=0, atol=0, equal_nan=True)
@@ -166,3 +173,17 @@ def test_searches_of_rows_of_minus_infinity(chosen: int) -> None:
     with only(chosen):
         assert argmax(x).tolist() == [0, 77]
         assert top(x, 3)[1].tolist() == [[0, 1, 2], [77, 0, 1]]
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (1, 7), (1, 49152), (17, 4097)])
+def test_bfloat16_widens_to_the_same_numbers(shape: tuple[int, int]) -> None:
+    bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
+    bits[:, :1] = 0x7F80  # infinity
+    x = bits.view(torch.bfloat16)
+    assert torch.equal(widen(x).view(torch.int32), bits.to(torch.int32) << 16)
+
+
+def test_other_numbers_widen_too() -> None:
+    x = torch.randn(3, 8)
+    assert torch.equal(widen(x.half()), x.half().float())
+    assert torch.equal(widen(x.bfloat16().T), x.bfloat16().float().T)

@@ -17,15 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phalanx.errors import ModelError
-from phalanx.models.checkpoint import ENCODINGS, Checkpoint
+from phalanx.models.checkpoint import DTYPES, Checkpoint
 from phalanx.models.config import DecoderConfig
+from phalanx.models.encodings import ENCODINGS
 from phalanx.models.gguf_file import read_gguf
 from phalanx.models.gguf_index import gguf_entries
 from phalanx.models.safetensors_index import safetensors_entries
 from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.split import Interval, Split
 
-QUANTISED = [name for name, encoding in ENCODINGS.items() if encoding.dtype is None]
+QUANTISED = [name for name in ENCODINGS if name not in DTYPES]
 
 # Where the half-precision scales lie in a block: gguf quantises all but the K types, whose blocks are made of random
 # bytes.
@@ -96,7 +97,7 @@ def test_float_slices_keep_dtype_and_values_and_read_their_own_bytes(
     whole = torch.randn(9, 33).to(dtype)
     path = tmp_path / "w"
     path.write_bytes(b"x" + whole.view(torch.uint8).numpy().tobytes())
-    name = next(name for name, encoding in ENCODINGS.items() if encoding.dtype is dtype)
+    name = next(name for name, stored in DTYPES.items() if stored is dtype)
     rows, columns = interval(9), interval(33)
     with Checkpoint({"w": TensorEntry(str(path), 1, whole.nbytes, (9, 33), name)}) as checkpoint:
         part = checkpoint.read("w", rows, columns)

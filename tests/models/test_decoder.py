@@ -14,13 +14,15 @@ from tests.rank_threads import Join, run_ranks
 from tests.tiny_models import TINY_MODELS, VOCAB, Reference, make
 
 from phalanx.comm import Communicator
-from phalanx.kernels import choose_packing, plan_attention
+from phalanx.kernels import Recording, choose_packing, plan_attention
+from phalanx.models import recorded
 from phalanx.models.batch import Batch, KVCache, Part
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.decoder import Decoder
+from phalanx.models.params import rank_params
 from phalanx.models.resolve import ModelSource, resolve_model
-from phalanx.models.weights import load_params, rank_params
+from phalanx.models.weights import load_params
 from phalanx.parallel.handover import HandOver
 from phalanx.parallel.layout import Layout, StageRequest, build_layout
 from phalanx.parallel.overlap import Overlap
@@ -49,6 +51,12 @@ SEQUENCES = tuple(random_tokens(length) for length in (23, 1, 98, 9))
 # sequence in its own rhythm, so that one step holds first chunks, later ones and single tokens.
 WHOLE = (tuple(len(sequence) for sequence in SEQUENCES),)
 CHUNKED = ((5, 0, 40, 1), (17, 1, 1, 0), (1, 0, 13, 7), (0, 0, 43, 1), (0, 0, 1, 0))
+# Nearly all steps have seven tokens, of ever different sequences.
+ALIKE = (
+    ((7, 0, 0, 0), (0, 1, 5, 1), (5, 0, 1, 1), (1, 0, 2, 4), (0, 0, 7, 0), (7, 0, 0, 0), (3, 0, 1, 3))
+    + 11 * ((0, 0, 7, 0),)
+    + ((0, 0, 5, 0),)
+)
 
 
 class Model(NamedTuple):
@@ -94,7 +102,7 @@ def batches(schedule: Sequence[Sequence[int]], window: int | None) -> Iterator[t
             num_rows = sum(len(span) for _, span in work)
             bounds = [num_rows * part // num_parts for part in range(num_parts + 1)]
             parts = (part_of(rows_of(work, start, stop), window) for start, stop in pairwise(bounds))
-            return Batch(tuple(parts), torch.arange(num_rows))
+            return Batch(tuple(parts), None)
 
         yield work, batch
 
@@ -174,7 +182,7 @@ def phalanx_logits(
                 x = before.receive()
             hidden = decoder(x, batch, cache)
             if after is None:
-                logits.append(decoder.logits(hidden, batch.last_rows))
+                logits.append(decoder.logits(hidden, batch.last_rows).clone())  # the next step may write there
             else:
                 after.send(hidden)
         if after is not None:
@@ -266,6 +274,30 @@ def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(
     theirs = errors(model.reference(torch.bfloat16), exact)
     assert own.mean < 1.2 * theirs.mean
     assert own.largest < 2 * theirs.largest
+
+
+@pytest.mark.parametrize("layout", ["1x1", "tensor-2", "ragged-3-1"])
+@every_family
+def test_recorded_steps_have_the_bits_of_others(
+    models: Models, name: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not choose_packing(torch.bfloat16, CPU).usable:
+        pytest.skip("only steps of native operators are recorded: needs the native library and AVX2")
+    replays = []
+    replay = Recording.replay
+
+    def counted(recording: Recording) -> None:
+        replays.append(recording)
+        replay(recording)
+
+    monkeypatch.setattr(Recording, "replay", counted)
+    source = models(name).source
+    found = phalanx_logits(source, LAYOUTS[layout], ALIKE, torch.bfloat16)
+    num_ranks = build_layout(source.config.shape, LAYOUTS[layout]).num_ranks
+    assert len(replays) == num_ranks * (len(ALIKE) - 2)  # all but the first of each size
+    monkeypatch.setattr(recorded, "MOST_TOKENS", 0)
+    expected = phalanx_logits(source, LAYOUTS[layout], ALIKE, torch.bfloat16)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from phalanx.kernels import PackedWeight, choose_packing
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.families import expected_tensors
+from phalanx.models.params import kv_bytes_per_token, rank_params
 from phalanx.models.resolve import ModelSource
 from phalanx.models.safetensors_index import safetensors_entries
-from phalanx.models.weights import kv_bytes_per_token, load_params, rank_params
+from phalanx.models.weights import load_params
 from phalanx.parallel.layout import Layout, RankPlace, StageRequest, build_layout
 from phalanx.parallel.shape import ModelShape
 
