@@ -15,7 +15,7 @@ from phalanx.launcher.run_plan import Decision, RunPlan, plan_run
 from phalanx.launcher.schema import Config
 from phalanx.launcher.yaml_document import read_yaml
 from phalanx.models.config import DecoderConfig
-from phalanx.models.weights import rank_params
+from phalanx.models.params import rank_params
 from phalanx.parallel.layout import StageRequest, build_layout
 
 

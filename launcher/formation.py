@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from phalanx.comm.rendezvous import host_store, local_address
+from phalanx.comm.rendezvous import listen_for_store, local_address, store_on
 from phalanx.engine.channel import EngineChannel
 from phalanx.engine.messages import (
     Progress,
@@ -122,13 +122,15 @@ class Formation:
         self._channel = EngineChannel(address, secret)
         store = ""
         if len(specs) > 1:
-            self._store, store = host_store(address)
+            self._store, store = listen_for_store(address)
         self._host.start(
             [
                 replace(spec, comm=replace(spec.comm, store=store), engine=self._channel.address, secret=secret)
                 for spec in specs
             ]
         )
+        if self._store is not None:
+            self._store = store_on(self._store)  # brings torch, while the ranks import it too
         self._await_ready(started, on_progress)
 
     def _await_ready(self, started: float, on_progress: OnProgress | None) -> None:

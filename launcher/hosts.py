@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from phalanx.engine.messages import RankSpec
+from phalanx.launcher.pinning import MachineShare
 
 DEFAULT_TARGET = "phalanx.engine.rank:run_rank"
 """The function a rank's process runs, as `module:function`; it takes a RankSpec and blocks for the rank's life."""
@@ -24,7 +25,7 @@ class ClusterSettings:
     resources, and `memory` in bytes. interface: network interface that ranks and engine use, or None for the default
     route.
     spread_stage: a stage may be divided over nodes. start_timeout_s: how long all ranks together may take to be ready.
-    apart: no rank runs in this process, not even where there is only one.
+    apart: no rank runs in this process, not even where there is only one. pin_cores: ranks on CPUs are held to cores.
     """
 
     ray: str = "local"
@@ -36,12 +37,26 @@ class ClusterSettings:
     spread_stage: bool = False
     start_timeout_s: float = 300.0
     apart: bool = False
+    pin_cores: bool = True
 
     @property
     def rank_needs(self) -> dict[str, float]:
         """What a rank takes, by Ray's resource names."""
         gpus = self.gpus_per_rank if self.gpus_per_rank is not None else float(self.device == "cuda")
         return {"CPU": self.cpus_per_rank, "GPU": gpus, **self.resources_per_rank}
+
+    @property
+    def unpinned(self) -> str:
+        """Why ranks are not to be held to cores, or empty."""
+        if self.device != "cpu":
+            return "ranks compute on GPUs"  # the cores near each are its driver's to know
+        return "" if self.pin_cores else "cluster.pin_cores is false"
+
+    def share_here(self, spec: RankSpec) -> MachineShare:
+        """Of a rank where those of all replicas run on this machine."""
+        layout = spec.layout
+        groups = tuple(stage.num_ranks for stage in layout.stages) * layout.replicas
+        return MachineShare(spec.replica * layout.num_ranks + spec.rank, groups, unpinned=self.unpinned)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,17 @@ from phalanx.launcher.served import Prompt, Served
 
 
 class _Inbox:
-    """A mailbox that a thread waits at."""
+    """A mailbox that a thread waits at. deltas: whether it waits for them, too; else they do not wake it."""
 
-    def __init__(self) -> None:
+    def __init__(self, deltas: bool) -> None:
+        self._deltas = deltas
         self._events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
 
     def put(self, events: list[Event]) -> None:
-        self._events.put(events)
+        if not self._deltas:
+            events = [event for event in events if not isinstance(event.what, Delta)]
+        if events:
+            self._events.put(events)
 
     def get(self) -> list[Event]:
         return self._events.get()
@@ -49,11 +53,8 @@ class LLM(Served):
         Raises RequestError, before anything runs, where a prompt cannot be served, QueueFullError where
         engine.max_waiting is reached, and RankFailedError within seconds where a rank dies meanwhile.
         """
-        outputs = [
-            event
-            for event in self.stream(prompts, params, request_id=request_id, priority=priority)
-            if isinstance(event, RequestOutput)
-        ]
+        events = self._follow(_Inbox(deltas=False), prompts, params, request_id, priority)
+        outputs = [event for event in events if isinstance(event, RequestOutput)]
         return sorted(outputs, key=lambda output: output.request)
 
     def stream(
@@ -69,7 +70,16 @@ class LLM(Served):
         A prompt's last Delta is followed by its RequestOutput. Closing the iterator aborts the rest. Raises as
         `generate` does.
         """
-        inbox = _Inbox()
+        return self._follow(_Inbox(deltas=True), prompts, params, request_id, priority)
+
+    def _follow(
+        self,
+        inbox: _Inbox,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        request_id: str | None,
+        priority: int,
+    ) -> Generator[Delta | RequestOutput, None, None]:
         call = self._call(prompts, params, inbox, request_id=request_id, priority=priority)
         try:
             num_open = call.num_requests

@@ -24,7 +24,8 @@ from typing import NoReturn
 
 import msgspec
 
-from phalanx.launcher.rank_main import RankReport, failure_report, limit_threads, load_target, run_target
+from phalanx.launcher.pinning import MachineShare
+from phalanx.launcher.rank_main import RankReport, failure_report, load_target, run_target, settle_threads
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TAIL_BYTES = 8192  # kept of what a rank wrote to standard error
@@ -32,11 +33,12 @@ TERMINATE_GRACE_S = 2.0  # for `finally` blocks of a rank that is asked to end
 
 
 class StartRank(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Fork a rank. spec: RankSpec in msgpack. environment: variables to set in it."""
+    """Fork a rank. spec: RankSpec in msgpack. num_threads: 0 for its share. environment: variables to set in it."""
 
     rank: int
     spec: bytes
     num_threads: int
+    share: MachineShare
     environment: dict[str, str] = {}
 
 
@@ -261,9 +263,9 @@ def _be_rank(target: str, command: StartRank, nursery: int, stderr: int, report:
         os.close(stderr)
         faulthandler.enable()
         signal.signal(signal.SIGTERM, _raise_terminated)
-        num_threads = limit_threads(command.num_threads, command.environment)
-        _adopt_threads(num_threads)
-        result = run_target(target, command.spec, num_threads)
+        threads = settle_threads(command.num_threads, command.share, command.environment)
+        _adopt_threads(threads.num_threads)
+        result = run_target(target, command.spec, threads)
         exit_code = 0 if result.message is None else 1
         _write_report(report, result)
     except _TerminatedError:

@@ -86,14 +86,13 @@ class ProcessHost:
         plan_placement(layout, need, [node])
         ranks = layout.num_ranks * layout.replicas  # the other replicas run beside this one, each in a host of its own
         devices = _shares(_visible_gpus(), need["GPU"], ranks) if need["GPU"] else [None] * ranks
-        share = max(1, cores_here() // ranks)
         for spec in specs:
             device = devices[spec.replica * layout.num_ranks + spec.rank]
             self._nodes[spec.rank] = node.hostname
             self._running.add(spec.rank)
             environment = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
             encoded = msgspec.msgpack.encode(spec)
-            self._command(StartRank(spec.rank, encoded, spec.num_threads or share, environment))
+            self._command(StartRank(spec.rank, encoded, spec.num_threads, self._settings.share_here(spec), environment))
 
     def nodes(self) -> dict[int, str]:
         return dict(self._nodes)
@@ -206,11 +205,6 @@ def this_machine(settings: ClusterSettings) -> Node:
         amounts["GPU"] = float(len(_visible_gpus()))
     hostname = socket.gethostname()
     return Node("this machine", LOOPBACK, hostname, amounts, amounts, _accelerator() if need["GPU"] else None)
-
-
-def cores_here() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shares(devices: Sequence[str], gpus: float, ranks: int) -> list[str | None]:

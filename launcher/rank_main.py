@@ -7,11 +7,14 @@ import os
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from phalanx.engine.held_cores import HeldCores
 from phalanx.errors import CommError
+from phalanx.launcher.pinning import MachineShare, even_threads, take_cores
+from phalanx.launcher.topology import read_topology
 
 MAX_MESSAGE, MAX_TRACEBACK = 2_000, 16_000  # characters kept; together they fit in a pipe that nobody reads yet
 
@@ -30,18 +33,27 @@ class RankReport(msgspec.Struct, frozen=True, array_like=True):
     symptom: bool = False
 
 
-def limit_threads(num_threads: int, environment: Mapping[str, str] | None = None) -> int:
-    """Sets the thread counts that numeric libraries read when they are first imported, and other variables.
+class Threads(NamedTuple):
+    """num_threads: that the rank computes with. cores: that they are held to."""
 
-    Returns the count used: no more than the cores this process may run on.
+    num_threads: int
+    cores: HeldCores
+
+
+def settle_threads(num_threads: int, share: MachineShare, environment: Mapping[str, str] | None = None) -> Threads:
+    """Holds the process to its cores, and sets the thread counts that numeric libraries read when they are first
+    imported, and other variables.
+
+    num_threads: no more are used than the process may run at once; 0 for its share of the cores.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = max(1, min(num_threads, allowed))
+    topology = read_topology()
+    count = max(1, min(num_threads, len(topology.cpus))) if num_threads else even_threads(share, topology)
+    cores = take_cores(share, count, topology)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(count)
     os.environ.setdefault(*OPENMP_SPINS)
     os.environ.update(environment or {})
-    return count
+    return Threads(count, cores)
 
 
 def load_target(target: str) -> Callable[[Any], None]:
@@ -51,7 +63,7 @@ def load_target(target: str) -> Callable[[Any], None]:
     return loaded
 
 
-def run_target(target: str, spec: bytes, num_threads: int) -> RankReport:
+def run_target(target: str, spec: bytes, threads: Threads) -> RankReport:
     """Runs a rank from its encoded specification to its end; whatever exception ends it is in the report."""
     try:
         # First, and not at the top: it brings torch, which reads the thread counts when it is imported, and it says
@@ -60,7 +72,7 @@ def run_target(target: str, spec: bytes, num_threads: int) -> RankReport:
         from phalanx.engine.messages import RankSpec
 
         decoded = msgspec.msgpack.decode(spec, type=RankSpec)
-        function(replace(decoded, num_threads=num_threads))
+        function(replace(decoded, num_threads=threads.num_threads, cores=threads.cores))
     except Exception as error:
         return failure_report(error)
     return RankReport()

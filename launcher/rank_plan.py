@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from phalanx.launcher.schema import EngineSection
 from phalanx.models.config import DecoderConfig
-from phalanx.models.weights import kv_bytes_per_token, rank_params
+from phalanx.models.params import kv_bytes_per_token, rank_params
 from phalanx.parallel.layout import Layout, RankPlace
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -17,6 +17,7 @@ _CUDA_CONTEXT_BYTES = 2**30  # context, kernels and communicator buffers of one 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
     """What one rank holds. kv_bytes: its pages, by estimate where it is to measure, 0 where nothing is known of them.
+    weight_bytes: in the run's dtype, which is from above where a CPU's products hold them in 12 bits (`PackedWeight`).
     work_bytes: an estimate, from above, of what a step's activations and logits take, and on a GPU a process by itself.
     All in bytes but `parameters`.
     """

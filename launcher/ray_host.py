@@ -15,12 +15,11 @@ import msgspec
 from phalanx.engine.messages import RankSpec
 from phalanx.errors import PlacementError
 from phalanx.launcher.hosts import DEFAULT_TARGET, EXIT_GRACE_S, ClusterSettings, RankExit
+from phalanx.launcher.pinning import MachineShare
 from phalanx.launcher.placement import Node, plan_placement
-from phalanx.launcher.process_host import cores_here
 from phalanx.launcher.rank_actor import RankActor
 from phalanx.launcher.rank_main import RankReport
 from phalanx.launcher.ray_cluster import RayCluster
-from phalanx.parallel.layout import Layout
 
 GROUP_READY_S = 5.0  # a group that fits is ready within milliseconds
 PLACE_S = 5.0  # how long to wait for resources that a formation just gave back
@@ -74,9 +73,10 @@ class RayHost:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
             ).remote()
             self._actors[spec.rank] = actor
-            num_threads = spec.num_threads or self._share(spec.layout, self._nodes[spec.rank], nodes)
+            share = msgspec.msgpack.encode(self._share(spec))
             self._pids[spec.rank] = actor.where.remote()
-            self._runs[actor.run.remote(self._target, msgspec.msgpack.encode(spec), num_threads)] = spec.rank
+            run = actor.run.remote(self._target, msgspec.msgpack.encode(spec), spec.num_threads, share)
+            self._runs[run] = spec.rank
 
     def nodes(self) -> dict[int, str]:
         return {rank: str(node) for rank, node in self._nodes.items()}
@@ -172,11 +172,19 @@ class RayHost:
         with contextlib.suppress(ray.exceptions.RayError):
             remove_placement_group(group)
 
-    def _share(self, layout: Layout, node: Node, of_ranks: Sequence[Node]) -> int:
-        """Threads of a rank on `node`: its part of the node's cores."""
+    def _share(self, spec: RankSpec) -> MachineShare:
+        """A rank's part of its node, once all are placed: among those of this replica, for others may be elsewhere."""
         if self._cluster.is_private:
-            return max(1, cores_here() // (layout.num_ranks * layout.replicas))
-        return max(1, int(node.total.get("CPU", 1.0)) // sum(other.node_id == node.node_id for other in of_ranks))
+            return self._settings.share_here(spec)
+        node = self._nodes[spec.rank]
+        stages = [place.stage for place in spec.layout.places() if self._nodes[place.rank].node_id == node.node_id]
+        before = sum(self._nodes[rank].node_id == node.node_id for rank in range(spec.rank))
+        return MachineShare(
+            index=before,
+            groups=tuple(stages.count(stage) for stage in dict.fromkeys(stages)),
+            num_cpus=int(node.total.get("CPU", 1.0)),
+            unpinned=self._settings.unpinned,
+        )
 
     def _exit_of(self, run: Any, rank: int) -> RankExit:
         import ray

@@ -220,5 +220,5 @@ def _layers_reason(config: Config) -> str:
         return "as configured"
     if len(asked) == 1:
         return "one stage holds them all"
-    dealt = "dealt by the weights a rank reads in a step"
+    dealt = "dealt by the weights a rank multiplies a token by"
     return f"as configured, the others {dealt}" if any(asked) else dealt

@@ -83,6 +83,10 @@ class ClusterSection(Section):
         description="CPU cores that a rank takes, below 1 to share one; it computes with as many threads, at least one."
         " null: on this machine its cores dealt evenly over the ranks, on a cluster elsewhere 1.",
     )
+    pin_cores: bool = Field(
+        default=True,
+        description="Whether ranks that share a machine's CPUs keep to cores of their own, which no other run's are.",
+    )
     gpus_per_rank: float | None = Field(
         default=None,
         ge=0,
@@ -228,6 +232,11 @@ class EngineSection(Section):
     page_size: int = Field(default=16, ge=4, le=1024, description="Tokens in a page of the KV cache.")
     prefix_cache: bool = Field(
         default=True, description="Whether requests that begin alike share the pages of what they have in common."
+    )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="Whether GPUs run steps of one token a sequence as CUDA graphs: without the gaps between kernels, "
+        "for some memory; the start-up table says where they cannot.",
     )
     seed: int = Field(
         default=0,

@@ -28,6 +28,7 @@ from phalanx.engine.stats import EngineStats
 from phalanx.errors import ConfigError, RequestError
 from phalanx.launcher.check import review
 from phalanx.launcher.config import load_config
+from phalanx.launcher.core_view import core_decisions
 from phalanx.launcher.formation import Formation, OpenHost, open_host
 from phalanx.launcher.hosts import RankHost
 from phalanx.launcher.link_rates import GroupLink, group_links
@@ -201,7 +202,8 @@ class Served:
         seconds["total"] = total_s
         chosen = sorted({choice for ready in ranks for choice in ready.choices.items()})
         decisions = [Decision(name, *choice.split(": ", 1)) for name, choice in chosen]
-        return Startup(seconds, ranks, (*self.plan.decisions, *decisions))
+        cores = core_decisions([formation.ready for formation in self._formations])
+        return Startup(seconds, ranks, (*self.plan.decisions, *cores, *decisions))
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -7,8 +7,8 @@ from phalanx.launcher.hosts import ClusterSettings
 from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.schema import Config
 from phalanx.models.config import DecoderConfig
+from phalanx.models.params import rank_params
 from phalanx.models.tensor_entry import TensorEntry
-from phalanx.models.weights import rank_params
 
 
 def cluster_settings(config: Config, plan: RunPlan, *, apart: bool = False) -> ClusterSettings:
@@ -22,6 +22,7 @@ def cluster_settings(config: Config, plan: RunPlan, *, apart: bool = False) -> C
         spread_stage=config.cluster.spread_stage,
         start_timeout_s=config.cluster.start_timeout_s,
         apart=apart,
+        pin_cores=config.cluster.pin_cores,
     )
 
 
@@ -80,6 +81,7 @@ def rank_specs(
                 secret="",
                 measure=measure,
                 trace=trace,
+                cuda_graphs=config.engine.cuda_graphs,
             )
         )
     return specs

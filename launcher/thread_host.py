@@ -1,4 +1,4 @@
-"""A world of one: the rank as a thread of this process, which has torch imported already."""
+"""A world of one: the rank as a thread of this process, which imports torch if it has not yet."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from phalanx.engine.held_cores import HeldCores
 from phalanx.engine.messages import RankSpec
 from phalanx.errors import PlacementError
 from phalanx.launcher.hosts import DEFAULT_TARGET, EXIT_GRACE_S, ClusterSettings, RankExit
+from phalanx.launcher.pinning import even_threads
 from phalanx.launcher.placement import plan_placement
-from phalanx.launcher.process_host import LOOPBACK, cores_here, this_machine
+from phalanx.launcher.process_host import LOOPBACK, this_machine
 from phalanx.launcher.rank_main import RankReport, failure_report, load_target
+from phalanx.launcher.topology import read_topology
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +44,10 @@ class ThreadHost:
             raise PlacementError(f"{len(specs)} ranks cannot share this process; a replica of one rank can")
         node = this_machine(self._settings)
         plan_placement(specs[0].layout, self._settings.rank_needs, [node])
-        share = max(1, cores_here() // specs[0].layout.replicas)
-        spec = replace(specs[0], num_threads=specs[0].num_threads or share)
+        [spec] = specs
+        num_threads = spec.num_threads or even_threads(self._settings.share_here(spec), read_topology())
+        # The cores of a process that is the caller's own are the caller's to choose.
+        spec = replace(spec, num_threads=num_threads, cores=HeldCores(reason="the rank is a thread of this program"))
         self._rank, self._node = spec.rank, node.hostname
         # A daemon, lest a rank stuck in a computation keep an interrupted program from ending.
         self._thread = threading.Thread(target=self._run, args=(spec,), name="phalanx-rank", daemon=True)

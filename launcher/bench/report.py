@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from phalanx.launcher.bench.figures import Spread, read_figures
 from phalanx.launcher.bench.jobs import BenchOptions, Job
 from phalanx.launcher.bench.memory import PeakMemory, peak_memory
@@ -113,6 +111,8 @@ class BenchReport:
 
 def machine_facts() -> dict[str, Any]:
     """What a reader must know of this machine to judge figures taken on it, as plain data."""
+    import torch
+
     machine = this_machine()
     return {
         "processor": processor(),

@@ -13,6 +13,8 @@ import sys
 import time
 import traceback
 
+from msgspec.structs import replace
+
 from phalanx.engine.channel import RankChannel
 from phalanx.engine.messages import (
     CommSettings,
@@ -95,7 +97,8 @@ def _serve(spec: RankSpec, behaviour: str, channel: RankChannel) -> None:
         time.sleep(600)
     if behaviour == "exit-at-once":
         return
-    channel.send(RankReady(spec.rank, socket.gethostname(), os.getpid(), {"imports": 0.0}, 0, 0, 0, 1, _facts(spec)))
+    ready = RankReady(spec.rank, socket.gethostname(), os.getpid(), {"imports": 0.0}, 0, 0, 0, 1, _facts(spec))
+    channel.send(replace(ready, cores=spec.cores))
     while True:
         message = channel.receive()
         if isinstance(message, Shutdown):
@@ -136,4 +139,5 @@ def _facts(spec: RankSpec) -> dict[str, str]:
         "omp": os.environ.get("OMP_NUM_THREADS", ""),
         "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         "store": spec.comm.store,
+        "cpus": " ".join(map(str, sorted(os.sched_getaffinity(0)))),
     }

@@ -16,13 +16,15 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.launcher.fake_ranks import ECHO, make_specs
+from tests.launcher.machines import can_divide_cores
 
 from phalanx.engine.messages import Progress, StepResult
 from phalanx.errors import PlacementError, RankFailedError
 from phalanx.launcher.formation import Formation
 from phalanx.launcher.hosts import ClusterSettings
-from phalanx.launcher.process_host import ProcessHost, cores_here
+from phalanx.launcher.process_host import ProcessHost
 from phalanx.launcher.thread_host import ThreadHost
+from phalanx.launcher.topology import read_topology
 from phalanx.parallel.layout import RankPlace, StageRequest
 
 ROOT = Path(__file__).parents[2]
@@ -106,8 +108,30 @@ def test_ranks_start_answer_and_end() -> None:
 
 def test_ranks_share_the_cores_of_the_machine() -> None:
     with start(2) as formation:
-        threads = str(max(1, cores_here() // 2))
+        threads = str(max(1, read_topology().num_usable // 2))
         assert [(r.choices["threads"], r.choices["omp"]) for r in formation.ready] == [(threads, threads)] * 2
+
+
+@pytest.mark.skipif(not can_divide_cores(), reason="needs two cores of unlimited time that no other run has taken")
+def test_ranks_keep_to_cores_of_their_own_and_other_runs_off_them() -> None:
+    with start(2) as formation:
+        held = [ready.cores.cpus for ready in formation.ready]
+        assert all(held)
+        assert not set(held[0]) & set(held[1])
+        assert [ready.choices["cpus"] for ready in formation.ready] == [" ".join(map(str, cpus)) for cpus in held]
+        with start(2) as other:
+            every = " ".join(map(str, sorted(os.sched_getaffinity(0))))
+            assert [ready.choices["cpus"] for ready in other.ready] == [every] * 2
+            assert {ready.cores.reason for ready in other.ready} == {"another run has taken its cores"}
+    with start(2) as formation:
+        assert [ready.cores.cpus for ready in formation.ready] == held
+
+
+def test_ranks_stay_where_they_are_if_so_configured() -> None:
+    with start(2, settings=replace(SETTINGS, pin_cores=False)) as formation:
+        every = " ".join(map(str, sorted(os.sched_getaffinity(0))))
+        assert [ready.choices["cpus"] for ready in formation.ready] == [every] * 2
+        assert [ready.cores.reason for ready in formation.ready] == ["cluster.pin_cores is false"] * 2
 
 
 def test_ranks_with_gpus_each_see_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 import psutil
 import pytest
 from tests.launcher.fake_ranks import ECHO, make_specs
+from tests.launcher.machines import can_divide_cores
 
 from phalanx.errors import PhalanxError, PlacementError, RankFailedError
 from phalanx.launcher.formation import Formation
 from phalanx.launcher.hosts import ClusterSettings
 from phalanx.launcher.ray_cluster import RayCluster, reread_token
 from phalanx.launcher.ray_host import RayHost
+from phalanx.launcher.topology import read_topology
 from phalanx.parallel.layout import StageRequest
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'phalanx[ray]'")
@@ -84,12 +86,22 @@ class TestPrivateRay:
         }
         assert signal.getsignal(signal.SIGTERM) is handler
 
+    def test_ray_starts_without_what_watches_a_cluster(self) -> None:
+        commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+        assert any("raylet" in command for command in commands)
+        assert not [command for command in commands if "monitor.py" in command]
+
     def test_formations_run_side_by_side_and_share_the_cores(self) -> None:
+        can_divide = can_divide_cores()
         with start(2) as first, start(1) as second:
             assert answers(first)
             assert answers(second)
             assert first.startup_s["actors"] > 0
-            cores = len(os.sched_getaffinity(0))
+            cores = read_topology().num_usable
+            if can_divide:
+                held = [ready.cores.cpus for ready in first.ready]
+                assert not set(held[0]) & set(held[1])
+                assert [ready.choices["cpus"] for ready in first.ready] == [" ".join(map(str, each)) for each in held]
             assert [ready.choices["threads"] for ready in first.ready] == [str(max(1, cores // 2))] * 2
             assert first.ready[0].choices["threads"] == first.ready[0].choices["omp"]
             pids = [ready.pid for formation in (first, second) for ready in formation.ready]

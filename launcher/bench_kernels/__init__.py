@@ -1,0 +1,1 @@
+"""What `phalanx bench kernels` measures: each operator in the shapes of a model, beside PyTorch and the roofline."""

@@ -1,0 +1,218 @@
+"""The operators in the shapes of a model: how to call them, and the least that they must move and calculate.
+
+Shapes: T tokens of a step, H hidden size, F feed-forward columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from phalanx import kernels
+from phalanx.kernels import PackedWeight, SamplingRows, choose_packing
+
+EPS = 1e-5
+PAGE_SIZE = 16
+TOP = 50
+CACHED_BYTES = 1 << 28  # inputs of one operator, so that it does not find them in a cache
+MOST_COPIES = 16
+
+
+class Sizes(NamedTuple):
+    """hidden, ffn: sizes. queries, keys: numbers of heads. head_dim. vocab: rows."""
+
+    hidden: int
+    queries: int
+    keys: int
+    head_dim: int
+    ffn: int
+    vocab: int
+
+
+MODELS = {
+    "smollm2-135m": Sizes(576, 9, 3, 64, 1536, 49152),
+    "1b": Sizes(2048, 32, 8, 64, 8192, 128256),
+    "8b": Sizes(4096, 32, 8, 128, 14336, 128256),
+}
+
+
+class Case(NamedTuple):
+    """One operator in one shape. call, peer: with the number of a copy of the inputs; peer: PyTorch's own, None where
+    it has none that is comparable. num_bytes, num_flops: the least to be moved and calculated, once.
+    """
+
+    operator: str
+    load: str
+    call: Callable[[int], object]
+    peer: Callable[[int], object] | None
+    num_copies: int
+    num_bytes: float
+    num_flops: float = 0.0
+
+
+class Maker(NamedTuple):
+    """Makes the cases of a model on a device. only: how the names of operators begin."""
+
+    sizes: Sizes
+    dtype: torch.dtype
+    device: torch.device
+    only: str = ""
+
+    def cases(self, rows: tuple[int, ...], contexts: tuple[tuple[int, int], ...]) -> Iterator[Case]:
+        """rows: T of operators on rows. contexts: (sequences, length) of decode steps."""
+        for num_rows in rows:
+            yield from self._wanted(self.row_cases(num_rows))
+            yield from self.product_cases(num_rows)
+        for num_rows in (1, 32):
+            yield from self._wanted(self.search_cases(num_rows))
+        if "paged_attention".startswith(self.only):
+            for num, length in contexts:
+                yield self.attention_case([1] * num, [length] * num, f"decode {num} at {length}")
+            yield self.attention_case([512], [512], "prefill 512")
+
+    def _wanted(self, cases: Iterator[Case]) -> Iterator[Case]:
+        return (case for case in cases if case.operator.startswith(self.only))
+
+    def row_cases(self, num_rows: int) -> Iterator[Case]:
+        sizes, load = self.sizes, f"{num_rows} rows"
+        copies = _num_copies(num_rows * sizes.hidden * self.dtype.itemsize)
+        x, residual = self._random(2, copies, num_rows, sizes.hidden)
+        weight = self._random(sizes.hidden)
+        moved = x[0].nbytes
+
+        def norm(i: int) -> torch.Tensor:
+            return F.rms_norm(x[i], (sizes.hidden,), weight, EPS)
+
+        def add_norm(i: int) -> torch.Tensor:
+            return F.rms_norm(x[i] + residual[i], (sizes.hidden,), weight, EPS)
+
+        yield Case("rms_norm", load, lambda i: kernels.rms_norm(x[i], weight, EPS), norm, copies, 2 * moved)
+        yield Case(
+            "add_rms_norm",
+            load,
+            lambda i: kernels.add_rms_norm(x[i], residual[i], weight, EPS),
+            add_norm,
+            copies,
+            4 * moved,
+        )
+        yield Case(
+            "add_rms_norm int8",
+            load,
+            lambda i: kernels.add_rms_norm_quantised(x[i], residual[i], weight, EPS, torch.int8),
+            None,
+            copies,
+            3 * moved + x[0].numel(),
+        )
+        gate_copies = _num_copies(2 * num_rows * sizes.ffn * self.dtype.itemsize)
+        gate_up = self._random(gate_copies, num_rows, 2 * sizes.ffn)
+        yield Case(
+            "silu_mul",
+            load,
+            lambda i: kernels.silu_mul(gate_up[i]),
+            lambda i: F.silu(gate_up[i, :, : sizes.ffn]) * gate_up[i, :, sizes.ffn :],
+            gate_copies,
+            1.5 * gate_up[0].nbytes,
+        )
+        qkv = self._random(copies, num_rows, (sizes.queries + 2 * sizes.keys) * sizes.head_dim)
+        cache = self._random(2, num_rows // PAGE_SIZE + 1, PAGE_SIZE, sizes.keys, sizes.head_dim)
+        positions = torch.arange(num_rows, device=self.device)
+        frequencies = kernels.rope_frequencies(sizes.head_dim, 10000.0).to(self.device)
+        table = kernels.rope_table(positions, frequencies, self.dtype)
+        yield Case(
+            "rope_and_write_kv",
+            load,
+            lambda i: kernels.rope_and_write_kv(qkv[i], table, cache[0], cache[1], positions),
+            None,
+            copies,
+            2 * qkv[0].nbytes,
+        )
+
+    def product_cases(self, num_rows: int) -> Iterator[Case]:
+        sizes = self.sizes
+        heads = (sizes.queries + 2 * sizes.keys) * sizes.head_dim
+        shapes = {
+            "qkv": (heads, sizes.hidden),
+            "o": (sizes.hidden, sizes.queries * sizes.head_dim),
+            "gate_up": (2 * sizes.ffn, sizes.hidden),
+            "down": (sizes.hidden, sizes.ffn),
+        }
+        if num_rows <= 64:
+            shapes["head"] = (sizes.vocab, sizes.hidden)
+        for name, (outputs, inputs) in shapes.items():
+            if f"linear {name}".startswith(self.only):  # before weights are made
+                yield self._product(f"linear {name}", num_rows, outputs, inputs)
+
+    def _product(self, name: str, num_rows: int, outputs: int, inputs: int) -> Case:
+        copies = _num_copies(outputs * inputs * self.dtype.itemsize)
+        x = self._random(num_rows, inputs)
+        weights = [self._random(outputs, inputs) for _ in range(copies)]
+        packs = choose_packing(self.dtype, self.device).usable
+        held = [PackedWeight.pack(weight) if packs else weight for weight in weights]
+        moved = held[0].nbytes + (inputs + outputs) * num_rows * self.dtype.itemsize
+        return Case(
+            name,
+            f"{num_rows} x {outputs} x {inputs}",
+            lambda i: kernels.linear(x, held[i]),
+            lambda i: F.linear(x, weights[i]),
+            copies,
+            moved,
+            2.0 * num_rows * outputs * inputs,
+        )
+
+    def search_cases(self, num_rows: int) -> Iterator[Case]:
+        load = f"{num_rows} rows of {self.sizes.vocab}"
+        copies = _num_copies(num_rows * self.sizes.vocab * 4)
+        logits = torch.randn(copies, num_rows, self.sizes.vocab, device=self.device)
+        moved = logits[0].nbytes
+        yield Case("argmax", load, lambda i: kernels.argmax(logits[i]), lambda i: logits[i].argmax(1), copies, moved)
+        yield Case(
+            f"top {TOP}", load, lambda i: kernels.top(logits[i], TOP), lambda i: logits[i].topk(TOP), copies, moved
+        )
+        if self.device.type == "cpu":
+            return  # there `sample` is only defined, and the engine draws by the two above
+        numbers = torch.arange(num_rows, device=self.device)
+        wide = torch.ones(num_rows, dtype=torch.float64, device=self.device)
+        rows = SamplingRows(wide, 0 * numbers, 0.9 * wide, 0 * wide, numbers, numbers)
+        yield Case("sample top_p", load, lambda i: kernels.sample(logits[i], rows), None, copies, moved)
+
+    def attention_case(self, new: list[int], lengths: list[int], load: str) -> Case:
+        sizes = self.sizes
+        pages_each = -(-max(lengths) // PAGE_SIZE)
+        tables = torch.randperm(len(lengths) * pages_each).view(len(lengths), pages_each)
+        plan = kernels.plan_attention(tables, new, lengths, page_size=PAGE_SIZE, window=None, device=self.device)
+        kv_of_query = [head * sizes.keys // sizes.queries for head in range(sizes.queries)]
+        heads = kernels.group_heads(kv_of_query, sizes.keys, self.device)
+        copies = _num_copies(2 * tables.numel() * PAGE_SIZE * sizes.keys * sizes.head_dim * self.dtype.itemsize)
+        cache = self._random(2, copies, tables.numel(), PAGE_SIZE, sizes.keys, sizes.head_dim)
+        query = self._random(sum(new), sizes.queries, sizes.head_dim)
+        scale = sizes.head_dim**-0.5
+        pairs = sum(n * (length - n) + n * (n + 1) // 2 for n, length in zip(new, lengths, strict=True))
+        moved = 2 * (sum(lengths) * sizes.keys + sum(new) * sizes.queries) * sizes.head_dim * self.dtype.itemsize
+        flops = 4.0 * pairs * sizes.queries * sizes.head_dim
+        peer = self._sdpa(len(new), new[0], lengths[0], copies)
+        return Case(
+            "paged_attention",
+            load,
+            lambda i: kernels.paged_attention(query, cache[0, i], cache[1, i], plan, heads, scale=scale),
+            peer,
+            copies,
+            moved,
+            flops,
+        )
+
+    def _sdpa(self, num_sequences: int, new: int, length: int, copies: int) -> Callable[[int], object]:
+        """PyTorch's attention, which reads keys and values of sequences side by side."""
+        sizes = self.sizes
+        query = self._random(num_sequences, sizes.queries, new, sizes.head_dim)
+        kv = self._random(2, copies, num_sequences, sizes.keys, length, sizes.head_dim)
+        return lambda i: F.scaled_dot_product_attention(query, kv[0, i], kv[1, i], is_causal=new > 1, enable_gqa=True)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+
+def _num_copies(num_bytes: int) -> int:
+    return max(1, min(MOST_COPIES, CACHED_BYTES // num_bytes))

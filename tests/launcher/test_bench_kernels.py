@@ -1,0 +1,83 @@
+"""`phalanx bench kernels`: what is counted, and that a run gives figures, a file and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from phalanx.cli import app
+from phalanx.errors import PhalanxError
+from phalanx.launcher.bench_kernels.cases import Case, Maker, Sizes
+from phalanx.launcher.bench_kernels.measure import Ceilings, read_case
+
+SIZES = Sizes(hidden=64, queries=3, keys=1, head_dim=16, ffn=96, vocab=128)
+CPU = torch.device("cpu")
+MAKER = Maker(SIZES, torch.bfloat16, CPU)
+
+
+def test_least_is_what_takes_longer() -> None:
+    case = Case("linear", "", print, None, 1, num_bytes=8e9, num_flops=4e12)
+    assert Ceilings(1e9, 1e12).least_us(case) == 8e6
+    assert Ceilings(1e12, 1e12).least_us(case) == 4e6
+
+
+def test_bytes_and_operations_of_a_product_and_of_attention() -> None:
+    maker = Maker(SIZES, torch.float32, CPU)
+    [product] = [case for case in maker.product_cases(4) if case.operator == "linear down"]
+    assert product.num_flops == 2 * 4 * 64 * 96
+    assert product.num_bytes == 4 * (64 * 96 + 4 * 96 + 4 * 64)
+    decode = maker.attention_case([1, 1], [10, 10], "")
+    assert decode.num_flops == 2 * 10 * 3 * 16 * 4  # a product for the score, one for the sum
+    assert decode.num_bytes == 4 * 16 * (2 * 20 + 2 * 2 * 3)
+    prefill = maker.attention_case([4], [4], "")
+    assert prefill.num_flops == (1 + 2 + 3 + 4) * 3 * 16 * 4
+
+
+def test_every_case_can_be_called_with_every_copy_and_as_its_peer() -> None:
+    for case in MAKER.cases((2,), ((2, 20),)):
+        assert case.num_bytes > 0
+        case.call(case.num_copies - 1)
+        if case.peer is not None:
+            case.peer(case.num_copies - 1)
+
+
+def test_the_median_counts() -> None:
+    reading = read_case(next(MAKER.row_cases(2)), Ceilings(1e9, 1e9), CPU, rounds=3)
+    assert reading.taken_us > 0
+    assert reading.peer_us is not None
+    assert reading.share == reading.least_us / reading.taken_us
+
+
+def test_a_run_without_ranks(tmp_path: Path) -> None:
+    files = tmp_path / "kernels.json", tmp_path / "roofline.png"
+    arguments = [
+        "--model",
+        "smollm2-135m",
+        "--device",
+        "cpu",
+        "--only",
+        "linear qkv",
+        "--rounds",
+        "1",
+        "--threads",
+        "2",
+    ]
+    done = CliRunner().invoke(
+        app, ["bench", "kernels", *arguments, "--json", str(files[0]), "--plot", str(files[1])], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    assert "of roofline" in done.stdout
+    report = json.loads(files[0].read_text())
+    assert {reading["operator"] for reading in report["readings"]} == {"linear qkv"}
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--model", "70b"), ("--dtype", "int4")])
+def test_what_it_does_not_know(option: str, value: str) -> None:
+    done = CliRunner().invoke(app, ["bench", "kernels", option, value])
+    assert isinstance(done.exception, PhalanxError)
+    assert f"{value} is unknown; choose" in str(done.exception)
