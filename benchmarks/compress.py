@@ -33,8 +33,9 @@ from phalanx.launcher.bench.report import processor
 from phalanx.models.batch import Batch, KVCache, Part
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
+from phalanx.models.params import rank_params
 from phalanx.models.resolve import resolve_model
-from phalanx.models.weights import load_params, rank_params
+from phalanx.models.weights import load_params
 from phalanx.parallel.handover import HandOver
 from phalanx.parallel.layout import StageRequest, build_layout
 

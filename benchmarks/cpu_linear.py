@@ -3,9 +3,10 @@
     python benchmarks/cpu_linear.py [--rows 1,8,32] [--shapes 576x1536,4096x4096] [--threads 1,2] [--json FILE]
 
 A shape is outputs x inputs. Each weight is there as many times as the caches cannot hold, and every product takes the
-next one, as the layers of a model do. Native product, torch's and a plain read of the same bytes take turns; figures
-are medians. The limit is the larger of reading the weights once at the speed just measured and computing at the best
-rate that any product of these threads had, torch's included.
+next one, as the layers of a model do. Native product, native product of a weight that does not fit into 12 bits and is
+held in 16, torch's, and a plain read of as many bytes as the weight has in bfloat16 take turns; figures are medians.
+The limit is the larger of that read and of computing at the best rate that any product of these threads had, torch's
+included: from 12 bits, of which less is read, a product may pass it.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ ROUND_S = 0.06  # that a reading may take, where products are short
 
 
 class Reading(NamedTuple):
-    """Medians, in seconds a product (a read: of as many bytes as the weight has)."""
+    """Medians, in seconds a product (a read: of as many bytes as the weight has). wide: of a weight in 16 bits."""
 
     shape: tuple[int, int]
     rows: int
     threads: int
     native_s: float
+    wide_s: float
     torch_s: float
     read_s: float
 
@@ -68,9 +70,15 @@ def read(shape: tuple[int, int], all_rows: list[int], threads: int, rounds: int)
     size = 2 * shape[0] * shape[1]
     weight = torch.randn(shape).bfloat16()
     weights = [weight.clone() for _ in range(max(2, -(-CACHED_BYTES // size)))]
-    packed = make_packed([shape] * len(weights))
-    for each in packed:
-        each.put(0, weight)
+    spread = weight * 2.0 ** torch.randint(-50, 50, shape)
+    packed, wide = (make_packed([shape] * len(weights)) for _ in range(2))
+    for narrow, other in zip(packed, wide, strict=True):
+        narrow.put(0, weight)
+        other.put(0, spread.bfloat16())
+    assert (packed[0].share_in_16_bits, wide[0].share_in_16_bits) == (0, 1)
+    memory = torch.empty(len(weights) * size, dtype=torch.uint8)
+    library.advise_huge_pages(memory.data_ptr(), memory.nbytes)
+    memory.zero_()
     found = []
     for rows in all_rows:
         x = torch.randn(rows, shape[1]).bfloat16()
@@ -78,13 +86,16 @@ def read(shape: tuple[int, int], all_rows: list[int], threads: int, rounds: int)
         def native(number: int, x: torch.Tensor = x) -> object:
             return linear(x, packed[number % len(packed)])
 
+        def wides(number: int, x: torch.Tensor = x) -> object:
+            return linear(x, wide[number % len(wide)])
+
         def torchs(number: int, x: torch.Tensor = x) -> object:
             return F.linear(x, weights[number % len(weights)])
 
         def plain_read(number: int) -> object:
-            return library.read_memory(packed[number % len(packed)].data.data_ptr(), size)
+            return library.read_memory(memory.data_ptr() + number % len(weights) * size, size)
 
-        calls: list[Callable[[int], object]] = [native, torchs, plain_read]
+        calls: list[Callable[[int], object]] = [native, wides, torchs, plain_read]
         counts = [max(1, min(len(weights), int(ROUND_S / seconds(call, 1)))) for call in calls]
         taken: list[list[float]] = [[] for _ in calls]
         for _ in range(rounds):
@@ -109,6 +120,7 @@ def with_limits(readings: list[Reading]) -> list[dict[str, float | int | str]]:
                 "rows": each.rows,
                 "threads": each.threads,
                 "native_us": each.native_s * 1e6,
+                "native_16_bits_us": each.wide_s * 1e6,
                 "torch_us": each.torch_s * 1e6,
                 "native_gb_per_s": each.weight_bytes / each.native_s / 1e9,
                 "read_gb_per_s": each.weight_bytes / read_s / 1e9,
@@ -148,7 +160,18 @@ def main() -> None:
                 readings += read(shape, arguments.rows, threads, arguments.rounds)
     lines = with_limits(readings)
     table = Table("outputs x inputs", box=None, title=f"products from packed weights: {packing.told}")
-    for name in ("rows", "threads", "native µs", "torch µs", "ratio", "GB/s", "read GB/s", "GFLOP/s", "of limit"):
+    for name in (
+        "rows",
+        "threads",
+        "native µs",
+        "16 bits µs",
+        "torch µs",
+        "ratio",
+        "GB/s",
+        "read GB/s",
+        "GFLOP/s",
+        "of limit",
+    ):
         table.add_column(name, justify="right")
     for line in lines:
         table.add_row(
@@ -156,6 +179,7 @@ def main() -> None:
             str(line["rows"]),
             str(line["threads"]),
             f"{line['native_us']:,.0f}",
+            f"{line['native_16_bits_us']:,.0f}",
             f"{line['torch_us']:,.0f}",
             f"{line['times_torch']:.2f}",
             f"{line['native_gb_per_s']:.1f}",

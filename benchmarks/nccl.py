@@ -299,9 +299,9 @@ def main() -> None:
             "copies to the host": measure_copies(products, arguments.rounds),
             "channel over gloo": measure_channel(products, arguments.rounds),
         }
-    show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    show(result)
 
 
 if __name__ == "__main__":

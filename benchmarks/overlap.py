@@ -39,7 +39,7 @@ from phalanx.launcher.bench.report import processor
 from phalanx.models.batch import KVCache
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.decoder import Decoder
-from phalanx.models.weights import rank_params
+from phalanx.models.params import rank_params
 from phalanx.native import resize_pool
 from phalanx.parallel.layout import StageRequest, build_layout
 from phalanx.parallel.overlap import Overlap

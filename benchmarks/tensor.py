@@ -1,4 +1,4 @@
-"""What tensor parallelism gains on one machine: two ranks of one thread, beside one rank of one and of two threads.
+"""What a cut gains on one machine: two ranks of one thread, beside one rank of one and of two threads.
 
     python benchmarks/tensor.py [--model smollm2-135m] [--rounds 7] [--scale 1.0] [--json FILE]
 
@@ -32,12 +32,8 @@ from phalanx.launcher.bench.workloads import RequestShape, workload
 from phalanx.launcher.config import load_config
 from phalanx.launcher.machine import this_machine
 
-ENGINES: dict[str, tuple[int, int]] = {  # tensor, threads of a rank
-    "1 rank, 1 thread": (1, 1),
-    "1 rank, 2 threads": (1, 2),
-    "tensor 2, 1 thread each": (2, 1),
-}
-OURS = "tensor 2, 1 thread each"
+WHOLE: dict[str, int] = {"1 rank, 1 thread": 1, "1 rank, 2 threads": 2}  # threads
+CUT: dict[str, dict[str, int]] = {"tensor 2": {"tensor": 2}, "pipeline 2": {"pipeline": 2}}  # of one thread a rank
 
 
 class Reading(NamedTuple):
@@ -47,11 +43,12 @@ class Reading(NamedTuple):
     tokens_per_s: float
 
 
-def engine_of(model: str, dtype: str, tensor: int, threads: int) -> AsyncEngine:
+def engine_of(model: str, dtype: str, threads: int, parallel: dict[str, int]) -> AsyncEngine:
     sections: dict[str, Any] = {
         "model": {"path": model, "dtype": dtype},
-        "cluster": {"ray": "none", "device": "cpu", "cpus_per_rank": threads},
-        "parallel": {"tensor": tensor},
+        # Only one can have the cores to itself, and a rank alone gains nothing by it.
+        "cluster": {"ray": "none", "device": "cpu", "cpus_per_rank": threads, "pin_cores": bool(parallel)},
+        "parallel": parallel,
         "engine": {"kv_cache": "512MiB", "max_sequences": 64},
     }
     return AsyncEngine.from_config(load_config(sections), ranks_apart=True)
@@ -84,6 +81,15 @@ async def measure(
     return {name: taken[1:] for name, taken in found.items()}
 
 
+def gain(cut: Sequence[Reading], whole: Sequence[Reading]) -> Reading:
+    """How many times faster."""
+    pairs = list(zip(cut, whole, strict=True))
+    return Reading(
+        statistics.median(other.token_s / ours.token_s for ours, other in pairs),
+        statistics.median(ours.tokens_per_s / other.tokens_per_s for ours, other in pairs),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -94,27 +100,23 @@ def main() -> None:
     arguments = parser.parse_args()
     with ExitStack() as closes:
         engines = {
-            name: closes.enter_context(closing(engine_of(arguments.model, arguments.dtype, *shape)))
-            for name, shape in ENGINES.items()
+            name: closes.enter_context(closing(engine_of(arguments.model, arguments.dtype, threads, parallel)))
+            for name, threads, parallel in (
+                *((name, threads, {}) for name, threads in WHOLE.items()),
+                *((name, 1, parallel) for name, parallel in CUT.items()),
+            )
         }
         found = asyncio.run(measure(engines, arguments.rounds, arguments.scale, Console(stderr=True)))
-    gains = {
-        name: Reading(
-            statistics.median(other.token_s / ours.token_s for other, ours in zip(taken, found[OURS], strict=True)),
-            statistics.median(
-                ours.tokens_per_s / other.tokens_per_s for other, ours in zip(taken, found[OURS], strict=True)
-            ),
-        )
-        for name, taken in found.items()
-    }
-    table = Table("medians", "W1, ms a token", "W2, tokens/s", "tensor 2 against it, W1", "W2", box=None)
+    gains = {cut: {whole: gain(found[cut], found[whole]) for whole in WHOLE} for cut in CUT}
+    table = Table(
+        "medians", "W1, ms a token", "W2, tokens/s", *(f"against {whole}: W1, W2" for whole in WHOLE), box=None
+    )
     for name, taken in found.items():
         table.add_row(
             name,
             f"{1e3 * statistics.median(each.token_s for each in taken):.1f}",
             f"{statistics.median(each.tokens_per_s for each in taken):.0f}",
-            f"x {gains[name].token_s:.2f}",
-            f"x {gains[name].tokens_per_s:.2f}",
+            *(f"x {each.token_s:.2f}, x {each.tokens_per_s:.2f}" for each in gains.get(name, {}).values()),
         )
     Console().print(table)
     if arguments.json is not None:
@@ -126,7 +128,7 @@ def main() -> None:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "model": arguments.model,
             "dtype": arguments.dtype,
-            "gains": {name: gain._asdict() for name, gain in gains.items()},
+            "gains": {cut: {whole: each._asdict() for whole, each in row.items()} for cut, row in gains.items()},
             "rounds": {name: [each._asdict() for each in taken] for name, taken in found.items()},
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,6 +1,7 @@
-"""Phalanx beside other engines on this machine: workloads W1 to W3 of `phalanx bench`, SmolLM2-135M, greedy.
+"""Phalanx beside other engines on this machine: workloads W1 to W3 of `phalanx bench`, greedy.
 
-    python benchmarks/peers/compare.py [--peers vllm llama_cpp] [--python vllm=PATH] [--rounds 3] [--json FILE]
+    python benchmarks/peers/compare.py [--model smollm2-135m] [--peers vllm llama_cpp] [--python vllm=PATH]
+        [--rounds 3] [--json FILE]
 
 Every engine gets the same token ids, the same weights in one dtype and the same cores, and makes exactly as many tokens
 as are asked for. They take turns in every round, so that a machine whose speed drifts treats them alike; figures are
@@ -35,6 +36,7 @@ from phalanx.models.resolve import resolve_model
 
 HERE = Path(__file__).parent
 MODEL = "smollm2-135m"
+MODELS = (MODEL, "llama-1b")  # see export_model.py
 OURS = "phalanx"
 CHOICES: tuple[WorkloadName, ...] = ("W1", "W2", "W3")
 FIRST_TOKEN_RUNS = 5
@@ -103,11 +105,11 @@ class Runs(NamedTuple):
     requests: dict[str, list[RequestShape]]
 
     @classmethod
-    def of(cls, names: Sequence[WorkloadName], vocab_size: int) -> Runs:
+    def of(cls, names: Sequence[WorkloadName], vocab_size: int, most: int | None) -> Runs:
         """W1's prompt has relatives with one new token each: theirs is the time to the first token, and none of them is
-        a prefix that a cache could know.
+        a prefix that a cache could know. most: requests of a workload, or all.
         """
-        requests: dict[str, list[RequestShape]] = {name: workload(name, vocab_size=vocab_size) for name in names}
+        requests: dict[str, list[RequestShape]] = {name: workload(name, vocab_size=vocab_size)[:most] for name in names}
         for seed in range(1, FIRST_TOKEN_RUNS + 1) if "W1" in names else ():
             (shape,) = workload("W1", vocab_size=vocab_size, seed=seed)
             requests[f"first token {seed}"] = [shape._replace(max_tokens=1)]
@@ -162,16 +164,25 @@ def run(command: Sequence[str | Path], job: Mapping[str, Any] | None = None) -> 
     return done.stdout
 
 
-def exported(form: str, dtype: str) -> str:
-    return run([sys.executable, HERE / "export_model.py", form, "--dtype", dtype]).strip()
+def exported(form: str, dtype: str, model: str) -> str:
+    return run([sys.executable, HERE / "export_model.py", form, "--dtype", dtype, "--model", model]).strip()
+
+
+def model_file(form: str | None, arguments: argparse.Namespace) -> str:
+    """What an engine is given. A form of None: the built-in model itself, where that is asked for."""
+    if form is None and arguments.model == MODEL:
+        return MODEL
+    return exported(form or "huggingface", arguments.dtype, arguments.model)
 
 
 def arguments_given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     peers = [name for name in ENGINES if name != OURS]
+    parser.add_argument("--model", choices=MODELS, default=MODEL)
     parser.add_argument("--peers", nargs="+", choices=peers, default=peers)
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="its own Python")
     parser.add_argument("--workloads", nargs="+", choices=CHOICES, default=CHOICES)
+    parser.add_argument("--requests", type=int, metavar="N", help="only the first N of a workload")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores of each engine")
@@ -206,8 +217,18 @@ def tables(medians: Mapping[str, Mapping[str, float]], agreement: Mapping[str, s
 
 def repeatable_command(arguments: argparse.Namespace) -> str:
     """The command line without what belongs to one machine: where Pythons and files are."""
-    command = ["benchmarks/peers/compare.py", "--peers", *arguments.peers, "--workloads", *arguments.workloads]
+    command = [
+        "benchmarks/peers/compare.py",
+        "--model",
+        arguments.model,
+        "--peers",
+        *arguments.peers,
+        "--workloads",
+        *arguments.workloads,
+    ]
     command += ["--rounds", str(arguments.rounds), "--dtype", arguments.dtype, "--threads", str(arguments.threads)]
+    if arguments.requests is not None:
+        command += ["--requests", str(arguments.requests)]
     if arguments.phalanx_config:
         command += ["--phalanx-config", arguments.phalanx_config.name]
     return shlex.join(command)
@@ -221,7 +242,7 @@ def take_readings(
     arguments: argparse.Namespace, pythons: Mapping[str, str], models: Mapping[str, str]
 ) -> dict[str, list[Reading]]:
     """A reading of each engine in `models` in each round, in turn."""
-    runs = Runs.of(arguments.workloads, resolve_model(MODEL).config.shape.vocab_size)
+    runs = Runs.of(arguments.workloads, resolve_model(MODEL).config.shape.vocab_size, arguments.requests)
     console = Console(stderr=True)
     readings: dict[str, list[Reading]] = {name: [] for name in models}
     for number in range(arguments.rounds):
@@ -244,11 +265,7 @@ def main() -> None:
         for name, python in pythons.items()
     }
     missing = [name for name in arguments.peers if versions[name][ENGINES[name].distributions[0]] is None]
-    models = {
-        name: MODEL if (form := ENGINES[name].form) is None else exported(form, arguments.dtype)
-        for name in pythons
-        if name not in missing
-    }
+    models = {name: model_file(ENGINES[name].form, arguments) for name in pythons if name not in missing}
     load_before = os.getloadavg()
     readings = take_readings(arguments, pythons, models)
 
@@ -272,7 +289,7 @@ def main() -> None:
             "command": repeatable_command(arguments),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"processor": processor(), "threads": arguments.threads, "load_before": load_before},
-            "model": MODEL,
+            "model": arguments.model,
             "dtype": arguments.dtype,
             "model_files": {name: Path(path).name for name, path in models.items()},
             "versions": {name: versions[name] for name in models},
