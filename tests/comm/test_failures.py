@@ -196,7 +196,7 @@ def test_abort_from_another_thread_ends_the_waits_of_all_ranks(any_pool: Any) ->
     assert second["error"]["type"] == "PeerLostError"
 
 
-def rank_closes_early(comm: Communicator, store: Store) -> object:
+def rank_closes_early(comm: Communicator, store: Store, key: str) -> object:
     comm.barrier()
     if comm.rank == 0:
         comm.all_reduce(torch.ones(3), async_op=True)
@@ -204,15 +204,17 @@ def rank_closes_early(comm: Communicator, store: Store) -> object:
         comm.close()
         with pytest.raises(CommError, match="has been closed"):
             comm.barrier()
+        store.add(key, 1)
     else:
-        time.sleep(0.2)
+        wait_until(store, key, 1)
         with pytest.raises(GroupBrokenError):
             comm.all_reduce(torch.ones(3))
     return True
 
 
 def test_closing_with_an_operation_under_way_does_not_hang(any_pool: Any) -> None:
-    assert any_pool.run(rank_closes_early, 2, fresh=True, timeout_s=300.0) == [True, True]
+    key = f"closes-early-{any_pool.backend}"
+    assert any_pool.run(rank_closes_early, 2, fresh=True, timeout_s=300.0, key=key) == [True, True]
 
 
 def rank_slow_peer(comm: Communicator, store: Store) -> object:

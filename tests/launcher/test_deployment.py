@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.launcher.ray_folder import make_ray_folder
 from typer.testing import CliRunner, Result
 
 from phalanx import LLM, SamplingParams, launch
@@ -39,7 +39,7 @@ def cluster(smollm2: ModelSource) -> Iterator[str]:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         reread_token()
-        directory = tempfile.mkdtemp(prefix="phx-", dir="/tmp")  # short: socket paths have at most 107 bytes
+        directory = make_ray_folder(patch)
         node = {"include_dashboard": False, "object_store_memory": 80 << 20, "num_cpus": 2}
         head = {**node, "temp_dir": directory, "labels": {"place": "first"}}
         nodes = Cluster(initialize_head=True, head_node_args=head)

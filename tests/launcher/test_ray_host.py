@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import psutil
 import pytest
 from tests.launcher.fake_ranks import ECHO, make_specs
 from tests.launcher.machines import can_divide_cores
+from tests.launcher.ray_folder import make_ray_folder
 
 from phalanx.errors import PhalanxError, PlacementError, RankFailedError
 from phalanx.launcher.formation import Formation
@@ -153,7 +153,7 @@ class TestTwoNodes:
                 patch.setenv(f"RAY_health_check_{name}_ms", "500")
             patch.setenv("RAY_health_check_failure_threshold", "3")
             reread_token()
-            directory = tempfile.mkdtemp(prefix="phx-", dir="/tmp")  # short: socket paths have at most 107 bytes
+            directory = make_ray_folder(patch)
             node = {"include_dashboard": False, "object_store_memory": 80 << 20, "num_cpus": 2}
             cluster = Cluster(
                 initialize_head=True, head_node_args={**node, "temp_dir": directory, "labels": {"zone": "a"}}
