@@ -265,7 +265,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     num_pages: pages of the KV cache. choices: what this rank chose among, the choice and why, for the start-up table.
     groups: as in `TraceReport`. link_bytes_per_s: of its network interface, 0 where that is not known. cores: as in
-    `RankSpec`.
+    `RankSpec`. memory: of a GPU, bytes by part (`memory_book.PARTS`) and what is free; together all of it.
     """
 
     rank: int
@@ -280,6 +280,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     groups: dict[str, tuple[int, ...]] = {}
     link_bytes_per_s: float = 0.0
     cores: HeldCores = NO_CORES
+    memory: dict[str, int] = {}
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

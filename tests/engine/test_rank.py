@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from tests.engine.made_up_memory import MIB, MadeUpMemory
 from tests.tiny_models import TINY_MODELS, make
 
 from phalanx.engine.channel import RankChannel
@@ -27,11 +28,14 @@ from phalanx.engine.messages import (
     ToRank,
     TraceReport,
 )
-from phalanx.engine.rank import WARMUP, Rank
-from phalanx.engine.runner import Ran
+from phalanx.engine.rank import Rank
+from phalanx.engine.runner import Ran, StepRunner
+from phalanx.engine.trial import WARMUP
 from phalanx.errors import PhalanxError
 from phalanx.models.batch import KVCache
+from phalanx.models.params import kv_bytes_per_token
 from phalanx.models.resolve import resolve_model
+from phalanx.models.weights import load_params
 from phalanx.parallel.layout import StageRequest, build_layout
 
 
@@ -101,6 +105,65 @@ def test_a_rank_without_room_for_the_longest_sequence_says_so(spec: RankSpec) ->
     measure = KVMeasure(share=1e-9, device_part=1.0, limit_pages=21, least_pages=4, copies=1)
     with pytest.raises(PhalanxError, match=r"no room for the KV cache: .* at least 4 are needed"):
         Rank(replace(spec, num_pages=0, measure=measure), lambda _: None)
+
+
+def on_a_made_up_gpu(monkeypatch: pytest.MonkeyPatch, total: int) -> MadeUpMemory:
+    """Of so many MiB: the weights take 100, a page 1, and a token 1 on its way; 50 are in use before."""
+    memory = MadeUpMemory(total, outside=50)
+    monkeypatch.setattr("phalanx.engine.rank.memory_meter", lambda _: memory)
+
+    def load(*arguments: Any, **settings: Any) -> Any:
+        memory.take(100)
+        return load_params(*arguments, **settings)
+
+    def make_cache(num_layers: int, num_pages: int, *arguments: Any) -> KVCache:
+        memory.take(num_pages)
+        cache = KVCache(num_layers, num_pages, *arguments)
+        weakref.finalize(cache, memory.drop, num_pages)
+        return cache
+
+    def run(runner: StepRunner, plan: StepPlan, *arguments: Any) -> Ran:
+        memory.use(plan.num_tokens)
+        return run_step(runner, plan, *arguments)
+
+    run_step = StepRunner.run
+    monkeypatch.setattr("phalanx.engine.rank.load_params", load)
+    monkeypatch.setattr("phalanx.engine.rank.KVCache", make_cache)
+    monkeypatch.setattr(StepRunner, "run", run)
+    return memory
+
+
+MEASURE = KVMeasure(share=0.005, device_part=1.0, limit_pages=1000, least_pages=4, copies=1)
+
+
+def test_pages_are_what_weights_and_the_widest_step_leave_of_a_gpu(
+    spec: RankSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = on_a_made_up_gpu(monkeypatch, 300)
+    page_bytes = 16 * kv_bytes_per_token(spec.config, spec.layout, next(spec.layout.places(0)), 4)
+    rank = Rank(replace(spec, num_pages=0, measure=MEASURE), lambda _: None)
+    ready = rank.ready()
+    assert ready.num_pages == int((300 - 50 - 100 - 40) * MIB * MEASURE.share) // page_bytes
+    assert sum(ready.memory.values()) == memory.total * MIB
+    assert ready.memory["weights"] == 100 * MIB
+    assert ready.memory["activations"] == 40 * MIB  # max_batch_tokens
+    rank.close()
+
+
+@pytest.mark.parametrize(
+    ("total", "where", "remedy"),
+    [
+        (120, "the loading of weights", "ranks in place of 1"),
+        (152, "the making of 3 pages", "more ranks"),
+        (175, r"a first step of 40 tokens, 1 drawn", r"engine\.max_batch_tokens: 16"),
+    ],
+)
+def test_a_start_that_is_short_of_memory_says_where_and_what_would_fit(
+    spec: RankSpec, total: int, where: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_made_up_gpu(monkeypatch, total)
+    with pytest.raises(PhalanxError, match=rf"out of GPU memory in {where}, .*(\n.*)*would fit: .*{remedy}"):
+        Rank(replace(spec, num_pages=0, measure=MEASURE), lambda _: None)
 
 
 class Script:
