@@ -20,6 +20,7 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.comm.create import create_communicator
+from phalanx.comm.gpu import CudaGpu
 from phalanx.comm.ledger import Ledger
 from phalanx.comm.link import link_bytes_per_s
 from phalanx.comm.rendezvous import connect_store, local_address, parse_rendezvous
@@ -31,6 +32,7 @@ from phalanx.engine.device_memory import memory_meter
 from phalanx.engine.feedback import TokenReceiver, TokenSender
 from phalanx.engine.host_memory import give_back
 from phalanx.engine.kv_budget import num_pages_for
+from phalanx.engine.late_result import LateResult
 from phalanx.engine.memory_book import ACTIVATIONS, COMMUNICATORS, PAGES, WEIGHTS, WORKSPACES, MemoryBook, Sizes
 from phalanx.engine.messages import (
     CommReport,
@@ -43,7 +45,6 @@ from phalanx.engine.messages import (
     StageReport,
     StageStep,
     StepPlan,
-    StepResult,
     TraceReport,
 )
 from phalanx.engine.runner import Links, Ran, StepRunner
@@ -51,7 +52,7 @@ from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.engine.trial import WARMUP, try_largest_steps
 from phalanx.errors import PhalanxError
-from phalanx.kernels import Graphs, choose_packing
+from phalanx.kernels import Graphs, choose_packing, compiled_names, use_compiler
 from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
 from phalanx.models.captured import choose_graphs
@@ -68,6 +69,7 @@ IMPORT_S = time.perf_counter() - _IMPORTING_SINCE
 # A stage tells of its steps when it has nothing to do for so long, or the first of them was so long ago.
 REPORT_S = 0.1
 MOST_REPORTED_S = 0.5
+LOOK_S = 0.001  # between two looks at a GPU's step, where no next one is known
 
 
 class Rank:
@@ -86,7 +88,8 @@ class Rank:
         resize_pool(spec.num_threads)
         self._comms: list[Communicator] = []
         self._groups: dict[str, tuple[int, ...]] = {}  # ranks of the replica, in the order of their numbers in a group
-        self._untold: StepResult | None = None
+        self._untold: Ran | None = None  # the last step, where its result has not been told
+        self._times: list[StageStep] = []  # of steps that are done, and not reported
         self._graphs: Graphs | None = None
         self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
         self._params = rank_params(spec.config, spec.layout, self._place)
@@ -238,6 +241,7 @@ class Rank:
             device=self._device,
             reports=part == self._lightest,
             drains=spec.comm.overlap == "none",
+            gpu=CudaGpu(torch.cuda.current_device()) if self._device.type == "cuda" else None,
         )
         self._memory.book(PAGES, WORKSPACES)
 
@@ -249,6 +253,7 @@ class Rank:
 
     def _warm_up(self) -> None:
         spec, measure = self._spec, self._spec.measure
+        self._compile()
         self._progress("warmup", 0, len(WARMUP))
         for done, plan in enumerate(WARMUP, start=1):
             with self._memory.during("the first steps", ACTIVATIONS):
@@ -270,6 +275,23 @@ class Rank:
         if measure is not None:
             self._make_runner(self._measured_pages(measure))
         self._took("warmup")
+
+    def _compile(self) -> None:
+        """What torch.compile is to take, by the first steps that call it."""
+        use_compiler(self._device, self._spec.torch_compile)
+        if not self._spec.torch_compile:
+            return
+        self._progress("compile", 0, 1)
+        for plan in WARMUP:
+            self._runner.run(plan)
+        self._decoder.forget_steps()
+        names = ", ".join(compiled_names())
+        self.choices["torch.compile"] = (
+            f"{names}: PyTorch's there, compiled as engine.torch_compile asks"
+            if names
+            else "nothing: operators of our own do what it would"
+        )
+        self._took("compile")
 
     def _measure_overlap(self) -> None:
         """Finds out, with the other ranks of the stage, how sums are best hidden."""
@@ -318,43 +340,64 @@ class Rank:
         """Runs steps until the engine says `Shutdown`.
 
         The result of a step is told when the next one is about to be computed, where that is known already: in a
-        process that the two share, the engine's thread then has the interpreter while the rank needs none.
+        process that the two share, the engine's thread then has the interpreter while the rank needs none. Where a GPU
+        is still at it by then, it is told once the GPU has been given that next step.
         """
         self.ledger.take()  # what the warm-up took is no part of it
-        times: list[StageStep] = []
         plans: deque[StepPlan] = deque()  # the next step and, where transfers go behind compute, the one after it
         most = 1 if self._spec.comm.overlap == "none" else 2
         ending = False
         while plans or not ending:
             while not ending and len(plans) < most:
-                message = channel.receive(0.0 if plans or self._untold else REPORT_S if times else None)
+                message = channel.receive(0.0 if plans else self._patience_s())
                 if message is None:
                     if plans or self._untold is None:
                         break
-                    self._tell_result(channel)
+                    self._tell_result(channel, waits=False)
                     continue
                 ending = isinstance(message, Shutdown)
                 if isinstance(message, StepPlan):
                     self._runner.expect(message)
                     plans.append(message)
+            times = self._times
             if times and not ending and (not plans or times[-1].ended_s - times[0].started_s > MOST_REPORTED_S):
                 self._tell(channel, times, clock)
                 if plans:
                     clock.refresh()  # while the engine is awake
-                times = []
+                times.clear()
             if plans:
                 try:
-                    ran = self.run(plans.popleft(), partial(self._tell_result, channel))
+                    ran = self.run(plans.popleft(), partial(self._tell_result, channel, waits=False))
                 finally:
-                    self._tell_result(channel)  # where it failed before that
-                self._untold = ran.result
-                times.append(ran.times)
+                    self._tell_result(channel)  # where it failed before that, or a GPU was not through with it
+                self._untold = ran if ran.result is not None else None
+                if not isinstance(ran.result, LateResult):
+                    times.append(ran.times)
         self._tell_result(channel)
 
-    def _tell_result(self, channel: RankChannel) -> None:
-        if self._untold is not None:
-            channel.send(self._untold)
-            self._untold = None
+    def _patience_s(self) -> float | None:
+        """How long there is nothing else to do than to hear the next message."""
+        result = None if self._untold is None else self._untold.result
+        if result is None:
+            return REPORT_S if self._times else None
+        return LOOK_S if isinstance(result, LateResult) and not result.done() else 0.0
+
+    def _tell_result(self, channel: RankChannel, *, waits: bool = True) -> None:
+        """Of the last step. waits: for a GPU that is still at it."""
+        if self._untold is None or self._untold.result is None:
+            return
+        times, result = self._untold.times, self._untold.result
+        if isinstance(result, LateResult) and not waits and not result.done():
+            return
+        self._untold = None
+        if isinstance(result, LateResult):
+            result = result.read()
+            for comm in self._comms:
+                comm.check()
+            # It began with the step before it done, and is done now, or was since a look that found it so.
+            began_s = max(times.started_s, self._times[-1].ended_s if self._times else 0.0)
+            self._times.append(StageStep(times.step, began_s, time.perf_counter()))
+        channel.send(result)
 
     def _tell(self, channel: RankChannel, times: list[StageStep], clock: ClockKeeper) -> None:
         """What was done lately: by the stage, as its first rank tells it, and by this rank's transfers."""

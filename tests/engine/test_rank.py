@@ -16,6 +16,7 @@ from tests.tiny_models import TINY_MODELS, make
 
 from phalanx.engine.channel import RankChannel
 from phalanx.engine.clock import ClockExchange, ClockKeeper
+from phalanx.engine.late_result import LateResult
 from phalanx.engine.messages import (
     CommSettings,
     KVMeasure,
@@ -79,7 +80,7 @@ def test_a_rank_that_measures_takes_the_stated_share_of_what_is_free_once_warm(s
     rank = Rank(replace(spec, num_pages=0, measure=measure), lambda _: None)
     assert rank.ready().num_pages == 21
     ran = rank.run(msgspec.structs.replace(WARMUP[0], step=0))
-    assert ran.result is not None
+    assert isinstance(ran.result, StepResult)
     assert len(ran.result.tokens) == 1
     rank.close()
 
@@ -269,6 +270,55 @@ def test_a_result_is_told_before_the_next_step_is_computed(
     )
     serve(rank, channel)
     assert ", ".join(f"{name} {step}" for name, step in record.calls if name != "expect") == f"run 0, {order}"
+
+
+class Late(LateResult):
+    """Of a step that a GPU is through with when its result has been asked after so many times, or is waited for."""
+
+    def __init__(self, step: int, record: Record, num_looks: int) -> None:
+        self.step, self.record, self.left = step, record, num_looks
+
+    def done(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def read(self) -> StepResult:
+        self.record.calls.append(("read", self.step))
+        return StepResult(self.step, (7,))
+
+
+@pytest.mark.parametrize(
+    ("num_looks", "order"),
+    [
+        (0, "run 0, read 0, run 1, read 1, run 2, read 2"),  # done before the next step is
+        (10**6, "run 0, run 1, read 0, run 2, read 1, read 2"),  # the GPU has the next step by then
+    ],
+)
+def test_the_result_of_a_gpu_is_read_behind_the_next_step(
+    spec: RankSpec, num_looks: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, record, channel = Rank(spec, lambda _: None), Record(), Script([*STEPS, Shutdown()])
+    monkeypatch.setattr(rank, "_runner", record)
+    run = record.run
+    monkeypatch.setattr(
+        record,
+        "run",
+        lambda plan, on_start: run(plan, on_start)._replace(result=Late(plan.step, record, num_looks)),
+    )
+    serve(rank, channel)
+    assert ", ".join(f"{name} {step}" for name, step in record.calls if name != "expect") == order
+    assert [message.step for message in channel.heard if isinstance(message, StepResult)] == [0, 1, 2]
+
+
+def test_a_result_of_a_gpu_is_told_while_no_next_step_is_known(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank, record, channel = Rank(spec, lambda _: None), Record(), Script([STEPS[0], *[None] * 8, STEPS[1], Shutdown()])
+    monkeypatch.setattr(rank, "_runner", record)
+    run = record.run
+    monkeypatch.setattr(
+        record, "run", lambda plan, on_start: run(plan, on_start)._replace(result=Late(plan.step, record, 4))
+    )
+    serve(rank, channel)
+    assert [f"{name} {step}" for name, step in record.calls if name != "expect"][:3] == ["run 0", "read 0", "run 1"]
 
 
 def test_a_step_that_fails_takes_no_result_with_it(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
