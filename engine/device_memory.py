@@ -47,7 +47,7 @@ class MemoryMeter(Protocol):
         ...
 
     def give_back(self) -> None:
-        """What PyTorch holds without need goes back to the device."""
+        """What PyTorch holds without need goes back to the device, once that has done what it was given."""
         ...
 
 
@@ -72,6 +72,7 @@ class GpuMeter:
         self._cuda.reset_peak_memory_stats(self._device)
 
     def give_back(self) -> None:
+        self._cuda.synchronize(self._device)
         self._cuda.empty_cache()
 
 

@@ -33,18 +33,21 @@ counts too."""
 FREE = "free"
 
 ROOM = 0.9  # of what is free, that a setting proposed by proportion may fill: fragments are lost
-TOKENS_STEP = 16  # proposed numbers of tokens are rounded down to these
+STEP_TOKENS, STEP_ROWS = "engine.max_batch_tokens", "engine.max_sequences"
+"""What bounds the two kinds of large steps: many tokens, and many tokens drawn."""
+ROUNDING = {STEP_TOKENS: 16, STEP_ROWS: 1}  # what is proposed is a multiple of these
 
 
 class Sizes(NamedTuple):
     """Of a rank. num_ranks: of its stage. weight_bytes: that it is to hold. step_tokens: most of one sequence in a
-    step. page_bytes, least_pages: of a page, and how many it cannot do without. share: that the pages may take of what
-    is free, None where their number is stated.
+    step. step_rows: most sequences that draw in one. page_bytes, least_pages: of a page, and how many it cannot do
+    without. share: that the pages may take of what is free, None where their number is stated.
     """
 
     num_ranks: int
     weight_bytes: int
     step_tokens: int
+    step_rows: int
     page_size: int
     page_bytes: int
     least_pages: int
@@ -58,7 +61,8 @@ class MemoryBook:
         self.by_part = meter.by_part
         self._meter = meter
         self._sizes = sizes
-        self._token_bytes = 0.0  # of activations, by the largest step that went well
+        self._most = {STEP_TOKENS: sizes.step_tokens, STEP_ROWS: sizes.step_rows}
+        self._each_bytes: dict[str, float] = {}  # of activations: of a token, a row, by the largest step that went well
         self._shared_out = False  # whether the pages are as many as there was room for
         self._captured: list[tuple[int, int]] = []  # of each graph: bytes in all, and of them the driver's
         self.parts: dict[str, int] = {}
@@ -75,8 +79,8 @@ class MemoryBook:
             self._last = now
 
     @contextmanager
-    def trying(self, num_tokens: int) -> Iterator[None]:
-        """A step of so many tokens, one of the largest of its kind or on the way to it: what it takes at its peak."""
+    def trying(self, number: int, setting: str = STEP_TOKENS) -> Iterator[None]:
+        """A step of so many of what `setting` bounds, the most or on the way to it: what it takes at its peak."""
         if not self.by_part:
             yield
             return
@@ -85,7 +89,7 @@ class MemoryBook:
         yield
         peak_bytes = self._meter.read().peak_bytes - held_bytes
         self.parts[ACTIVATIONS] = max(self.parts[ACTIVATIONS], peak_bytes)
-        self._token_bytes = peak_bytes / num_tokens
+        self._each_bytes[setting] = peak_bytes / number
 
     def held_bytes(self) -> int:
         """In tensors now; 0 where that is not told."""
@@ -123,11 +127,11 @@ class MemoryBook:
         """
         if self._captured:
             taken_bytes, outside_bytes = self._captured[0]
-            shared_bytes = max(taken_bytes - outside_bytes, math.ceil(self._token_bytes * most_places))
+            shared_bytes = max(taken_bytes - outside_bytes, math.ceil(self._each_bytes[STEP_TOKENS] * most_places))
             self.parts[GRAPHS] = kept_bytes + num_graphs * outside_bytes + shared_bytes + kept_bytes // 2
 
     def give_back(self) -> None:
-        """What is held without need goes back to the device."""
+        """What is held without need goes back to the device, once that has done what it was given."""
         self._meter.give_back()
 
     def room_bytes(self, part: float = 1.0) -> int:
@@ -143,9 +147,9 @@ class MemoryBook:
         return {**self.parts, FREE: self._last.total_bytes - sum(self.parts.values())}
 
     @contextmanager
-    def during(self, what: str, part: str) -> Iterator[None]:
+    def during(self, what: str, part: str, setting: str = STEP_TOKENS) -> Iterator[None]:
         """Makes an error that says what took how much, and what would fit, of memory that runs out in `what`, where it
-        was wanted for `part`.
+        was wanted for `part`. setting: that bounds it, of a step.
         """
         try:
             yield
@@ -154,10 +158,10 @@ class MemoryBook:
 
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise self.shortage(what, part, error) from error
+            raise self._shortage(what, part, setting, error) from error
 
-    def shortage(self, what: str, part: str, error: torch.OutOfMemoryError) -> PhalanxError:
-        """For memory that ran out in `what`, where it was wanted for `part`; while what failed still holds its own."""
+    def _shortage(self, what: str, part: str, setting: str, error: torch.OutOfMemoryError) -> PhalanxError:
+        """To be made while what failed still holds its own."""
         if not self.by_part:
             return PhalanxError(f"out of memory in {what}: {error}")
         known_bytes = self.parts[part]
@@ -168,18 +172,19 @@ class MemoryBook:
         asked = "" if asked_bytes is None else f", which asked for {mib(asked_bytes)} more"
         lines = [f"out of GPU memory in {what}{asked}. Of {mib(self._last.total_bytes)}:"]
         lines += [f"  {name:<13} {mib(size):>12}" for name, size in self.account().items()]
-        return PhalanxError("\n".join([*lines, f"what would fit: {'; or '.join(self._fitting(part))}"]))
+        return PhalanxError("\n".join([*lines, f"what would fit: {'; or '.join(self._fitting(part, setting))}"]))
 
-    def _fitting(self, part: str) -> list[str]:
+    def _fitting(self, part: str, setting: str) -> list[str]:
         """Settings under which what was wanted for `part` would have had room, by what was measured so far."""
         sizes, weight_bytes = self._sizes, self.parts[WEIGHTS]
         room_bytes = max(0, self.account()[FREE] + self.parts[part])
         if part == WEIGHTS:
             return [self._more_ranks(sizes.weight_bytes, int(room_bytes * ROOM))]
         found, left_bytes = [], 0  # for weights; 0 where nothing says how much it must be
-        if part == ACTIVATIONS and self._token_bytes:
-            found += _step_setting(room_bytes * ROOM / self._token_bytes, sizes.step_tokens)
-            left_bytes = weight_bytes + room_bytes - int(self._token_bytes * sizes.step_tokens / ROOM)
+        each_bytes = self._each_bytes.get(setting, 0.0)
+        if part == ACTIVATIONS and each_bytes:
+            found += self._bounded(setting, room_bytes * ROOM / each_bytes)
+            left_bytes = weight_bytes + room_bytes - int(each_bytes * self._most[setting] / ROOM)
         if part == GRAPHS:
             found.append("engine.cuda_graphs: false")
         if sizes.share is not None:
@@ -201,8 +206,13 @@ class MemoryBook:
         tokens = int(max(0, room_bytes) * share) // sizes.page_bytes * sizes.page_size
         if tokens:
             found.append(f"model.max_length: {tokens}")
-        if self._token_bytes and self.parts[ACTIVATIONS] > short_bytes:
-            found += _step_setting(sizes.step_tokens - short_bytes / self._token_bytes, sizes.step_tokens)
+        spared_bytes = self.parts.get(ACTIVATIONS, 0) - short_bytes  # what the largest steps may still take
+        bounds: list[str] = []
+        for setting, each_bytes in self._each_bytes.items():
+            if spared_bytes > 0 and each_bytes * self._most[setting] > spared_bytes:
+                bounds += self._bounded(setting, spared_bytes / each_bytes)
+        if bounds:
+            found.append(" and ".join(bounds))  # each kind of step must take less
         wanted_share = math.ceil(100 * sizes.least_pages * sizes.page_bytes / room_bytes) / 100 if room_bytes > 0 else 2
         if share < wanted_share < 1:
             found.append(f"engine.kv_cache_share: {wanted_share:g}")
@@ -210,6 +220,11 @@ class MemoryBook:
             found.append("engine.cuda_graphs: false")
         found.append(self._more_ranks(sizes.weight_bytes + needed_bytes, sizes.weight_bytes + room_bytes))
         return found
+
+    def _bounded(self, setting: str, number: float) -> list[str]:
+        """Such a bound of steps, if it is one."""
+        fitting = int(number) // ROUNDING[setting] * ROUNDING[setting]
+        return [f"{setting}: {fitting}"] if 0 < fitting < self._most[setting] else []
 
     def _more_ranks(self, wanted_bytes: int, room_bytes: int) -> str:
         """That hold no more than room_bytes each of what one of them would hold now. room_bytes: 0 for not known."""
@@ -222,11 +237,6 @@ class MemoryBook:
 
 def mib(num_bytes: int, space: str = " ") -> str:
     return f"{num_bytes / 2**20:.0f}{space}MiB"
-
-
-def _step_setting(num_tokens: float, now: int) -> list[str]:
-    fitting = int(num_tokens) // TOKENS_STEP * TOKENS_STEP
-    return [f"engine.max_batch_tokens: {fitting}"] if 0 < fitting < now else []
 
 
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|[KMG]iB)")

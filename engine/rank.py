@@ -207,6 +207,7 @@ class Rank:
             num_ranks=self._stage.num_ranks,
             weight_bytes=sum(param.num_elements for param in self._params) * self._dtype.itemsize,
             step_tokens=self._widest_step,
+            step_rows=self._most_drawn,
             page_size=spec.page_size,
             page_bytes=spec.page_size * kv_bytes_per_token(spec.config, spec.layout, place, self._dtype.itemsize),
             least_pages=1 if measure is None else measure.least_pages,
@@ -217,6 +218,11 @@ class Rank:
     def _widest_step(self) -> int:
         """Tokens of one sequence in one step, at most."""
         return min(self._spec.max_batch_tokens, self._spec.max_length)
+
+    @property
+    def _most_drawn(self) -> int:
+        """Tokens that one step may draw."""
+        return min(self._spec.max_sequences, self._spec.max_batch_tokens)
 
     def _make_runner(self, num_pages: int) -> None:
         spec, stage, part = self._spec, self._stage, self._place.tensor_rank
@@ -269,7 +275,7 @@ class Rank:
                 self._memory,
                 most_tokens=min(self._widest_step, self._cache.num_pages * spec.page_size),
                 page_size=spec.page_size,
-                num_sequences=min(spec.max_sequences, spec.max_batch_tokens),
+                num_sequences=self._most_drawn,
                 captures=self._graphs is not None,
             )
         if measure is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from phalanx.engine.memory_book import ACTIVATIONS, MemoryBook
+from phalanx.engine.memory_book import ACTIVATIONS, STEP_ROWS, STEP_TOKENS, MemoryBook
 from phalanx.engine.messages import Chunk, NewSequence, Sampling, StepPlan
 from phalanx.models.captured import graph_places
 from phalanx.models.decoder import Decoder
@@ -57,12 +57,13 @@ def try_largest_steps(
     most_tokens: of one sequence in a step, as far as there are pages. num_sequences: that tokens are drawn for in a
     step. captures: whether steps are captured in graphs. Where no parts of memory are told, only the longest is run.
     """
-    with decoder.shortened(1):
-        if book.by_part and most_tokens >= 8:  # says what fits, if the next does not
-            _try(run, prompt_step(most_tokens // 8, page_size), book)
-        _try(run, prompt_step(most_tokens, page_size), book)
-        if book.by_part:
-            _try(run, drawing_step(num_sequences), book)
+    prompts = [most_tokens // 8, most_tokens] if book.by_part and most_tokens >= 8 else [most_tokens]
+    draws = [-(-num_sequences // 8), num_sequences] if book.by_part else []
+    with decoder.shortened(1):  # the smaller ones say what fits, if the others do not
+        for number in prompts:
+            _try(run, prompt_step(number, page_size), book, number, STEP_TOKENS)
+        for number in draws:
+            _try(run, drawing_step(number), book, number, STEP_ROWS)
     if captures and book.by_part:
         decoder.forget_steps()
         held_bytes = book.held_bytes()
@@ -71,10 +72,11 @@ def try_largest_steps(
         run(TOKEN)  # captured
         places = graph_places(num_sequences)
         book.reserve_graphs(kept_bytes, len(places), places[-1])
+    book.give_back()  # no step runs any more, which may not lose its graph
     decoder.forget_steps()
 
 
-def _try(run: Callable[[StepPlan], object], plan: StepPlan, book: MemoryBook) -> None:
+def _try(run: Callable[[StepPlan], object], plan: StepPlan, book: MemoryBook, number: int, setting: str) -> None:
     what = f"a first step of {plan.num_tokens} tokens, {len(plan.drawn_slots)} drawn"
-    with book.during(what, ACTIVATIONS), book.trying(plan.num_tokens):
+    with book.during(what, ACTIVATIONS, setting), book.trying(number, setting):
         run(plan)

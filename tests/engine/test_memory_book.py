@@ -17,6 +17,7 @@ from phalanx.engine.memory_book import (
     COMMUNICATORS,
     GRAPHS,
     PAGES,
+    STEP_ROWS,
     WEIGHTS,
     WORKSPACES,
     MemoryBook,
@@ -28,6 +29,7 @@ SIZES = Sizes(
     num_ranks=2,
     weight_bytes=600 * MIB,
     step_tokens=1024,
+    step_rows=64,
     page_size=16,
     page_bytes=MIB,
     least_pages=100,
@@ -57,7 +59,7 @@ def test_the_parts_and_what_is_free_are_the_whole_device() -> None:
     book.book(PAGES, WORKSPACES)
     with book.trying(512):
         memory.use(64)
-    with book.trying(4):
+    with book.trying(4, STEP_ROWS):
         memory.use(10)
     assert in_mib(book) == {
         "in use before": 30,
@@ -142,6 +144,17 @@ def test_a_step_that_does_not_fit_says_how_many_tokens_would() -> None:
     tokens = int(found[1])
     memory.use(tokens // 2)  # which is what they take, at half a MiB each
     assert tokens * 0.5 > 0.8 * 350
+
+
+def test_a_step_that_draws_too_much_says_how_many_sequences_may() -> None:
+    memory, book = loaded()
+    with book.trying(1024):
+        memory.use(64)
+    with book.trying(8, STEP_ROWS):
+        memory.use(80)
+    fitting = r"what would fit: engine\.max_sequences: 31; or"  # 10 MiB each of 315
+    with pytest.raises(PhalanxError, match=fitting), book.during("a first step", ACTIVATIONS, STEP_ROWS):
+        memory.use(640)
 
 
 def test_pages_of_a_stated_size_that_do_not_fit_say_below_which_size() -> None:
