@@ -125,7 +125,7 @@ class LogitRules:
         own = slice(self._rows.start - 8 * first, self._rows.stop - 8 * first)
         own_MN = on_device(bits_MN[:, first:last], logits_BV)
         weight_8 = on_device(1 << np.arange(8, dtype=np.uint8), logits_BV)
-        rows_M = torch.tensor(rows, device=logits_BV.device)
+        rows_M = on_device(np.array(rows), logits_BV)
         for block in blocks(len(rows), logits_BV):
             refused_MV = ((own_MN[block].unsqueeze(2) & weight_8) == 0).flatten(1)[:, own]
             logits_BV[rows_M[block]] = logits_BV[rows_M[block]].masked_fill(refused_MV, -math.inf)

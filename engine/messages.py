@@ -60,7 +60,8 @@ class RankSpec:
     entries: where the tensors of the checkpoint lie, by canonical name. num_pages, page_size: KV cache, in pages and
     tokens a page; `measure` says how many where `num_pages` is 0. max_sequences, max_batch_tokens: most slots, and most
     tokens of a step. max_length: most tokens of a sequence. trace: whether every step and transfer is handed over.
-    cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured.
+    cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured. torch_compile:
+    whether PyTorch's operators are compiled.
     """
 
     replica: int
@@ -83,6 +84,7 @@ class RankSpec:
     trace: bool = False
     cores: HeldCores = NO_CORES
     cuda_graphs: bool = True
+    torch_compile: bool = False
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -252,7 +254,7 @@ class ClockAsk(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """How far a starting rank is. part: `imports`, `rendezvous`, `weights`, `warmup`. In bytes for `weights`."""
+    """How far a starting rank is. part: `imports`, `rendezvous`, `weights`, `compile`, `warmup`; bytes for weights."""
 
     rank: int
     part: str
@@ -265,7 +267,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     num_pages: pages of the KV cache. choices: what this rank chose among, the choice and why, for the start-up table.
     groups: as in `TraceReport`. link_bytes_per_s: of its network interface, 0 where that is not known. cores: as in
-    `RankSpec`.
+    `RankSpec`. memory: of a GPU, bytes by part (`memory_book.PARTS`) and what is free; together all of it.
     """
 
     rank: int
@@ -280,6 +282,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     groups: dict[str, tuple[int, ...]] = {}
     link_bytes_per_s: float = 0.0
     cores: HeldCores = NO_CORES
+    memory: dict[str, int] = {}
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from phalanx.engine.messages import Sampling
-from phalanx.engine.vocab_shard import VocabShard, blocks
+from phalanx.engine.vocab_shard import VocabShard, blocks, on_device
 
 IN_PROMPT = 1
 DRAWN = 2  # added each time: a mark is twice the occurrences in the output, plus one for a token of the prompt
@@ -40,7 +42,7 @@ class Penalties:
         if slot not in self._entries:
             self._entries[slot] = self._free.pop() if self._free else self._grow()
         self._factors[slot] = factors
-        history_T = torch.tensor(sampling.history, dtype=torch.int64, device=self._marks.device)
+        history_T = np.array(sampling.history, np.int64)
         marks_V = self._marks[self._entries[slot]].zero_()
         output_T = self._held(history_T[sampling.num_prompt :])
         marks_V.index_add_(0, output_T, torch.full_like(output_T, DRAWN, dtype=torch.int32))
@@ -55,10 +57,9 @@ class Penalties:
         rows = self._penalised(slots)
         if not rows:
             return
-        device = logits_BV.device
-        rows_P = torch.tensor(rows, device=device)
-        entries_P = torch.tensor([self._entries[slots[row]] for row in rows], device=device)
-        factors_P3 = torch.tensor([self._factors[slots[row]] for row in rows], dtype=logits_BV.dtype, device=device)
+        rows_P = on_device(np.array(rows), logits_BV)
+        entries_P = on_device(np.array([self._entries[slots[row]] for row in rows]), logits_BV)
+        factors_P3 = on_device(np.array([self._factors[slots[row]] for row in rows], np.float32), logits_BV)
         for block in blocks(len(rows), logits_BV):
             marks_PV = self._marks[entries_P[block]]
             repetition_P1, frequency_P1, presence_P1 = factors_P3[block].tensor_split(3, 1)
@@ -73,9 +74,8 @@ class Penalties:
         rows = self._penalised(slots)
         if not rows:
             return
-        device = tokens_B.device
-        entries_P = torch.tensor([self._entries[slots[row]] for row in rows], device=device)
-        column_P = tokens_B[torch.tensor(rows, device=device)] - self._rows.start
+        entries_P = on_device(np.array([self._entries[slots[row]] for row in rows]), tokens_B)
+        column_P = tokens_B[on_device(np.array(rows), tokens_B)] - self._rows.start
         held_P = (column_P >= 0) & (column_P < self._rows.size)
         place_P = entries_P * self._rows.size + column_P.clamp(0, self._rows.size - 1)
         self._marks.view(-1).index_add_(0, place_P, (held_P * DRAWN).int())
@@ -83,9 +83,10 @@ class Penalties:
     def _penalised(self, slots: Sequence[int]) -> list[int]:
         return [row for row, slot in enumerate(slots) if slot in self._entries]
 
-    def _held(self, tokens_T: torch.Tensor) -> torch.Tensor:
+    def _held(self, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """Columns of the tokens that this rank holds."""
-        return tokens_T[(tokens_T >= self._rows.start) & (tokens_T < self._rows.stop)] - self._rows.start
+        held_T = (tokens_T >= self._rows.start) & (tokens_T < self._rows.stop)
+        return on_device(tokens_T[held_T] - self._rows.start, self._marks)
 
     def _grow(self) -> int:
         """Twice the entries; returns the first new one, the others are free."""

@@ -20,43 +20,45 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.comm.create import create_communicator
+from phalanx.comm.gpu import CudaGpu
 from phalanx.comm.ledger import Ledger
 from phalanx.comm.link import link_bytes_per_s
 from phalanx.comm.rendezvous import connect_store, local_address, parse_rendezvous
 from phalanx.comm.work import GroupBrokenError
+from phalanx.engine.booked_graphs import BookedGraphs
 from phalanx.engine.channel import RankChannel
 from phalanx.engine.clock import ClockKeeper
+from phalanx.engine.device_memory import memory_meter
 from phalanx.engine.feedback import TokenReceiver, TokenSender
 from phalanx.engine.host_memory import give_back
-from phalanx.engine.kv_budget import free_device_bytes, num_pages_for
+from phalanx.engine.kv_budget import num_pages_for
+from phalanx.engine.late_result import LateResult
+from phalanx.engine.memory_book import ACTIVATIONS, COMMUNICATORS, PAGES, WEIGHTS, WORKSPACES, MemoryBook, Sizes
 from phalanx.engine.messages import (
-    Chunk,
     CommReport,
     KVMeasure,
-    NewSequence,
     Progress,
     RankFailed,
     RankReady,
     RankSpec,
-    Sampling,
     Shutdown,
     StageReport,
     StageStep,
     StepPlan,
-    StepResult,
     TraceReport,
 )
 from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
+from phalanx.engine.trial import WARMUP, try_largest_steps
 from phalanx.errors import PhalanxError
-from phalanx.kernels import Graphs, choose_packing
+from phalanx.kernels import Graphs, choose_packing, compiled_names, use_compiler
 from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
 from phalanx.models.captured import choose_graphs
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
-from phalanx.models.params import rank_params
+from phalanx.models.params import kv_bytes_per_token, rank_params
 from phalanx.models.weights import load_params
 from phalanx.native import resize_pool
 from phalanx.parallel.handover import HandOver
@@ -64,15 +66,10 @@ from phalanx.parallel.overlap import Overlap
 
 IMPORT_S = time.perf_counter() - _IMPORTING_SINCE
 
-# Two steps of a made-up sequence take every path of a real one once, on every rank: a chunk of a prompt, then a token.
-WARMUP = (
-    StepPlan(step=-2, new=(NewSequence(0, (0,), Sampling()),), chunks=(Chunk(0, 0, (0, 0), sample=True),)),
-    StepPlan(step=-1, decodes=(0,)),
-)
-
 # A stage tells of its steps when it has nothing to do for so long, or the first of them was so long ago.
 REPORT_S = 0.1
 MOST_REPORTED_S = 0.5
+LOOK_S = 0.001  # between two looks at a GPU's step, where no next one is known
 
 
 class Rank:
@@ -91,12 +88,20 @@ class Rank:
         resize_pool(spec.num_threads)
         self._comms: list[Communicator] = []
         self._groups: dict[str, tuple[int, ...]] = {}  # ranks of the replica, in the order of their numbers in a group
-        self._untold: StepResult | None = None
+        self._untold: Ran | None = None  # the last step, where its result has not been told
+        self._times: list[StageStep] = []  # of steps that are done, and not reported
         self._graphs: Graphs | None = None
         self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
+        self._params = rank_params(spec.config, spec.layout, self._place)
+        self._memory = MemoryBook(memory_meter(self._device), self._sizes())
         try:
-            self._rendezvous()
-            self._load()
+            with self._memory.during("the making of communicators", COMMUNICATORS):
+                self._rendezvous()
+            self._memory.book(COMMUNICATORS, COMMUNICATORS)
+            with self._memory.during("the loading of weights", WEIGHTS):
+                self._load()
+            self._memory.book(WEIGHTS, WORKSPACES)
+            self._make_runner(spec.num_pages or -(-self._widest_step // spec.page_size))
             self._warm_up()
         except BaseException:
             self.close()
@@ -162,10 +167,7 @@ class Rank:
         return border
 
     def _load(self) -> None:
-        spec = self._spec
-        params = rank_params(spec.config, spec.layout, self._place)
-        total = sum(param.num_elements for param in params) * self._dtype.itemsize
-        done = 0
+        spec, total, done = self._spec, self._sizes().weight_bytes, 0
 
         def on_bytes(num_bytes: int) -> None:
             nonlocal done
@@ -179,10 +181,11 @@ class Rank:
             self.choices["cpu products"] = packing.told
         else:
             self.choices["gpu kernels"] = find_triton().told
-            self._graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)
+            graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)
+            self._graphs = None if graphs is None else BookedGraphs(graphs, self._memory)
             self.choices["decode steps"] = told
         weights = load_params(
-            params,
+            self._params,
             checkpoint,
             self._dtype,
             self._device,
@@ -196,25 +199,43 @@ class Rank:
         self._overlap = Overlap(spec.comm.overlap)
         part = self._place.tensor_rank
         self._decoder = Decoder(spec.config, self._stage, part, self._comm, weights, self._overlap, self._graphs)
-        self._make_runner(spec.num_pages or -(-self._widest_step // spec.page_size))
         self._took("weights")
+
+    def _sizes(self) -> Sizes:
+        spec, place, measure = self._spec, self._place, self._spec.measure
+        return Sizes(
+            num_ranks=self._stage.num_ranks,
+            weight_bytes=sum(param.num_elements for param in self._params) * self._dtype.itemsize,
+            step_tokens=self._widest_step,
+            step_rows=self._most_drawn,
+            page_size=spec.page_size,
+            page_bytes=spec.page_size * kv_bytes_per_token(spec.config, spec.layout, place, self._dtype.itemsize),
+            least_pages=1 if measure is None else measure.least_pages,
+            share=None if measure is None else measure.share,
+        )
 
     @property
     def _widest_step(self) -> int:
         """Tokens of one sequence in one step, at most."""
         return min(self._spec.max_batch_tokens, self._spec.max_length)
 
+    @property
+    def _most_drawn(self) -> int:
+        """Tokens that one step may draw."""
+        return min(self._spec.max_sequences, self._spec.max_batch_tokens)
+
     def _make_runner(self, num_pages: int) -> None:
         spec, stage, part = self._spec, self._stage, self._place.tensor_rank
-        self._cache = KVCache(
-            stage.layers.size,
-            num_pages,
-            spec.page_size,
-            stage.kv_heads[part].size,
-            spec.config.shape.head_dim,
-            self._dtype,
-            self._device,
-        )
+        with self._memory.during(f"the making of {num_pages} pages", PAGES):
+            self._cache = KVCache(
+                stage.layers.size,
+                num_pages,
+                spec.page_size,
+                stage.kv_heads[part].size,
+                spec.config.shape.head_dim,
+                self._dtype,
+                self._device,
+            )
         self._runner = StepRunner(
             self._decoder,
             self._cache,
@@ -226,7 +247,9 @@ class Rank:
             device=self._device,
             reports=part == self._lightest,
             drains=spec.comm.overlap == "none",
+            gpu=CudaGpu(torch.cuda.current_device()) if self._device.type == "cuda" else None,
         )
+        self._memory.book(PAGES, WORKSPACES)
 
     @property
     def _lightest(self) -> int:
@@ -235,14 +258,46 @@ class Rank:
         return heads.index(min(heads))
 
     def _warm_up(self) -> None:
+        spec, measure = self._spec, self._spec.measure
+        self._compile()
         self._progress("warmup", 0, len(WARMUP))
         for done, plan in enumerate(WARMUP, start=1):
-            self._runner.run(plan)
+            with self._memory.during("the first steps", ACTIVATIONS):
+                self._runner.run(plan)
             self._progress("warmup", done, len(WARMUP))
         self._measure_overlap()
-        if self._spec.measure is not None:
-            self._make_runner(self._measured_pages(self._spec.measure))
+        if self._memory.by_part or measure is not None:
+            self._decoder.forget_steps()
+            self._memory.book(WORKSPACES, WORKSPACES)
+            try_largest_steps(
+                self._runner.run,
+                self._decoder,
+                self._memory,
+                most_tokens=min(self._widest_step, self._cache.num_pages * spec.page_size),
+                page_size=spec.page_size,
+                num_sequences=self._most_drawn,
+                captures=self._graphs is not None,
+            )
+        if measure is not None:
+            self._make_runner(self._measured_pages(measure))
         self._took("warmup")
+
+    def _compile(self) -> None:
+        """What torch.compile is to take, by the first steps that call it."""
+        use_compiler(self._device, self._spec.torch_compile)
+        if not self._spec.torch_compile:
+            return
+        self._progress("compile", 0, 1)
+        for plan in WARMUP:
+            self._runner.run(plan)
+        self._decoder.forget_steps()
+        names = ", ".join(compiled_names())
+        self.choices["torch.compile"] = (
+            f"{names}: PyTorch's there, compiled as engine.torch_compile asks"
+            if names
+            else "nothing: operators of our own do what it would"
+        )
+        self._took("compile")
 
     def _measure_overlap(self) -> None:
         """Finds out, with the other ranks of the stage, how sums are best hidden."""
@@ -255,23 +310,20 @@ class Rank:
     def _measured_pages(self, measure: KVMeasure) -> int:
         """Pages that the tightest rank of the replica has room for, asked when all have run the widest step."""
         bytes_per_page = self._cache.num_bytes // self._cache.num_pages
-        part = measure.device_part
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        tokens = (0,) * self._widest_step
-        pages = tuple(range(self._cache.num_pages))
-        plan = StepPlan(step=-1, new=(NewSequence(0, pages, Sampling()),), chunks=(Chunk(0, 0, tokens, sample=True),))
-        with self._decoder.shortened(1):
-            self._runner.run(plan)
         del self._runner, self._cache  # the next ones take their place
-        self._decoder.forget_steps()
+        self._memory.book(PAGES, WORKSPACES)
+        self._memory.give_back()
         self._everyone.barrier()
-        if self._device.type == "cpu":
-            part = 1 / (self._num_here() * measure.copies)
-        free_bytes = int(free_device_bytes(self._device) * part)
+        part = measure.device_part if self._memory.by_part else 1 / (self._num_here() * measure.copies)
+        room_bytes = self._memory.room_bytes(part)
         self._everyone.barrier()  # nobody takes its pages before all have looked
         found = num_pages_for(
-            free_bytes, measure.share, bytes_per_page, measure.limit_pages, least_pages=measure.least_pages
+            room_bytes,
+            measure.share,
+            bytes_per_page,
+            measure.limit_pages,
+            least_pages=measure.least_pages,
+            fitting=self._memory.too_few_pages(room_bytes),
         )
         fewest = self._everyone.all_reduce(torch.tensor([-found], dtype=torch.int64, device=self._device), op="max")
         return -int(fewest)
@@ -284,7 +336,8 @@ class Rank:
     def run(self, plan: StepPlan, on_start: Callable[[], None] | None = None) -> Ran:
         """on_start: see `StepRunner.run`."""
         self.ledger.begin_step(plan.step)
-        ran = self._runner.run(plan, on_start)
+        with self._memory.during(f"step {plan.step}", ACTIVATIONS):
+            ran = self._runner.run(plan, on_start)
         for comm in self._comms:
             comm.check()  # a GPU runs on where a transfer has failed: its results are none then
         return ran
@@ -293,43 +346,64 @@ class Rank:
         """Runs steps until the engine says `Shutdown`.
 
         The result of a step is told when the next one is about to be computed, where that is known already: in a
-        process that the two share, the engine's thread then has the interpreter while the rank needs none.
+        process that the two share, the engine's thread then has the interpreter while the rank needs none. Where a GPU
+        is still at it by then, it is told once the GPU has been given that next step.
         """
         self.ledger.take()  # what the warm-up took is no part of it
-        times: list[StageStep] = []
         plans: deque[StepPlan] = deque()  # the next step and, where transfers go behind compute, the one after it
         most = 1 if self._spec.comm.overlap == "none" else 2
         ending = False
         while plans or not ending:
             while not ending and len(plans) < most:
-                message = channel.receive(0.0 if plans or self._untold else REPORT_S if times else None)
+                message = channel.receive(0.0 if plans else self._patience_s())
                 if message is None:
                     if plans or self._untold is None:
                         break
-                    self._tell_result(channel)
+                    self._tell_result(channel, waits=False)
                     continue
                 ending = isinstance(message, Shutdown)
                 if isinstance(message, StepPlan):
                     self._runner.expect(message)
                     plans.append(message)
+            times = self._times
             if times and not ending and (not plans or times[-1].ended_s - times[0].started_s > MOST_REPORTED_S):
                 self._tell(channel, times, clock)
                 if plans:
                     clock.refresh()  # while the engine is awake
-                times = []
+                times.clear()
             if plans:
                 try:
-                    ran = self.run(plans.popleft(), partial(self._tell_result, channel))
+                    ran = self.run(plans.popleft(), partial(self._tell_result, channel, waits=False))
                 finally:
-                    self._tell_result(channel)  # where it failed before that
-                self._untold = ran.result
-                times.append(ran.times)
+                    self._tell_result(channel)  # where it failed before that, or a GPU was not through with it
+                self._untold = ran if ran.result is not None else None
+                if not isinstance(ran.result, LateResult):
+                    times.append(ran.times)
         self._tell_result(channel)
 
-    def _tell_result(self, channel: RankChannel) -> None:
-        if self._untold is not None:
-            channel.send(self._untold)
-            self._untold = None
+    def _patience_s(self) -> float | None:
+        """How long there is nothing else to do than to hear the next message."""
+        result = None if self._untold is None else self._untold.result
+        if result is None:
+            return REPORT_S if self._times else None
+        return LOOK_S if isinstance(result, LateResult) and not result.done() else 0.0
+
+    def _tell_result(self, channel: RankChannel, *, waits: bool = True) -> None:
+        """Of the last step. waits: for a GPU that is still at it."""
+        if self._untold is None or self._untold.result is None:
+            return
+        times, result = self._untold.times, self._untold.result
+        if isinstance(result, LateResult) and not waits and not result.done():
+            return
+        self._untold = None
+        if isinstance(result, LateResult):
+            result = result.read()
+            for comm in self._comms:
+                comm.check()
+            # It began with the step before it done, and is done now, or was since a look that found it so.
+            began_s = max(times.started_s, self._times[-1].ended_s if self._times else 0.0)
+            self._times.append(StageStep(times.step, began_s, time.perf_counter()))
+        channel.send(result)
 
     def _tell(self, channel: RankChannel, times: list[StageStep], clock: ClockKeeper) -> None:
         """What was done lately: by the stage, as its first rank tells it, and by this rank's transfers."""
@@ -359,6 +433,7 @@ class Rank:
             groups=self._groups,
             link_bytes_per_s=self._link_bytes_per_s(),
             cores=self._spec.cores,
+            memory=self._memory.account(),
         )
 
     def _link_bytes_per_s(self) -> float:

@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from phalanx.comm.gpu import Gpu
 from phalanx.engine.feedback import TokenReceiver, TokenSender
-from phalanx.engine.messages import Chunk, StageStep, StepPlan, StepResult, TokenLogprobs
+from phalanx.engine.late_result import Drawn, LateResult
+from phalanx.engine.logprobs import LogprobRows
+from phalanx.engine.messages import Chunk, StageStep, StepPlan, StepResult
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.models.batch import KVCache
@@ -33,10 +36,10 @@ class Links(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """times: of the stage's work. result: from one rank of the last stage, else None."""
+    """times: of the stage's work, or of handing it to a GPU. result: from one rank of the last stage, else None."""
 
     times: StageStep
-    result: StepResult | None
+    result: StepResult | LateResult | None
 
 
 class StepRunner:
@@ -55,9 +58,10 @@ class StepRunner:
         device: torch.device,
         reports: bool,
         drains: bool = False,
+        gpu: Gpu | None = None,
     ) -> None:
         """sampler: on the last stage. reports: whether this rank returns the step's result. drains: whether a step ends
-        when what it hands on has left, not before.
+        when what it hands on has left, not before. gpu: that runs behind this thread; None where the device does not.
         """
         self._decoder = decoder
         self._cache = cache
@@ -69,7 +73,9 @@ class StepRunner:
         self._device = device
         self._reports = reports
         self._drains = drains
+        self._gpu = gpu
         self._prompt_logprobs: dict[int, int] = {}  # of the slots that ask for them
+        self._no_tokens = torch.zeros(0, dtype=torch.int64, device=device)
 
     def expect(self, plan: StepPlan) -> None:
         """Makes ready for what the stage before hands over for a step: it may come while an earlier step is computed.
@@ -118,15 +124,14 @@ class StepRunner:
 
     def _draw(
         self, plan: StepPlan, hidden: torch.Tensor, last_rows: torch.Tensor | None, sampler: Sampler
-    ) -> StepResult | None:
+    ) -> StepResult | LateResult | None:
         for new in plan.new:
             sampler.admit(new.slot, new.sampling)
             self._prompt_logprobs.pop(new.slot, None)
             if new.sampling.prompt_logprobs >= 0:
                 self._prompt_logprobs[new.slot] = new.sampling.prompt_logprobs
         slots = plan.drawn_slots
-        tokens: tuple[int, ...] = ()
-        logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
+        drawn = Drawn(self._no_tokens)
         if slots:
             logits = self._decoder.logits(hidden, last_rows)
             draws = sampler.sample(logits, slots, self._tables.lengths_of(slots), dict(plan.masks))
@@ -134,28 +139,28 @@ class StepRunner:
                 self._links.tokens_out.send(draws.tokens)
             else:
                 self._tables.note(slots, draws.tokens)
-            if self._reports:
-                tokens, logprobs = tuple(draws.tokens.tolist()), draws.logprobs
-        prompt_logprobs = self._prompt(plan, hidden, sampler) if self._prompt_logprobs else ()
+            drawn = Drawn(*draws)
+        if self._prompt_logprobs:
+            drawn = drawn._replace(prompts=self._prompt(plan, hidden, sampler))
         if not self._reports:
             return None
-        return StepResult(plan.step, tokens, logprobs, prompt_logprobs)
+        return drawn.result(plan.step) if self._gpu is None else LateResult(plan.step, drawn, self._gpu)
 
     def _prompt(
         self, plan: StepPlan, hidden: torch.Tensor, sampler: Sampler
-    ) -> tuple[tuple[int, tuple[TokenLogprobs, ...]], ...]:
+    ) -> tuple[tuple[int, tuple[LogprobRows, ...]], ...]:
         """Log-probabilities of the prompts' tokens, by the place of their chunk."""
         found = []
         row = len(plan.decodes)
         for place, chunk in enumerate(plan.chunks):
             following = _following(chunk)
             if chunk.slot in self._prompt_logprobs and following:
-                logprobs: list[TokenLogprobs] = []
+                logprobs: list[LogprobRows] = []
                 for start in range(0, len(following), LOGPROB_ROWS):
                     part = following[start : start + LOGPROB_ROWS]
                     rows = torch.arange(row + start, row + start + len(part), device=self._device)
                     logits = self._decoder.logits(hidden, rows)
-                    logprobs += sampler.prompt_logprobs(logits, part, self._prompt_logprobs[chunk.slot])
+                    logprobs.append(sampler.prompt_logprobs(logits, part, self._prompt_logprobs[chunk.slot]))
                 found.append((place, tuple(logprobs)))
             row += len(chunk.tokens)
         return tuple(found)

@@ -18,8 +18,8 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.engine.logit_rules import LogitRules
-from phalanx.engine.logprobs import token_logprobs
-from phalanx.engine.messages import Sampling, TokenLogprobs
+from phalanx.engine.logprobs import LogprobRows, token_logprobs
+from phalanx.engine.messages import Sampling
 from phalanx.engine.vocab_shard import VocabShard, blocks, on_device
 from phalanx.kernels import SamplingRows, gumbel_noise, sample, triton_gpu
 from phalanx.parallel.split import Split
@@ -42,10 +42,13 @@ Facts: TypeAlias = npt.NDArray[np.void]  # of FACTS, one a row
 
 
 class Draws(NamedTuple):
-    """Tokens drawn, one a row. tokens: [B] int64 on the logits' device. logprobs: (row, ...) of the rows that ask."""
+    """Tokens drawn, one a row. tokens: [B] int64 on the logits' device. rows: those that ask for log-probabilities,
+    which are in `logprobs`.
+    """
 
     tokens: torch.Tensor
-    logprobs: tuple[tuple[int, TokenLogprobs], ...]
+    rows: tuple[int, ...] = ()
+    logprobs: LogprobRows | None = None
 
 
 class Sampler:
@@ -93,7 +96,7 @@ class Sampler:
         rank, where that leaves no token of the vocabulary.
         """
         if not masks and self._plain.issuperset(slots):
-            return Draws(self._shard.argmax(logits_BV), ())
+            return Draws(self._shard.argmax(logits_BV))
         facts = self._facts[np.asarray(slots, np.intp)]
         facts["position"] = positions
         asking = np.flatnonzero(facts["logprobs"] >= 0)
@@ -106,21 +109,18 @@ class Sampler:
         if ruled:
             self._rules.record(slots, tokens_B)
         if not asking.size:
-            return Draws(tokens_B, ())
+            return Draws(tokens_B)
         num_top = facts["logprobs"][asking].tolist()
         found = token_logprobs(self._shard, plain_BV, tokens_B[on_device(asking, tokens_B)], num_top)
-        return Draws(tokens_B, tuple(zip(asking.tolist(), found, strict=True)))
+        return Draws(tokens_B, tuple(asking.tolist()), found)
 
-    def prompt_logprobs(
-        self, logits_TV: torch.Tensor, following: Sequence[int], num_top: int
-    ) -> tuple[TokenLogprobs, ...]:
-        """Of the tokens that follow those of a prompt, with the `num_top` most likely ones. The model's own.
+    def prompt_logprobs(self, logits_TV: torch.Tensor, following: Sequence[int], num_top: int) -> LogprobRows:
+        """Of the tokens that follow those of a prompt, one at least, with the `num_top` most likely ones. The model's
+        own.
 
         logits_TV: this rank's shard, float32, a row each of `following`.
         """
-        if not following:
-            return ()
-        tokens_T = torch.tensor(following, device=logits_TV.device)
+        tokens_T = on_device(np.array(following, np.int64), logits_TV)
         return token_logprobs(self._shard, logits_TV, tokens_T, [num_top] * len(following))
 
     def _draw(self, logits_BV: torch.Tensor, facts: Facts) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from phalanx.kernels.compiled import compiled_names, use_compiler
 from phalanx.kernels.cuda_graphs import CudaGraphs, Graph, Graphs
 from phalanx.kernels.device_plan import DevicePlan, PlanRoom
 from phalanx.kernels.embedding import embedding
@@ -54,6 +55,7 @@ __all__ = [
     "argmax_keys",
     "choose_packing",
     "columns_of_keys",
+    "compiled_names",
     "embedding",
     "fill_token_places",
     "gated_linear",
@@ -84,6 +86,7 @@ __all__ = [
     "silu_mul_quantised",
     "token_places",
     "top",
+    "use_compiler",
     "widen",
     "write_kv",
 ]

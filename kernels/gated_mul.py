@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from phalanx.kernels import native_cpu, triton_gpu
+from phalanx.kernels.compiled import compilable
 from phalanx.kernels.quantised_rows import quantise_rows
 
 
@@ -16,8 +17,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         gpu = triton_gpu.operators_for(gate_up)
         if gpu is not None:
             return gpu.silu_mul(gate_up)  # type: ignore[no-any-return]
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return _silu_mul(gate_up)
     return _native(gate_up, False, code)
 
 
@@ -28,8 +28,7 @@ def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         gpu = triton_gpu.operators_for(gate_up)
         if gpu is not None:
             return gpu.gelu_mul(gate_up)  # type: ignore[no-any-return]
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.gelu(gate, approximate="tanh") * up
+        return _gelu_mul(gate_up)
     return _native(gate_up, True, code)
 
 
@@ -57,3 +56,15 @@ def _native(gate_up: torch.Tensor, gelu: bool, code: int) -> torch.Tensor:
     out = gate_up.new_empty((num_rows, width))
     native_cpu.LIBRARY.gated_mul(out.data_ptr(), gate_up.data_ptr(), num_rows, width, gelu, code)
     return out
+
+
+@compilable
+def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@compilable
+def _gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up

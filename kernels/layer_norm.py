@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from phalanx.kernels import triton_gpu
+from phalanx.kernels.compiled import compilable
 from phalanx.kernels.quantised_rows import quantise_rows
 
 
@@ -16,7 +17,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     gpu = triton_gpu.operators_for(x)
     if gpu is not None:
         return gpu.layer_norm(x, weight, bias, eps)  # type: ignore[no-any-return]
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    return _layer_norm(x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -26,8 +27,7 @@ def add_layer_norm(
     gpu = triton_gpu.operators_for(x)
     if gpu is not None:
         return gpu.add_layer_norm(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
-    residual_sum = x + residual
-    return layer_norm(residual_sum, weight, bias, eps), residual_sum
+    return _add_layer_norm(x, residual, weight, bias, eps)
 
 
 def layer_norm_quantised(
@@ -55,3 +55,16 @@ def add_layer_norm_quantised(
         return gpu.add_layer_norm_quantised(x, residual, weight, bias, eps, dtype)  # type: ignore[no-any-return]
     residual_sum = x + residual
     return *layer_norm_quantised(residual_sum, weight, bias, eps, dtype), residual_sum
+
+
+@compilable
+def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+@compilable
+def _add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual_sum = x + residual
+    return F.layer_norm(residual_sum, (x.shape[-1],), weight, bias, eps), residual_sum

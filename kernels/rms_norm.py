@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from phalanx.kernels import native_cpu, triton_gpu
+from phalanx.kernels.compiled import compilable
 from phalanx.kernels.quantised_rows import quantise_rows
 
 
@@ -16,7 +17,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     code = native_cpu.code_of(x)
     if code is None:
         gpu = triton_gpu.operators_for(x)
-        return F.rms_norm(x, (x.shape[-1],), weight, eps) if gpu is None else gpu.rms_norm(x, weight, eps)
+        return _rms_norm(x, weight, eps) if gpu is None else gpu.rms_norm(x, weight, eps)
     width = x.shape[-1]
     x = x.contiguous()
     normed = torch.empty_like(x)
@@ -37,7 +38,9 @@ def add_rms_norm(
     if gpu is not None:
         return gpu.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
     code = native_cpu.code_of(x)
-    if code is None or not (x.is_contiguous() and residual.is_contiguous()):
+    if code is None:
+        return _add_rms_norm(x, residual, weight, eps)
+    if not (x.is_contiguous() and residual.is_contiguous()):
         residual_sum = x + residual
         return rms_norm(residual_sum, weight, eps), residual_sum
     width = x.shape[-1]
@@ -75,3 +78,16 @@ def add_rms_norm_quantised(
         return gpu.add_rms_norm_quantised(x, residual, weight, eps, dtype)  # type: ignore[no-any-return]
     residual_sum = x + residual
     return *rms_norm_quantised(residual_sum, weight, eps, dtype), residual_sum
+
+
+@compilable
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+@compilable
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual_sum = x + residual
+    return F.rms_norm(residual_sum, (x.shape[-1],), weight, eps), residual_sum

@@ -7,6 +7,7 @@ import math
 import torch
 
 from phalanx.kernels import native_cpu, triton_gpu
+from phalanx.kernels.compiled import compilable
 
 _NATIVE = {dtype: native_cpu.FLOAT_CODES[dtype] for dtype in (torch.bfloat16, torch.float32)}
 
@@ -52,11 +53,19 @@ def rope_table(
     gpu = triton_gpu.operators_for(positions)
     if gpu is not None:
         return gpu.rope_table(positions, frequencies, dtype)  # type: ignore[no-any-return]
+    return _rope_table(positions, frequencies, dtype)
+
+
+@compilable
+def _rope_table(
+    positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     angles = torch.outer(positions.to(torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+@compilable
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates x [T, heads, head_dim] by cos, sin [T, 1, head_dim] -> the same shape and dtype."""
     low, high = x.chunk(2, dim=-1)

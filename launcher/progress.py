@@ -10,6 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Table
 
 from phalanx.engine.messages import Progress as RankProgress
+from phalanx.launcher.memory_view import memory_table
 from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.served import Startup
 from phalanx.launcher.sizes import format_bytes
@@ -66,6 +67,11 @@ class StartProgress:
             f"held by all ranks; {format_bytes(read)} read at {speed / 1e9:.2f} GB/s",
         )
         self._console.print(table)
+        memory = memory_table(startup.ranks)
+        if memory is not None:
+            self._console.print(memory)
+            if plan.gpus_per_rank < 1:
+                self._console.print("  (ranks share a GPU: what the others took meanwhile counts beside tensors, too)")
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -219,15 +219,16 @@ class EngineSection(Section):
         default="auto",
         description="Memory for the KV cache, for each rank. auto: the same number of pages on every rank, as many as "
         "`kv_cache_share` of the free memory holds, and no more than `max_sequences` of the longest can use; on this "
-        "machine's CPUs by what is free before the start, elsewhere and on GPUs measured once a rank is loaded.",
+        "machine's CPUs by what is free before the start, elsewhere and on GPUs measured once a rank is loaded and has "
+        "run its largest steps.",
         json_schema_extra={"allowed": f"auto, or {ALLOWED_SIZE}"},
     )
     kv_cache_share: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Share that `kv_cache: auto` takes of the memory that weights and work leave free. null: 0.9 on "
-        "GPUs; 0.3 on CPUs, whose memory other programs and the cache of files need too.",
+        description="Share that `kv_cache: auto` takes of the memory that weights, work and graphs leave free. null: "
+        "0.9 on GPUs; 0.3 on CPUs, whose memory other programs and the cache of files need too.",
     )
     page_size: int = Field(default=16, ge=4, le=1024, description="Tokens in a page of the KV cache.")
     prefix_cache: bool = Field(
@@ -237,6 +238,11 @@ class EngineSection(Section):
         default=True,
         description="Whether GPUs run steps of one token a sequence as CUDA graphs: without the gaps between kernels, "
         "for some memory; the start-up table says where they cannot.",
+    )
+    torch_compile: bool = Field(
+        default=False,
+        description="Whether torch.compile takes what no operator of ours does on a rank's device, norms, gates and "
+        "rotation where PyTorch's would serve; the start takes longer by what it says, and needs a compiler.",
     )
     seed: int = Field(
         default=0,

@@ -48,7 +48,7 @@ OnProgress = Callable[[RankPlace, Progress], None]
 ALL_STEPS = range(sys.maxsize)
 DEAD = sys.maxsize  # the load of a replica that has failed: no other has more
 
-STARTUP_PARTS = ("ray", "actors", "imports", "rendezvous", "weights", "warmup")
+STARTUP_PARTS = ("ray", "actors", "imports", "rendezvous", "weights", "compile", "warmup")
 """What the start of a formation consists of, in order; the parts of ranks are those of the slowest."""
 
 
@@ -197,6 +197,8 @@ class Served:
         ranks = tuple(ready for formation in self._formations for ready in formation.ready)
         seconds = {"model": model_s}
         for part in STARTUP_PARTS:
+            if part == "compile" and not self.config.engine.torch_compile:
+                continue
             host = [formation.startup_s.get(part, 0.0) for formation in self._formations]
             seconds[part] = max([*host, *(ready.startup_s.get(part, 0.0) for ready in ranks)])
         seconds["total"] = total_s

@@ -33,6 +33,12 @@ def num_places_for(num_tokens: int, most_places: int) -> int:
     return min(places, most_places)
 
 
+def graph_places(max_sequences: int) -> list[int]:
+    """Of each graph that steps of up to so many sequences may want, the smallest first."""
+    most_places = min(max_sequences, MOST_PLACES)
+    return sorted({num_places_for(num_tokens, most_places) for num_tokens in range(1, most_places + 1)})
+
+
 @dataclass
 class _Step:
     """run: the step as it is. graph: once it is captured."""
@@ -125,7 +131,7 @@ def choose_graphs(comm: Communicator, max_sequences: int, *, wanted: bool) -> Gr
     if not comm.capturable:
         return GraphChoice(None, f"launched one by one, because transfers by {comm.backend} cannot be captured")
     most_places = min(max_sequences, MOST_PLACES)
-    few = sorted({num_places_for(num_tokens, most_places) for num_tokens in range(1, min(8, most_places) + 1)})
+    few = graph_places(min(8, most_places))
     told = "CUDA graphs for " + ", ".join(map(str, few))
     if most_places > 8:
         told += f" and, in steps of 8, up to {most_places}"

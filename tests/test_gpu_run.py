@@ -20,7 +20,7 @@ from benchmarks.gpu_parts.kernels import NormInputs, measure, norm_to_fp8
 from benchmarks.gpu_parts.limits import Outcome, Part, limit_s, run_parts
 from benchmarks.gpu_parts.readings import Readings
 
-from phalanx.engine.messages import StepPlan
+from phalanx.engine.messages import StepPlan, StepResult
 from phalanx.launcher.bench_kernels.cases import Case, Maker, Sizes
 from phalanx.launcher.bench_kernels.measure import Ceilings
 
@@ -165,7 +165,7 @@ def test_the_step_that_is_captured_draws_what_the_runner_does() -> None:
         runner = machine.runner(machine.decoder())
         runner.run(machine.begin(3))
         result = runner.run(StepPlan(1, decodes=(0, 1, 2))).result
-    assert result is not None
+    assert isinstance(result, StepResult)
     assert tuple(drawn.tolist()) == result.tokens
     assert len(set(result.tokens)) > 1
 

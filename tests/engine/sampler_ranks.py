@@ -9,6 +9,7 @@ import torch
 from tests.rank_threads import Join, run_ranks
 
 from phalanx.comm import Communicator
+from phalanx.engine.late_result import Drawn
 from phalanx.engine.messages import Sampling, TokenLogprobs
 from phalanx.engine.sampler import Sampler
 from phalanx.parallel.split import Split
@@ -50,7 +51,7 @@ def decode(
             for step, logits in enumerate(steps)
         ]
         tokens = torch.stack([draws.tokens for draws in drawn], 1).tolist()
-        return tokens, [dict(draws.logprobs) for draws in drawn]
+        return tokens, [dict(Drawn(*draws).result(0).logprobs) for draws in drawn]
 
     results = each_rank(split, work)
     assert all(result == results[0] for result in results)

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phalanx.engine import kv_budget
+from phalanx.engine import device_memory
+from phalanx.engine.device_memory import memory_meter
 from phalanx.engine.host_memory import HostMemory
-from phalanx.engine.kv_budget import free_device_bytes, num_pages_for, pages_within
+from phalanx.engine.kv_budget import num_pages_for, pages_within
 from phalanx.errors import PhalanxError
 
 MIB = 2**20
@@ -36,7 +37,9 @@ def test_no_more_pages_are_taken_than_can_be_used() -> None:
 
 @pytest.mark.parametrize("free_bytes", [-MIB, 0, MIB])
 def test_too_little_for_one_page_is_an_error_with_figures(free_bytes: int) -> None:
-    with pytest.raises(PhalanxError, match=r"engine\.kv_cache_share 0\.9 .* 0 pages of 1048576 bytes.* use more ranks"):
+    with pytest.raises(
+        PhalanxError, match=r"engine\.kv_cache_share 0\.9 .* 0 pages of 1048576 bytes.*; what would fit: use more ranks"
+    ):
         num_pages_for(free_bytes, 0.9, MIB, 1000)
 
 
@@ -51,25 +54,27 @@ def says(memory: HostMemory) -> Callable[[], HostMemory]:
 
 
 def test_a_cpu_has_what_the_machine_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_budget, "host_memory", says(HostMemory(8 * MIB, 5 * MIB)))
-    assert free_device_bytes(torch.device("cpu")) == 5 * MIB
+    monkeypatch.setattr(device_memory, "host_memory", says(HostMemory(8 * MIB, 5 * MIB)))
+    assert memory_meter(torch.device("cpu")).read().unused_bytes == 5 * MIB
 
 
 def test_a_system_that_does_not_tell_asks_for_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_budget, "host_memory", says(HostMemory(None, None)))
+    monkeypatch.setattr(device_memory, "host_memory", says(HostMemory(None, None)))
     with pytest.raises(PhalanxError, match=r"give engine\.kv_cache a size"):
-        free_device_bytes(torch.device("cpu"))
+        memory_meter(torch.device("cpu")).read()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_has_what_is_free_and_cached_but_not_what_a_step_needs_again() -> None:
+def test_a_gpu_tells_what_is_in_tensors_and_what_was_at_the_peak() -> None:
     device = torch.device("cuda")
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = free_device_bytes(device)
+    meter = memory_meter(device)
+    meter.give_back()
+    meter.reset_peak()
+    before = meter.read()
     held = torch.empty(64 * MIB, dtype=torch.uint8, device=device)
     work = torch.empty(32 * MIB, dtype=torch.uint8, device=device)
     del work  # now cached, and the peak of a step
-    assert before - free_device_bytes(device) == held.nbytes + 32 * MIB
-    torch.cuda.reset_peak_memory_stats(device)
-    assert before - free_device_bytes(device) == held.nbytes
+    after = meter.read()
+    assert before.unused_bytes - after.unused_bytes == held.nbytes
+    assert after.peak_bytes - before.allocated_bytes == held.nbytes + 32 * MIB
+    assert after.outside_bytes == before.outside_bytes

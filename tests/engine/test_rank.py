@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from tests.engine.made_up_memory import MIB, MadeUpMemory
 from tests.tiny_models import TINY_MODELS, make
 
 from phalanx.engine.channel import RankChannel
 from phalanx.engine.clock import ClockExchange, ClockKeeper
+from phalanx.engine.late_result import LateResult
 from phalanx.engine.messages import (
     CommSettings,
     KVMeasure,
@@ -27,11 +29,14 @@ from phalanx.engine.messages import (
     ToRank,
     TraceReport,
 )
-from phalanx.engine.rank import WARMUP, Rank
-from phalanx.engine.runner import Ran
+from phalanx.engine.rank import Rank
+from phalanx.engine.runner import Ran, StepRunner
+from phalanx.engine.trial import WARMUP
 from phalanx.errors import PhalanxError
 from phalanx.models.batch import KVCache
+from phalanx.models.params import kv_bytes_per_token
 from phalanx.models.resolve import resolve_model
+from phalanx.models.weights import load_params
 from phalanx.parallel.layout import StageRequest, build_layout
 
 
@@ -75,7 +80,7 @@ def test_a_rank_that_measures_takes_the_stated_share_of_what_is_free_once_warm(s
     rank = Rank(replace(spec, num_pages=0, measure=measure), lambda _: None)
     assert rank.ready().num_pages == 21
     ran = rank.run(msgspec.structs.replace(WARMUP[0], step=0))
-    assert ran.result is not None
+    assert isinstance(ran.result, StepResult)
     assert len(ran.result.tokens) == 1
     rank.close()
 
@@ -101,6 +106,65 @@ def test_a_rank_without_room_for_the_longest_sequence_says_so(spec: RankSpec) ->
     measure = KVMeasure(share=1e-9, device_part=1.0, limit_pages=21, least_pages=4, copies=1)
     with pytest.raises(PhalanxError, match=r"no room for the KV cache: .* at least 4 are needed"):
         Rank(replace(spec, num_pages=0, measure=measure), lambda _: None)
+
+
+def on_a_made_up_gpu(monkeypatch: pytest.MonkeyPatch, total: int) -> MadeUpMemory:
+    """Of so many MiB: the weights take 100, a page 1, and a token 1 on its way; 50 are in use before."""
+    memory = MadeUpMemory(total, outside=50)
+    monkeypatch.setattr("phalanx.engine.rank.memory_meter", lambda _: memory)
+
+    def load(*arguments: Any, **settings: Any) -> Any:
+        memory.take(100)
+        return load_params(*arguments, **settings)
+
+    def make_cache(num_layers: int, num_pages: int, *arguments: Any) -> KVCache:
+        memory.take(num_pages)
+        cache = KVCache(num_layers, num_pages, *arguments)
+        weakref.finalize(cache, memory.drop, num_pages)
+        return cache
+
+    def run(runner: StepRunner, plan: StepPlan, *arguments: Any) -> Ran:
+        memory.use(plan.num_tokens)
+        return run_step(runner, plan, *arguments)
+
+    run_step = StepRunner.run
+    monkeypatch.setattr("phalanx.engine.rank.load_params", load)
+    monkeypatch.setattr("phalanx.engine.rank.KVCache", make_cache)
+    monkeypatch.setattr(StepRunner, "run", run)
+    return memory
+
+
+MEASURE = KVMeasure(share=0.005, device_part=1.0, limit_pages=1000, least_pages=4, copies=1)
+
+
+def test_pages_are_what_weights_and_the_widest_step_leave_of_a_gpu(
+    spec: RankSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = on_a_made_up_gpu(monkeypatch, 300)
+    page_bytes = 16 * kv_bytes_per_token(spec.config, spec.layout, next(spec.layout.places(0)), 4)
+    rank = Rank(replace(spec, num_pages=0, measure=MEASURE), lambda _: None)
+    ready = rank.ready()
+    assert ready.num_pages == int((300 - 50 - 100 - 40) * MIB * MEASURE.share) // page_bytes
+    assert sum(ready.memory.values()) == memory.total * MIB
+    assert ready.memory["weights"] == 100 * MIB
+    assert ready.memory["activations"] == 40 * MIB  # max_batch_tokens
+    rank.close()
+
+
+@pytest.mark.parametrize(
+    ("total", "where", "remedy"),
+    [
+        (120, "the loading of weights", "ranks in place of 1"),
+        (152, "the making of 3 pages", "more ranks"),
+        (175, r"a first step of 40 tokens, 1 drawn", r"engine\.max_batch_tokens: 16"),
+    ],
+)
+def test_a_start_that_is_short_of_memory_says_where_and_what_would_fit(
+    spec: RankSpec, total: int, where: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_made_up_gpu(monkeypatch, total)
+    with pytest.raises(PhalanxError, match=rf"out of GPU memory in {where}, .*(\n.*)*would fit: .*{remedy}"):
+        Rank(replace(spec, num_pages=0, measure=MEASURE), lambda _: None)
 
 
 class Script:
@@ -206,6 +270,55 @@ def test_a_result_is_told_before_the_next_step_is_computed(
     )
     serve(rank, channel)
     assert ", ".join(f"{name} {step}" for name, step in record.calls if name != "expect") == f"run 0, {order}"
+
+
+class Late(LateResult):
+    """Of a step that a GPU is through with when its result has been asked after so many times, or is waited for."""
+
+    def __init__(self, step: int, record: Record, num_looks: int) -> None:
+        self.step, self.record, self.left = step, record, num_looks
+
+    def done(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def read(self) -> StepResult:
+        self.record.calls.append(("read", self.step))
+        return StepResult(self.step, (7,))
+
+
+@pytest.mark.parametrize(
+    ("num_looks", "order"),
+    [
+        (0, "run 0, read 0, run 1, read 1, run 2, read 2"),  # done before the next step is
+        (10**6, "run 0, run 1, read 0, run 2, read 1, read 2"),  # the GPU has the next step by then
+    ],
+)
+def test_the_result_of_a_gpu_is_read_behind_the_next_step(
+    spec: RankSpec, num_looks: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, record, channel = Rank(spec, lambda _: None), Record(), Script([*STEPS, Shutdown()])
+    monkeypatch.setattr(rank, "_runner", record)
+    run = record.run
+    monkeypatch.setattr(
+        record,
+        "run",
+        lambda plan, on_start: run(plan, on_start)._replace(result=Late(plan.step, record, num_looks)),
+    )
+    serve(rank, channel)
+    assert ", ".join(f"{name} {step}" for name, step in record.calls if name != "expect") == order
+    assert [message.step for message in channel.heard if isinstance(message, StepResult)] == [0, 1, 2]
+
+
+def test_a_result_of_a_gpu_is_told_while_no_next_step_is_known(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank, record, channel = Rank(spec, lambda _: None), Record(), Script([STEPS[0], *[None] * 8, STEPS[1], Shutdown()])
+    monkeypatch.setattr(rank, "_runner", record)
+    run = record.run
+    monkeypatch.setattr(
+        record, "run", lambda plan, on_start: run(plan, on_start)._replace(result=Late(plan.step, record, 4))
+    )
+    serve(rank, channel)
+    assert [f"{name} {step}" for name, step in record.calls if name != "expect"][:3] == ["run 0", "read 0", "run 1"]
 
 
 def test_a_step_that_fails_takes_no_result_with_it(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
