@@ -48,9 +48,11 @@ from phalanx.engine.messages import (
 )
 from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
+from phalanx.engine.step_profiler import Seen, StepProfiler
 from phalanx.engine.tables import SlotTables
 from phalanx.errors import PhalanxError
 from phalanx.kernels import Graphs, choose_packing
+from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
 from phalanx.models.captured import choose_graphs
@@ -92,7 +94,9 @@ class Rank:
         self._comms: list[Communicator] = []
         self._groups: dict[str, tuple[int, ...]] = {}  # ranks of the replica, in the order of their numbers in a group
         self._untold: StepResult | None = None
+        self._profiler: StepProfiler | None = None
         self._graphs: Graphs | None = None
+        self._ceilings: Ceilings | None = None
         self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
         try:
             self._rendezvous()
@@ -197,6 +201,9 @@ class Rank:
         part = self._place.tensor_rank
         self._decoder = Decoder(spec.config, self._stage, part, self._comm, weights, self._overlap, self._graphs)
         self._make_runner(spec.num_pages or -(-self._widest_step // spec.page_size))
+        if spec.profile is not None:
+            names = {weight.data_ptr(): name for name, weight in weights.items()}
+            self._profiler = StepProfiler(spec.profile, names, self._device)
         self._took("weights")
 
     @property
@@ -242,6 +249,10 @@ class Rank:
         self._measure_overlap()
         if self._spec.measure is not None:
             self._make_runner(self._measured_pages(self._spec.measure))
+        if self._spec.profile is not None:
+            self._everyone.barrier()  # all at once, as in a step
+            self._ceilings = measure_ceilings(self._device, self._dtype)
+            give_back()
         self._took("warmup")
 
     def _measure_overlap(self) -> None:
@@ -284,7 +295,11 @@ class Rank:
     def run(self, plan: StepPlan, on_start: Callable[[], None] | None = None) -> Ran:
         """on_start: see `StepRunner.run`."""
         self.ledger.begin_step(plan.step)
-        ran = self._runner.run(plan, on_start)
+        if self._profiler is not None and plan.profiled:
+            with self._profiler.step(plan.step):
+                ran = self._runner.run(plan, on_start)
+        else:
+            ran = self._runner.run(plan, on_start)
         for comm in self._comms:
             comm.check()  # a GPU runs on where a transfer has failed: its results are none then
         return ran
@@ -343,7 +358,9 @@ class Rank:
             others = tuple(each for each in late if each.rank != rank)
             channel.send(CommReport(rank, steps[-1].step, taken.totals, others))
         if self._spec.trace:
-            channel.send(TraceReport(rank, steps, taken.entries, clock.reading(), self._groups, taken.num_lost))
+            seen = Seen() if self._profiler is None else self._profiler.take()
+            told = taken.entries, clock.reading(), self._groups, taken.num_lost
+            channel.send(TraceReport(rank, steps, *told, seen.operators, seen.torch))
 
     def ready(self) -> RankReady:
         return RankReady(
@@ -359,6 +376,7 @@ class Rank:
             groups=self._groups,
             link_bytes_per_s=self._link_bytes_per_s(),
             cores=self._spec.cores,
+            ceilings=self._ceilings,
         )
 
     def _link_bytes_per_s(self) -> float:
