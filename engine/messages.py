@@ -267,7 +267,7 @@ class OperatorEntry(NamedTuple):
 
 class TorchEntry(NamedTuple):
     """Something that PyTorch's profiler saw: a call, or on a GPU a kernel. own_s: of a call without what it called, and
-    where it launched kernels their time.
+    where it launched kernels their time; 0 for parts of operators and transfers.
     """
 
     step: int

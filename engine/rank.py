@@ -14,6 +14,7 @@ import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -295,10 +296,7 @@ class Rank:
     def run(self, plan: StepPlan, on_start: Callable[[], None] | None = None) -> Ran:
         """on_start: see `StepRunner.run`."""
         self.ledger.begin_step(plan.step)
-        if self._profiler is not None and plan.profiled:
-            with self._profiler.step(plan.step):
-                ran = self._runner.run(plan, on_start)
-        else:
+        with nullcontext() if self._profiler is None else self._profiler.step(plan):
             ran = self._runner.run(plan, on_start)
         for comm in self._comms:
             comm.check()  # a GPU runs on where a transfer has failed: its results are none then

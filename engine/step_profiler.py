@@ -12,7 +12,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from phalanx.engine.messages import OperatorEntry, ProfileSettings, TorchEntry
+from phalanx.engine.messages import OperatorEntry, ProfileSettings, StepPlan, TorchEntry
 from phalanx.kernels.triton_gpu import operators_watched
 from phalanx.kernels.watch import CallWatch, OperatorCall
 
@@ -39,34 +39,41 @@ class StepProfiler:
         self._calls: list[tuple[int, OperatorCall]] = []  # each with its step
         self._profile: torch.profiler.profile | None = None  # PyTorch's, while it looks
         self._marked: dict[int, float] = {}  # by step: when it was marked, so that its clock can be told
-        self._marks_nsight = False
+        self._marked_for_nsight = False
 
     @contextmanager
-    def step(self, step: int) -> Iterator[None]:
+    def step(self, plan: StepPlan) -> Iterator[None]:
+        """Looks where the plan says so."""
+        self._mark_for_nsight(self._nsight and plan.profiled)
+        if not plan.profiled:
+            yield
+            return
         with ExitStack() as looking:
             if self._device.type == "cuda":
                 looking.enter_context(operators_watched())
-            if self._nsight:
-                if not self._marks_nsight:
-                    torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
-                    self._marks_nsight = True
-                yield
-                return
             if self._torch:
                 if self._profile is None:
                     self._profile = self._started()
-                self._marked[step] = time.perf_counter()
-                looking.enter_context(torch.profiler.record_function(f"{MARK}{step}"))
-            looking.enter_context(self._watch.watching())
+                self._marked[plan.step] = time.perf_counter()
+                looking.enter_context(torch.profiler.record_function(f"{MARK}{plan.step}"))
+            if not self._nsight:
+                looking.enter_context(self._watch.watching())
             yield
-        self._calls += [(step, call) for call in self._watch.take()]
+        self._calls += [(plan.step, call) for call in self._watch.take()]
+
+    def _mark_for_nsight(self, wanted: bool) -> None:
+        """From the first step that is looked at to the next that is not: what Nsight records if it is told to."""
+        if wanted == self._marked_for_nsight:
+            return
+        self._marked_for_nsight = wanted
+        torch.cuda.synchronize(self._device)
+        if wanted:
+            torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
+        else:
+            torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
 
     def take(self) -> Seen:
-        """What was seen since the last time. PyTorch's profiler and Nsight look no further, until the next step."""
-        if self._marks_nsight:
-            torch.cuda.synchronize(self._device)
-            torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
-            self._marks_nsight = False
+        """What was seen since the last time. PyTorch's profiler looks no further, until the next step."""
         calls, self._calls = self._calls, []
         events: list[_Event] = []
         if self._profile is not None:
@@ -118,11 +125,20 @@ def _events(profile: torch.profiler.profile, marked: Mapping[int, float]) -> lis
         start_us, end_us = event.time_range.start, event.time_range.end
         step = next((step for mark_us, step in reversed(began) if mark_us <= start_us), began[0][1])
         on_gpu = event.device_type != DeviceType.CPU
-        own_us = 0.0 if on_gpu else (event.self_device_time_total or event.self_cpu_time_total)
+        counts = not on_gpu and not _is_part(event)
+        own_us = (event.self_device_time_total or event.self_cpu_time_total) if counts else 0.0
         started_s, taken_s = start_us * 1e-6 - offset_s, (end_us - start_us) * 1e-6
         entry = TorchEntry(step, event.name, on_gpu, started_s, taken_s, own_us * 1e-6)
         events.append(_Event(entry, 0.0 if on_gpu else event.device_time_total * 1e-6))
     return events
+
+
+def _is_part(event: Any) -> bool:
+    """Of an operator or a transfer, which are ranges around what PyTorch does for them."""
+    while (event := event.cpu_parent) is not None:
+        if not event.name.startswith(("aten::", MARK)):
+            return True
+    return False
 
 
 def _ranges(events: Sequence[_Event], operators: set[str]) -> dict[str, deque[_Event]]:

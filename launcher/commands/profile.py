@@ -90,9 +90,9 @@ def profile(
         from phalanx.launcher.profile.view import profile_view
         from phalanx.launcher.trace_file import write_trace
 
-        options = ProfileOptions(
-            prompt_tokens, output_tokens, batch, rounds, whole_rounds=with_torch or llm.plan.device == "cuda"
-        )
+        num_rounds = 1 if nvtx else rounds  # Nsight ends with the first
+        whole = with_torch or llm.plan.device == "cuda"
+        options = ProfileOptions(prompt_tokens, output_tokens, batch, num_rounds, whole_rounds=whole)
         with Console(stderr=True, highlight=False).status("") as status:
             runs = run_profile(llm, options, status.update)
         report = ProfileReport.of(llm, command_line(context), options, looks, runs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -173,7 +172,7 @@ def _rows(
         )
         for span, took_us in zip(spans, times, strict=True):
             taken[span.kind, span.name].append((span, took_us))
-        for name, took_us in _torch(trace, step.step, spans):
+        for name, took_us in _torch(trace, step.step):
             taken[TORCH, name].append((_Span(0.0, 0.0, TORCH, name), took_us))
     rows = [_row(kind, name, mine, len(steps), ceilings) for (kind, name), mine in taken.items()]
     return tuple(sorted(rows, key=lambda row: row.taken_us, reverse=True))
@@ -238,13 +237,8 @@ def own_us(spans: Sequence[_Span], began_us: float, ended_us: float) -> list[flo
     return times
 
 
-def _torch(trace: RankTrace, step: int, spans: Sequence[_Span]) -> Iterator[tuple[str, float]]:
-    """PyTorch's operators that no other span has in it."""
-    starts = sorted(spans, key=lambda span: span.started_us)
-    begins = [span.started_us for span in starts]
+def _torch(trace: RankTrace, step: int) -> Iterator[tuple[str, float]]:
+    """PyTorch's operators that are no part of others, and their times."""
     for entry in trace.torch:
-        if entry.step != step or entry.on_gpu or not entry.name.startswith("aten::"):
-            continue
-        place = bisect_right(begins, 1e6 * entry.started_s) - 1
-        if place < 0 or starts[place].ended_us < 1e6 * entry.started_s:
+        if entry.step == step and entry.own_s and entry.name.startswith("aten::"):
             yield entry.name, 1e6 * entry.own_s
