@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from phalanx.kernels import native_cpu
 
 READING_S = 0.01  # a reading is as many calls as take so long
 READINGS = 5  # of which the best counts
+PART_BYTES = 1 << 23
+
+Reader = Callable[[Callable[[int], object], int], Callable[[], float]]
 
 
 class Ceilings(NamedTuple):
@@ -26,25 +30,44 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """With the threads that operators have. Takes 256 MiB of a CPU's memory for the time of it, 1.5 GiB of a GPU's."""
-    on_gpu = device.type == "cuda"
-    size = 8192 if on_gpu else 1024
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    x = torch.empty(1 << (29 if on_gpu else 28), dtype=torch.uint8, device=device)
-    if on_gpu:
-        y = torch.empty_like(x.fill_(1))
+    """With the threads that operators have. Takes 256 MiB of a CPU's memory for the time of it, 1 GiB of a GPU's."""
+    if device.type == "cuda":
+        x = torch.ones(1 << 29, dtype=torch.uint8, device=device)
+        y = torch.empty_like(x)
         copied_us = min(read_gpu(lambda _: y.copy_(x), 4)() for _ in range(READINGS))
-        product_us = min(read_gpu(lambda _: a @ b, 4)() for _ in range(READINGS))
-        return Ceilings(1e6 * 2 * x.nbytes / copied_us, 1e6 * 2.0 * size**3 / product_us)
-    numbers = x.view(torch.float64)
-    reads: list[Callable[[int], object]] = [lambda _: numbers.sum()]
-    if native_cpu.LIBRARY is not None:  # as products read their weights: where the system gives huge pages, faster
-        native_cpu.LIBRARY.advise_huge_pages(x.data_ptr(), x.nbytes)
-        reads.append(lambda _: native_cpu.LIBRARY.read_memory(x.data_ptr(), x.nbytes))
+        return Ceilings(1e6 * 2 * x.nbytes / copied_us, _flops_per_s(read_gpu, 8192, 4, device, dtype))
+    sizes = 512, 1024  # the smaller ends sooner, where ranks share cores before the next one's turn
+    return Ceilings(_read_bytes_per_s(), max(_flops_per_s(read_cpu, size, 1, device, dtype) for size in sizes))
+
+
+def _flops_per_s(read: Reader, size: int, num_calls: int, device: torch.device, dtype: torch.dtype) -> float:
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 1e6 * 2.0 * size**3 / min(read(lambda _: a @ b, num_calls)() for _ in range(READINGS))
+
+
+def _read_bytes_per_s() -> float:
+    """By parts of a memory that no cache holds, of which a quarter is read faster: where ranks share cores, in turns
+    of this one.
+    """
+    x = torch.empty(1 << 28, dtype=torch.uint8)
+    library = native_cpu.LIBRARY
+    if library is not None:
+        library.advise_huge_pages(x.data_ptr(), x.nbytes)
     x.fill_(1)  # memory that was never written to is one page of zeros, and read from the cache
-    read_us = min(read_cpu(read, 1)() for read in reads for _ in range(READINGS))
-    product_us = min(read_cpu(lambda _: a @ b, 1)() for _ in range(READINGS))
-    return Ceilings(1e6 * x.nbytes / read_us, 1e6 * 2.0 * size**3 / product_us)
+    parts = x.split(PART_BYTES)
+    reads: list[Callable[[torch.Tensor], object]] = [lambda part: part.view(torch.float64).sum()]
+    if library is not None:  # as products read their weights
+        reads.append(lambda part: library.read_memory(part.data_ptr(), part.nbytes))
+    return max(PART_BYTES / statistics.quantiles(_part_seconds(read, parts), n=4)[0] for read in reads)
+
+
+def _part_seconds(read: Callable[[torch.Tensor], object], parts: Sequence[torch.Tensor]) -> list[float]:
+    taken_s = []
+    for part in READINGS * tuple(parts):
+        began_s = time.perf_counter()
+        read(part)
+        taken_s.append(time.perf_counter() - began_s)
+    return taken_s
 
 
 def read_cpu(call: Callable[[int], object], num_copies: int) -> Callable[[], float]:

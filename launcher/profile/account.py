@@ -216,7 +216,7 @@ def _spans(trace: RankTrace, arrived: Mapping[Key, Arrival]) -> Iterator[tuple[_
         if came is not None and came.last is not None and came.last != trace.rank:
             moving_us = min(max(began_us, came.began_us), ended_us)
         if moving_us > began_us:
-            yield _Span(began_us, moving_us, WAIT, f"for later ranks, in {transfer.op}"), transfer.step
+            yield _Span(began_us, moving_us, WAIT, transfer.op), transfer.step
         yield _Span(moving_us, ended_us, TRANSFER, transfer.op, num_bytes=transfer.num_bytes), transfer.step
 
 

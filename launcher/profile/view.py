@@ -41,7 +41,7 @@ def _title(phase: Phase) -> str:
 
 
 def _ranks(found: Sequence[Phase]) -> Table:
-    table = Table("rank", "µs a step", "operators", "transfers", "for later ranks", "the rest", box=None)
+    table = Table("rank", "µs a step", "operators", "transfers", "waits", "the rest", box=None)
     table.title, table.title_justify = _title(found[0]), "left"
     for phase in found:
         beside = phase.sum_us(TORCH) + phase.rest_us
@@ -56,7 +56,7 @@ def _rows(phase: Phase, top: int) -> Iterator[RenderableType]:
     for row in phase.rows[:top]:
         share = row.roofline
         table.add_row(
-            f"waiting {row.name}" if row.kind == WAIT else row.name,
+            f"wait: {row.name}" if row.kind == WAIT else row.name,
             row.load,
             f"{row.calls:g}" if row.calls == int(row.calls) else f"{row.calls:.1f}",
             f"{row.taken_us:,.1f}",
