@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -123,7 +125,7 @@ def _events(profile: torch.profiler.profile, marked: Mapping[int, float]) -> lis
     events = []
     for event in found:
         start_us, end_us = event.time_range.start, event.time_range.end
-        step = next((step for mark_us, step in reversed(began) if mark_us <= start_us), began[0][1])
+        step = began[max(0, bisect_right(began, (start_us, sys.maxsize)) - 1)][1]
         on_gpu = event.device_type != DeviceType.CPU
         counts = not on_gpu and not _is_part(event)
         own_us = (event.self_device_time_total or event.self_cpu_time_total) if counts else 0.0

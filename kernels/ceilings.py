@@ -36,7 +36,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         y = torch.empty_like(x)
         copied_us = min(read_gpu(lambda _: y.copy_(x), 4)() for _ in range(READINGS))
         return Ceilings(1e6 * 2 * x.nbytes / copied_us, _flops_per_s(read_gpu, 8192, 4, device, dtype))
-    sizes = 512, 1024  # the smaller ends sooner, where ranks share cores before the next one's turn
+    sizes = 512, 1024  # the smaller one ends within a turn, where ranks share cores
     return Ceilings(_read_bytes_per_s(), max(_flops_per_s(read_cpu, size, 1, device, dtype) for size in sizes))
 
 
@@ -46,15 +46,15 @@ def _flops_per_s(read: Reader, size: int, num_calls: int, device: torch.device, 
 
 
 def _read_bytes_per_s() -> float:
-    """By parts of a memory that no cache holds, of which a quarter is read faster: where ranks share cores, in turns
-    of this one.
+    """By parts of a memory that no cache holds, of which a quarter is read faster. A part is short beside the turns in
+    which ranks use a core that they share.
     """
     x = torch.empty(1 << 28, dtype=torch.uint8)
     library = native_cpu.LIBRARY
     if library is not None:
         library.advise_huge_pages(x.data_ptr(), x.nbytes)
     x.fill_(1)  # memory that was never written to is one page of zeros, and read from the cache
-    parts = x.split(PART_BYTES)
+    parts = torch.split(x, PART_BYTES)
     reads: list[Callable[[torch.Tensor], object]] = [lambda part: part.view(torch.float64).sum()]
     if library is not None:  # as products read their weights
         reads.append(lambda part: library.read_memory(part.data_ptr(), part.nbytes))
