@@ -4,11 +4,11 @@
                                          [--json FILE]
 
 One rank runs real steps (`StepRunner`, weights at random, pages scattered), launched one operator at a time, not
-replayed. A proxy around the native library times each call; `plain_us` is the median step without it. The limit of an
-operator is what it must read and write at the bandwidth of reading memory, or what it must multiply at the rate of
-bfloat16 products, whichever takes longer; both are measured in the same run. PyTorch's operators are timed by its
-profiler in other steps, which makes short ones longer. The interpreter has the rest of the time, less what the proxy
-takes: Python, the bindings, allocation. `where_time_goes.md` has a reading.
+replayed (`phalanx profile` has those that are). Native calls are watched; `plain_us` is the median step when they are
+not. The limit of an operator is what it must read and write at the bandwidth of reading memory, or what it must
+multiply at the rate of bfloat16 products, whichever takes longer; both are measured in the same run. PyTorch's
+operators are timed by its profiler in other steps, which makes short ones longer. The interpreter has the rest of the
+time: Python, the bindings, allocation. `where_time_goes.md` has a reading.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,7 +38,9 @@ from phalanx.engine.runner import Links, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.kernels import native_cpu
+from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.kernels.packed import make_packed
+from phalanx.kernels.watch import CallWatch, OperatorCall, Work
 from phalanx.launcher.bench.report import processor
 from phalanx.launcher.machine import this_machine
 from phalanx.models import recorded
@@ -48,12 +51,6 @@ from phalanx.models.params import rank_params
 from phalanx.native import find_native, resize_pool
 from phalanx.parallel.layout import StageRequest, build_layout
 from phalanx.parallel.shape import ModelShape
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.cpu_operators import product_rate  # noqa: E402
-from benchmarks.timed_library import Rates, TimedLibrary, bandwidth, proxy_seconds  # noqa: E402
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 16
@@ -153,19 +150,6 @@ class Bench:
             yield partial(runner.run, plan)
 
     @contextmanager
-    def library(self, library: Any) -> Iterator[None]:
-        before = native_cpu.LIBRARY
-        try:
-            native_cpu.LIBRARY = library
-            for weight in self.packed.values():
-                weight._library = library
-            yield
-        finally:
-            native_cpu.LIBRARY = before
-            for weight in self.packed.values():
-                weight._library = before
-
-    @contextmanager
     def timed_sampler(self) -> Iterator[list[float]]:
         """Seconds of each draw."""
         taken_s: list[float] = []
@@ -203,20 +187,40 @@ def torch_seconds(steps: Iterator[Callable[[], object]]) -> float:
     return 1e-6 * float(sum(each.self_cpu_time_total for each in events if each.key.startswith("aten::"))) / num_steps
 
 
-def account(bench: Bench, case: Case, rates: Rates) -> dict[str, Any]:
+class Operator:
+    """Calls of one kind in some steps: how many, how long, and the least that they must move and calculate."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.taken_s = self.num_bytes = self.num_flops = self.limit_us = 0.0
+
+    def add(self, call: OperatorCall, ceilings: Ceilings) -> None:
+        self.calls += 1
+        self.taken_s += call.ended_s - call.started_s
+        self.num_bytes += call.work.num_bytes
+        self.num_flops += call.work.num_flops
+        self.limit_us += ceilings.least_us(call.work.num_bytes, call.work.num_flops)
+
+
+def name_of(work: Work) -> str:
+    return f"linear {work.sizes[1]}x{work.sizes[2]}" if work.operator == "linear" else work.operator
+
+
+def account(bench: Bench, case: Case, ceilings: Ceilings) -> dict[str, Any]:
     """Of the median step of the case; times in µs."""
     steps = bench.steps(case)
     next(steps)()  # warms up
     plain_s = statistics.median(timed(steps))
-    library = TimedLibrary(native_cpu.LIBRARY, rates, bench.packed.values())
-    with bench.library(library), bench.timed_sampler() as sampler_s:
+    watch = CallWatch()
+    with watch.watching(), bench.timed_sampler() as sampler_s:
         taken_s = timed(steps)
     num_steps = len(taken_s)
-    operators = library.operators
+    operators: defaultdict[str, Operator] = defaultdict(Operator)
+    for call in watch.take():
+        operators[name_of(call.work)].add(call, ceilings)
     torch_s = torch_seconds(steps)
     native_s = sum(operator.taken_s for operator in operators.values()) / num_steps
-    proxy_s = proxy_seconds(rates) * sum(operator.calls for operator in operators.values()) / num_steps
-    wall_s = statistics.mean(taken_s) - proxy_s
+    wall_s = statistics.mean(taken_s)
     return {
         "case": str(case),
         "plain_us": 1e6 * plain_s,
@@ -225,14 +229,14 @@ def account(bench: Bench, case: Case, rates: Rates) -> dict[str, Any]:
         "torch_us": 1e6 * torch_s,
         "interpreter_us": 1e6 * (wall_s - native_s - torch_s),
         "sampler_us": 1e6 * statistics.median(sampler_s),
-        "limit_us": 1e6 * sum(operator.limit_s for operator in operators.values()) / num_steps,
+        "limit_us": sum(operator.limit_us for operator in operators.values()) / num_steps,
         "operators": {
             name: {
                 "calls": operator.calls / num_steps,
                 "us": 1e6 * operator.taken_s / num_steps,
                 "megabytes": 1e-6 * operator.num_bytes / num_steps,
-                "gigaflop": 1e-9 * operator.num_products / num_steps,
-                "limit_us": 1e6 * operator.limit_s / num_steps,
+                "gigaflop": 1e-9 * operator.num_flops / num_steps,
+                "limit_us": operator.limit_us / num_steps,
             }
             for name, operator in sorted(operators.items(), key=lambda item: -item[1].taken_s)
         },
@@ -266,7 +270,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if native_cpu.LIBRARY is None:
         sys.exit(f"there are no native operators to account for: {find_native().told}")
-    recorded.MOST_TOKENS = 0  # of a replay nothing can be told apart
+    recorded.MOST_TOKENS = 0  # what the interpreter takes is gone from a replay
     cases = [case for case in CASES if not arguments.case or str(case) in arguments.case]
     console = Console(width=120)
     runs = []
@@ -275,14 +279,14 @@ def main() -> None:
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             resize_pool(threads)
-            rates = Rates(bandwidth(native_cpu.LIBRARY), product_rate(torch.bfloat16))
-            told = f"{rates.bytes_per_s / 1e9:.1f} GB/s, {rates.products_per_s / 1e9:.0f} GFLOP/s"
+            ceilings = measure_ceilings(CPU, torch.bfloat16)
+            told = f"{ceilings.bytes_per_s / 1e9:.1f} GB/s, {ceilings.flops_per_s / 1e9:.0f} GFLOP/s"
             console.print(f"{model}, {threads} threads: {told}", "")
             accounts = []
             for case in cases:
-                accounts.append(account(bench, case, rates))
+                accounts.append(account(bench, case, ceilings))
                 print_account(console, str(case), accounts[-1])
-            runs.append({"model": model, "threads": threads, **rates._asdict(), "accounts": accounts})
+            runs.append({"model": model, "threads": threads, **ceilings._asdict(), "accounts": accounts})
     if arguments.json is not None:
         report = {
             "benchmark": "where_time_goes",

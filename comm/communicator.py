@@ -12,10 +12,10 @@ import torch
 
 from phalanx.comm.board import Call, Causes, RankStatus, WaitBoard, find_causes
 from phalanx.comm.group import GroupSpec
-from phalanx.comm.names import in_range, profiled
 from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
 from phalanx.errors import CommError
 from phalanx.kernels import Recording, add_rms_norm
+from phalanx.kernels.names import in_range, profiled
 
 ReduceOp = Literal["sum", "max"]
 Result = TypeVar("Result")
@@ -432,7 +432,7 @@ class Communicator(ABC):
         self, call: Call, result: Result, async_op: bool, start: Callable[..., Work], *arguments: object
     ) -> Result | Handle[Result]:
         if profiled():
-            start = in_range(f"start {call[0]}", call[1], self.group, start)
+            start = in_range(f"start {call[0]}", f"#{call[1]} of {self.group}", start)
         started_s = self._clock_s()
         self._num_open += 1
         self._in_background = async_op
@@ -456,7 +456,7 @@ class Communicator(ABC):
         # A blocking call is exposed from its start; an asynchronous one while it started, and from here on.
         blocked_from_s = started_s if starting_s is None else self._clock_s() - starting_s
         self._board.waiting = call
-        wait = in_range(call[0], call[1], self.group, work.wait) if profiled() else work.wait
+        wait = in_range(call[0], f"#{call[1]} of {self.group}", work.wait) if profiled() else work.wait
         try:
             if not wait(self.timeout_s):
                 self._give_up(call)

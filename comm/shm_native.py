@@ -14,7 +14,6 @@ import torch
 from phalanx.comm.board import Call
 from phalanx.comm.communicator import FUSED, Handle, ReduceOp
 from phalanx.comm.group import GroupSpec
-from phalanx.comm.names import in_range, profiled
 from phalanx.comm.replayed import Failure, ReplayedTransfers
 from phalanx.comm.shm import ShmCommunicator
 from phalanx.comm.shm_calls import DTYPE_CODES, WINDOW, unlike_error
@@ -23,6 +22,7 @@ from phalanx.comm.shm_stream import Stream
 from phalanx.comm.work import Work
 from phalanx.errors import CommError
 from phalanx.kernels import Recording
+from phalanx.kernels.names import in_range, profiled
 from phalanx.native import find_native
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class NativeShmCommunicator(ShmCommunicator):
         self._board.waiting = call
         started_s = self._clock_s()
         if profiled():
-            native = in_range(op, seq, self.group, native)
+            native = in_range(op, f"#{seq} of {self.group}", native)
         last = native(*arguments)
         if isinstance(last, tuple):
             self._explain(call, last)

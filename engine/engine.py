@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Protocol
 
 import msgspec
@@ -49,6 +49,7 @@ class Engine:
         self.timeline = Timeline(limits.num_stages)
         self.comm_book = CommBook()
         self.trace_book = TraceBook()
+        self.profiled: Container[int] = ()  # steps that ranks are to look at; may be set from any thread
         self.last_result_s = clock_s()  # when a step was last known to be done
         self._rate = Rate(clock_s)
         self._tracks: dict[int, Track] = {}  # unfinished ones, by the names of their sequences
@@ -164,6 +165,8 @@ class Engine:
 
     def _submit(self) -> None:
         while (plan := self._scheduler.schedule()) is not None:
+            if plan.step in self.profiled:
+                plan = msgspec.structs.replace(plan, profiled=True)
             self._executor.submit(plan)
             if plan.new:
                 now_s = self._clock_s()

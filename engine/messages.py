@@ -52,6 +52,16 @@ class KVMeasure:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileSettings:
+    """How ranks look at steps. torch: PyTorch's profiler looks too, as always on a GPU; nothing recorded is replayed
+    then. nsight: the steps are marked for Nsight, which is to record them; nobody else looks.
+    """
+
+    torch: bool = False
+    nsight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RankSpec:
     """All that a rank needs to know to start; it asks nobody else.
 
@@ -60,8 +70,8 @@ class RankSpec:
     entries: where the tensors of the checkpoint lie, by canonical name. num_pages, page_size: KV cache, in pages and
     tokens a page; `measure` says how many where `num_pages` is 0. max_sequences, max_batch_tokens: most slots, and most
     tokens of a step. max_length: most tokens of a sequence. trace: whether every step and transfer is handed over.
-    cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured. torch_compile:
-    whether PyTorch's operators are compiled.
+    cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured. torch_compile: whether
+    PyTorch's operators are compiled. profile: how steps are profiled that ask for it, None where none does.
     """
 
     replica: int
@@ -85,6 +95,7 @@ class RankSpec:
     cores: HeldCores = NO_CORES
     cuda_graphs: bool = True
     torch_compile: bool = False
+    profile: ProfileSettings | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -146,6 +157,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     new: sequences that take a slot, before the step. pages: (slot, page) appended to the slots' page tables, before the
     step. decodes: slots that run the token last drawn for them, at the position after those they ran. chunks: known
     tokens. masks: (slot, bits) of the tokens that may be drawn in this step: bit t % 8 of byte t // 8 for token t.
+    profiled: whether ranks look at it, see `ProfileSettings`.
 
     Rows are the decodes, then the chunks. Drawn are a token for each decode, then for each chunk with `sample`.
     """
@@ -156,6 +168,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     decodes: tuple[int, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     masks: tuple[tuple[int, bytes], ...] = ()
+    profiled: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -202,16 +215,20 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class StageStep(NamedTuple):
     """When a stage worked on a step, in seconds of its machine's monotonic clock: from having the plan until its output
-    was handed on or its tokens drawn. Time spent waiting for other stages lies before the start.
+    was handed on or its tokens drawn. Time spent waiting for other stages lies before the start: waited_s of it.
+    num_tokens: of the step; num_decodes of them one a sequence.
     """
 
     step: int
     started_s: float
     ended_s: float
+    waited_s: float = 0.0
+    num_tokens: int = 0
+    num_decodes: int = 0
 
     def shifted(self, offset_s: float) -> StageStep:
         """The same on a clock that is so many seconds ahead."""
-        return StageStep(self.step, self.started_s + offset_s, self.ended_s + offset_s)
+        return self._replace(started_s=self.started_s + offset_s, ended_s=self.ended_s + offset_s)
 
 
 class StageReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -233,10 +250,39 @@ class CommReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
     late: tuple[LateTotals, ...] = ()
 
 
+class OperatorEntry(NamedTuple):
+    """A call of an operator in a step. weight: name of the matrix that it multiplied by, or empty. sizes: that say
+    something of it. num_bytes, num_flops: the least to be read and written, and to be calculated. started_s: on this
+    rank's clock. taken_s: of a GPU the time of its kernels.
+    """
+
+    step: int
+    operator: str
+    weight: str
+    sizes: tuple[int, ...]
+    num_bytes: float
+    num_flops: float
+    started_s: float
+    taken_s: float
+
+
+class TorchEntry(NamedTuple):
+    """Something that PyTorch's profiler saw: a call, or on a GPU a kernel. own_s: of a call without what it called, and
+    where it launched kernels their time; 0 for parts of operators and transfers.
+    """
+
+    step: int
+    name: str
+    on_gpu: bool
+    started_s: float
+    taken_s: float
+    own_s: float
+
+
 class TraceReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Every step and transfer of a rank since its last report, on its own clock. groups: the ranks of each group, by
     their numbers in the replica; a rank's number in the group is its place among them. num_lost: transfers that are
-    missing, because newer ones took their place.
+    missing, because newer ones took their place. operators, torch: of the steps that were profiled.
     """
 
     rank: int
@@ -245,6 +291,8 @@ class TraceReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
     clock: ClockReading
     groups: dict[str, tuple[int, ...]]
     num_lost: int
+    operators: tuple[OperatorEntry, ...] = ()
+    torch: tuple[TorchEntry, ...] = ()
 
 
 class ClockAsk(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -267,7 +315,9 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     num_pages: pages of the KV cache. choices: what this rank chose among, the choice and why, for the start-up table.
     groups: as in `TraceReport`. link_bytes_per_s: of its network interface, 0 where that is not known. cores: as in
-    `RankSpec`. memory: of a GPU, bytes by part (`memory_book.PARTS`) and what is free; together all of it.
+    `RankSpec`. memory: of a GPU, bytes by part (`memory_book.PARTS`) and what is free; together all of it. ceilings:
+    bytes moved and operations calculated a second, as `kernels.ceilings` measures them beside the other ranks, of a rank
+    that is to be profiled.
     """
 
     rank: int
@@ -283,6 +333,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     link_bytes_per_s: float = 0.0
     cores: HeldCores = NO_CORES
     memory: dict[str, int] = {}
+    ceilings: tuple[float, float] | None = None
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

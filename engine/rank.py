@@ -14,6 +14,7 @@ import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -49,10 +50,12 @@ from phalanx.engine.messages import (
 )
 from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
+from phalanx.engine.step_profiler import Seen, StepProfiler
 from phalanx.engine.tables import SlotTables
 from phalanx.engine.trial import WARMUP, try_largest_steps
 from phalanx.errors import PhalanxError
 from phalanx.kernels import Graphs, choose_packing, compiled_names, use_compiler
+from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
 from phalanx.models.captured import choose_graphs
@@ -90,7 +93,9 @@ class Rank:
         self._groups: dict[str, tuple[int, ...]] = {}  # ranks of the replica, in the order of their numbers in a group
         self._untold: Ran | None = None  # the last step, where its result has not been told
         self._times: list[StageStep] = []  # of steps that are done, and not reported
+        self._profiler: StepProfiler | None = None
         self._graphs: Graphs | None = None
+        self._ceilings: Ceilings | None = None
         self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
         self._params = rank_params(spec.config, spec.layout, self._place)
         self._memory = MemoryBook(memory_meter(self._device), self._sizes())
@@ -199,6 +204,9 @@ class Rank:
         self._overlap = Overlap(spec.comm.overlap)
         part = self._place.tensor_rank
         self._decoder = Decoder(spec.config, self._stage, part, self._comm, weights, self._overlap, self._graphs)
+        if spec.profile is not None:
+            names = {weight.data_ptr(): name for name, weight in weights.items()}
+            self._profiler = StepProfiler(spec.profile, names, self._device)
         self._took("weights")
 
     def _sizes(self) -> Sizes:
@@ -280,6 +288,10 @@ class Rank:
             )
         if measure is not None:
             self._make_runner(self._measured_pages(measure))
+        if self._spec.profile is not None:
+            self._everyone.barrier()  # all at once, as in a step
+            self._ceilings = measure_ceilings(self._device, self._dtype)
+            give_back()
         self._took("warmup")
 
     def _compile(self) -> None:
@@ -336,7 +348,8 @@ class Rank:
     def run(self, plan: StepPlan, on_start: Callable[[], None] | None = None) -> Ran:
         """on_start: see `StepRunner.run`."""
         self.ledger.begin_step(plan.step)
-        with self._memory.during(f"step {plan.step}", ACTIVATIONS):
+        profiling = nullcontext() if self._profiler is None else self._profiler.step(plan)
+        with profiling, self._memory.during(f"step {plan.step}", ACTIVATIONS):
             ran = self._runner.run(plan, on_start)
         for comm in self._comms:
             comm.check()  # a GPU runs on where a transfer has failed: its results are none then
@@ -402,7 +415,7 @@ class Rank:
                 comm.check()
             # It began with the step before it done, and is done now, or was since a look that found it so.
             began_s = max(times.started_s, self._times[-1].ended_s if self._times else 0.0)
-            self._times.append(StageStep(times.step, began_s, time.perf_counter()))
+            self._times.append(times._replace(started_s=began_s, ended_s=time.perf_counter()))
         channel.send(result)
 
     def _tell(self, channel: RankChannel, times: list[StageStep], clock: ClockKeeper) -> None:
@@ -417,7 +430,9 @@ class Rank:
             others = tuple(each for each in late if each.rank != rank)
             channel.send(CommReport(rank, steps[-1].step, taken.totals, others))
         if self._spec.trace:
-            channel.send(TraceReport(rank, steps, taken.entries, clock.reading(), self._groups, taken.num_lost))
+            seen = Seen() if self._profiler is None else self._profiler.take()
+            told = taken.entries, clock.reading(), self._groups, taken.num_lost
+            channel.send(TraceReport(rank, steps, *told, seen.operators, seen.torch))
 
     def ready(self) -> RankReady:
         return RankReady(
@@ -434,6 +449,7 @@ class Rank:
             link_bytes_per_s=self._link_bytes_per_s(),
             cores=self._spec.cores,
             memory=self._memory.account(),
+            ceilings=self._ceilings,
         )
 
     def _link_bytes_per_s(self) -> float:

@@ -105,7 +105,9 @@ class StepRunner:
             self._links.after.flush()  # what was sent before, which takes long where the next stage is far behind
             waited_s += time.perf_counter() - asked_s
             self._links.after.send(hidden)
-        ran = Ran(StageStep(plan.step, began_s + waited_s, time.perf_counter()), result)
+        ended_s = time.perf_counter()
+        num_tokens, num_decodes = plan.num_tokens, len(plan.decodes)
+        ran = Ran(StageStep(plan.step, began_s + waited_s, ended_s, waited_s, num_tokens, num_decodes), result)
         if self._drains and self._links.after is not None:
             self._links.after.flush()
         return ran

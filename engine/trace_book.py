@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 from phalanx.comm.ledger import LedgerEntry
 from phalanx.engine.clock import ClockReading
-from phalanx.engine.messages import StageStep, TraceReport
+from phalanx.engine.messages import OperatorEntry, StageStep, TorchEntry, TraceReport
 
 
 @dataclass(frozen=True, slots=True)
 class RankTrace:
     """One rank of a replica. steps, transfers: oldest first, on the engine's clock, as far as the rank's is known.
     groups: the ranks of each of its groups, by their numbers in the replica. clock: the worst of its readings.
-    num_lost: transfers that the rank could not hold until it was to tell of them.
+    num_lost: transfers that the rank could not hold until it was to tell of them. operators, torch: what was seen in
+    steps that were profiled.
     """
 
     rank: int
@@ -25,13 +26,15 @@ class RankTrace:
     groups: Mapping[str, tuple[int, ...]]
     clock: ClockReading
     num_lost: int
+    operators: tuple[OperatorEntry, ...] = ()
+    torch: tuple[TorchEntry, ...] = ()
 
 
 class TraceBook:
     """The last reports of every rank that traces. May be read from any thread."""
 
     def __init__(self, capacity: int = 1 << 17) -> None:
-        """capacity: transfers of a rank; the newest are kept."""
+        """capacity: transfers and operators of a rank; the newest are kept."""
         self._capacity = capacity
         self._reports: dict[int, deque[TraceReport]] = {}
         self._num_held: dict[int, int] = {}
@@ -60,12 +63,14 @@ class TraceBook:
 
 
 def _size(report: TraceReport) -> int:
-    return len(report.transfers) + len(report.steps)
+    return len(report.transfers) + len(report.steps) + len(report.operators) + len(report.torch)
 
 
 def _trace(rank: int, reports: tuple[TraceReport, ...], wanted: Container[int]) -> RankTrace:
     steps: list[StageStep] = []
     transfers: list[LedgerEntry] = []
+    operators: list[OperatorEntry] = []
+    torch: list[TorchEntry] = []
     for report in reports:
         offset_s = report.clock.offset_s
         steps += [step.shifted(offset_s) for step in report.steps if step.step in wanted]
@@ -74,6 +79,10 @@ def _trace(rank: int, reports: tuple[TraceReport, ...], wanted: Container[int]) 
             for each in report.transfers
             if each.step in wanted
         ]
+        operators += [
+            each._replace(started_s=each.started_s + offset_s) for each in report.operators if each.step in wanted
+        ]
+        torch += [each._replace(started_s=each.started_s + offset_s) for each in report.torch if each.step in wanted]
     return RankTrace(
         rank,
         tuple(steps),
@@ -81,4 +90,6 @@ def _trace(rank: int, reports: tuple[TraceReport, ...], wanted: Container[int]) 
         reports[-1].groups,
         max((report.clock for report in reports), key=lambda clock: clock.error_s),
         sum(report.num_lost for report in reports),
+        tuple(operators),
+        tuple(torch),
     )

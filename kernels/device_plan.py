@@ -102,6 +102,11 @@ class DevicePlan:
     def chunks(self) -> torch.Tensor:
         return self.sequences[self.num_decodes :]
 
+    @cached_property
+    def lengths(self) -> list[tuple[int, int]]:
+        """New tokens and all tokens of each sequence. Waits for the device."""
+        return [(num_new, length) for _, num_new, length, _ in self.sequences.tolist()]
+
     def standing_for(self, num_places: int) -> DevicePlan:
         """The plan of any step of up to so many decodes, each at a place, that is brought to the room; places that lack
         are of no tokens.

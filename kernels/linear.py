@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from phalanx.kernels import triton_gpu
+from phalanx.kernels import triton_gpu, watch
 from phalanx.kernels.gated_mul import gelu_mul, silu_mul
 from phalanx.kernels.packed import PackedWeight, Weight
 
@@ -27,6 +28,12 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     gpu = triton_gpu.operators_for(x)
     if gpu is not None:
         return gpu.linear(x, weight, bias)  # type: ignore[no-any-return]
+    if watch.current is not None:
+        return watch.watched(partial(watch.product_work, "linear", 1.0), _by_torch, x, weight, bias)
+    return _by_torch(x, weight, bias)
+
+
+def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if x.is_cpu and x.dtype == torch.float32 and len(x) in FEW_ROWS:
         y = torch.mm(weight, x.t()).t().contiguous()
         return y if bias is None else y.add_(bias)

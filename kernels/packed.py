@@ -71,7 +71,7 @@ class PackedWeight:
         self.data = torch.empty(size, dtype=torch.uint8) if room is None else room
         self.shape = torch.Size((num_outputs, num_inputs))
         self._matrix = library.PackedMatrix(num_outputs, num_inputs, self.data.data_ptr())
-        self._address = self._matrix.address
+        self._address: int = self._matrix.address
 
     @classmethod
     def pack(cls, weight: torch.Tensor) -> PackedWeight:
@@ -96,6 +96,10 @@ class PackedWeight:
     def share_in_16_bits(self) -> float:
         """Of the blocks of 32 outputs, those that do not fit into 12 bits a weight."""
         return float(self._matrix.num_plain / max(1, self._matrix.num_blocks))
+
+    def data_ptr(self) -> int:
+        """What the native product calls it by."""
+        return self._address
 
     def numel(self) -> int:
         return math.prod(self.shape)

@@ -6,9 +6,13 @@ What they do not apply to, PyTorch does. `import phalanx.kernels` loads no Trito
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+
+from phalanx.kernels.gpu_work import WatchedOperators
 
 DEVICE_TYPE = "cuda"
 """Of the tensors that the operators apply to. Tests that interpret them make it `cpu`."""
@@ -33,6 +37,19 @@ def find_triton() -> Found:
     if _found is None:
         _found = _look_for_triton()
     return _found
+
+
+@contextmanager
+def operators_watched() -> Iterator[None]:
+    """What is found within tells of its calls: see `phalanx.kernels.watch`."""
+    global _found  # noqa: PLW0603
+    found = find_triton()
+    if found.operators is not None:
+        _found = found._replace(operators=WatchedOperators(found.operators))
+    try:
+        yield
+    finally:
+        _found = found
 
 
 def operators_for(x: torch.Tensor) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 from phalanx.engine.comm_book import RankTotals, Waits
 from phalanx.engine.driver import EngineDriver
 from phalanx.engine.engine import Engine
-from phalanx.engine.messages import Progress, RankReady, StageStep
+from phalanx.engine.messages import ProfileSettings, Progress, RankReady, StageStep
 from phalanx.engine.request import Mailbox, Request, new_request
 from phalanx.engine.router import Router
 from phalanx.engine.sampling_params import SamplingParams
@@ -118,15 +118,16 @@ class Served:
         on_progress: OnProgress | None = None,
         ranks_apart: bool = False,
         trace: bool = False,
+        profile: ProfileSettings | None = None,
         open_host: OpenHost = open_host,
     ) -> Self:
         """From a configuration that was loaded before. ranks_apart: a rank is not run in this process even where it is
         the only one: for programs whose other threads must not wait for Python's lock while it computes. trace: ranks
-        hand over every step and transfer, for `traced`. open_host: makes what runs the ranks of a replica, given where
-        they run and their number.
+        hand over every step and transfer, for `traced`. profile: and how they look at the steps that `profile_steps`
+        names. open_host: makes what runs the ranks of a replica, given where they run and their number.
         """
         served = cls.__new__(cls)
-        served._open(config, on_progress, ranks_apart, trace, open_host)
+        served._open(config, on_progress, ranks_apart, trace or profile is not None, profile, open_host)
         return served
 
     def _open(
@@ -135,6 +136,7 @@ class Served:
         on_progress: OnProgress | None,
         ranks_apart: bool = False,
         trace: bool = False,
+        profile: ProfileSettings | None = None,
         open_host: OpenHost = open_host,
     ) -> None:
         started = time.perf_counter()
@@ -162,7 +164,9 @@ class Served:
                 for _ in range(layout.replicas):
                     hosts.append(open_host(settings, layout.num_ranks))
                 for replica in range(layout.replicas):
-                    specs = rank_specs(config, self.plan, self._source.config, entries, replica, trace=trace)
+                    specs = rank_specs(
+                        config, self.plan, self._source.config, entries, replica, trace=trace, profile=profile
+                    )
                     host = hosts.pop(0)
                     self._formations.append(Formation.start(specs, settings, on_progress=on_progress, host=host))
                 self._tokenizer = tokenizer.result()
@@ -256,6 +260,11 @@ class Served:
     def replica_stats(self) -> list[EngineStats]:
         """What each replica does."""
         return [driver.stats() for driver in self._drivers]
+
+    def profile_steps(self, steps: Sequence[Container[int]]) -> None:
+        """From now on ranks look at these steps of each replica. Only where they were started with `profile`."""
+        for driver, mine in zip(self._drivers, steps, strict=True):
+            driver.engine.profiled = mine
 
     def stage_steps(self, since_s: float = float("-inf")) -> list[list[list[StageStep]]]:
         """By replica and stage: when each worked on which step, on the clock of `time.perf_counter`; the last 8192."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phalanx.engine.messages import CommSettings, KVMeasure, RankSpec
+from phalanx.engine.messages import CommSettings, KVMeasure, ProfileSettings, RankSpec
 from phalanx.launcher.hosts import ClusterSettings
 from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.schema import Config
@@ -34,11 +34,12 @@ def rank_specs(
     replica: int,
     *,
     trace: bool = False,
+    profile: ProfileSettings | None = None,
 ) -> list[RankSpec]:
     """A specification for each rank of a replica. Addresses and the secret are the formation's to fill in.
 
     A rank is told only where the tensors lie that it holds. entries: None for ranks that load nothing.
-    trace: see `RankSpec`.
+    trace, profile: see `RankSpec`.
     """
     pool = plan.kv_pool
     measure = None
@@ -83,6 +84,7 @@ def rank_specs(
                 trace=trace,
                 cuda_graphs=config.engine.cuda_graphs,
                 torch_compile=config.engine.torch_compile,
+                profile=profile,
             )
         )
     return specs

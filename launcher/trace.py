@@ -45,6 +45,8 @@ def _joined(parts: Sequence[TracedRank]) -> TracedRank:
         traces[0].groups,
         max((each.clock for each in traces), key=lambda clock: clock.error_s),
         max(each.num_lost for each in traces),
+        tuple(entry for each in traces for entry in each.operators),
+        tuple(entry for each in traces for entry in each.torch),
     )
     return TracedRank(parts[0].place, trace)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phalanx.comm.ledger import LedgerEntry
+from phalanx.engine.trace_book import RankTrace
 from phalanx.launcher.trace import Arrival, Key, TracedRank, TracedRun, arrivals, key_of
 
 Event = dict[str, Any]
@@ -74,7 +75,7 @@ def _rank_events(rank: TracedRank, num_ranks: int, arrived: Mapping[Key, Arrival
             "tid": STEPS,
             "ts": round(step.started_s * 1e6 - zero_us, 3),
             "dur": round((step.ended_s - step.started_s) * 1e6, 3),
-            "args": {"step": step.step},
+            "args": {"step": step.step, "tokens": step.num_tokens, "decodes": step.num_decodes},
         }
     tid = STEPS
     for group in sorted({entry.group for entry in trace.transfers}):
@@ -92,6 +93,43 @@ def _rank_events(rank: TracedRank, num_ranks: int, arrived: Mapping[Key, Arrival
                     "dur": round(entry.total_us, 3),
                     "args": _transfer_args(rank, entry, arrived),
                 }
+    for name, events in (
+        ("operators", _operators(trace)),
+        ("PyTorch", _torch(trace, False)),
+        ("GPU", _torch(trace, True)),
+    ):
+        if events:
+            tid += 1
+            yield named("thread_name", name, tid)
+            for event in events:
+                yield {"ph": "X", "pid": pid, "tid": tid, **event, "ts": round(event["ts"] - zero_us, 3)}
+
+
+def _operators(trace: RankTrace) -> list[Event]:
+    return [
+        {
+            "name": f"{entry.operator} {entry.weight}".strip(),
+            "cat": "operator",
+            "ts": entry.started_s * 1e6,
+            "dur": round(entry.taken_s * 1e6, 3),
+            "args": {"step": entry.step, "sizes": entry.sizes, "bytes": entry.num_bytes, "flops": entry.num_flops},
+        }
+        for entry in trace.operators
+    ]
+
+
+def _torch(trace: RankTrace, on_gpu: bool) -> list[Event]:
+    return [
+        {
+            "name": entry.name,
+            "cat": "kernel" if on_gpu else "torch",
+            "ts": entry.started_s * 1e6,
+            "dur": round(entry.taken_s * 1e6, 3),
+            "args": {"step": entry.step},
+        }
+        for entry in trace.torch
+        if entry.on_gpu == on_gpu
+    ]
 
 
 def _transfer_args(rank: TracedRank, entry: LedgerEntry, arrived: Mapping[Key, Arrival]) -> Event:

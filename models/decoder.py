@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.comm.names import profiled
 from phalanx.kernels import (
     Arena,
     Graphs,
@@ -28,6 +27,7 @@ from phalanx.kernels import (
     silu_mul,
     widen,
 )
+from phalanx.kernels.names import profiled
 from phalanx.models.batch import Batch, KVCache, Part
 from phalanx.models.captured import CapturedSteps
 from phalanx.models.config import DecoderConfig, RopeConfig

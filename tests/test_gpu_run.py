@@ -21,8 +21,8 @@ from benchmarks.gpu_parts.limits import Outcome, Part, limit_s, run_parts
 from benchmarks.gpu_parts.readings import Readings
 
 from phalanx.engine.messages import StepPlan, StepResult
+from phalanx.kernels.ceilings import Ceilings
 from phalanx.launcher.bench_kernels.cases import Case, Maker, Sizes
-from phalanx.launcher.bench_kernels.measure import Ceilings
 
 HEAD: dict[str, Any] = {
     "device": "NVIDIA H100 80GB HBM3",

@@ -26,7 +26,7 @@ from phalanx.engine.runner import Links, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.kernels import CudaGraphs, Graphs, argmax
-from phalanx.launcher.bench_kernels.measure import Ceilings, measure_ceilings
+from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.models.batch import KVCache
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.decoder import Decoder

@@ -20,8 +20,9 @@ from benchmarks.gpu_parts.readings import Readings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phalanx import kernels
+from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.launcher.bench_kernels.cases import CACHED_BYTES, EPS, MODELS, MOST_COPIES, Case, Maker, Sizes
-from phalanx.launcher.bench_kernels.measure import Ceilings, measure_ceilings, read_case
+from phalanx.launcher.bench_kernels.measure import read_case
 
 ROWS = (1, 16, 64, 512, 4096)
 CONTEXTS = ((1, 1024), (1, 4096), (16, 1024), (16, 4096), (64, 4096))

@@ -4,8 +4,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <time.h>
-
 #include <atomic>
 #include <deque>
 #include <string>
@@ -26,12 +24,6 @@ char* at(uintptr_t address) { return reinterpret_cast<char*>(address); }
 bool interrupted() {
   nb::gil_scoped_acquire held;
   return PyErr_CheckSignals() != 0;
-}
-
-double now_s() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
 }
 
 // The transfers of a program, in their order, each with the times and the end of the last run.

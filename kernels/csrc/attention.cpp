@@ -81,6 +81,21 @@ std::vector<AttentionPart> AttentionSteps::parts(int64_t tokens_of_part) const {
   return found;
 }
 
+Work AttentionSteps::work(const HeadLists& heads, size_t head_dim, size_t item) const {
+  size_t num_new = 0, num_read = 0, num_pairs = 0;  // tokens, positions, scores of a head
+  for (const Sequence& sequence : sequences_) {
+    const int64_t before = sequence.length - sequence.num_new;
+    num_new += sequence.num_new;
+    num_read += sequence.length - first_seen(before, window_);
+    for (int64_t position = before; position < sequence.length; position++) {
+      num_pairs += position + 1 - first_seen(position, window_);
+    }
+  }
+  const size_t num_queries = heads.num_heads(), num_keys = heads.groups().size();
+  return {"paged_attention", {num_new, num_read},
+          2.0 * (num_read * num_keys + num_new * num_queries) * head_dim * item, 4.0 * num_pairs * num_queries * head_dim};
+}
+
 void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dtype, const Operators& operators) const {
   attention.window = window_;
   const HeadGroup* const groups = heads.groups().data();

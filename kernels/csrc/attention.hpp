@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "operators.hpp"
+#include "watch.hpp"
 
 namespace phalanx {
 
@@ -48,6 +49,8 @@ class AttentionSteps {
 
   // dtype: of queries, caches and output. attention: all but its window.
   void attend(Attention attention, const HeadLists& heads, int dtype, const Operators& operators) const;
+  // Of that: keys and values once, queries and output; a product for each score and one for its value.
+  Work work(const HeadLists& heads, size_t head_dim, size_t item) const;
 
  private:
   struct Sequence {

@@ -20,9 +20,23 @@ T* at(uintptr_t address) {
 // weight: a `PackedMatrix`. instructions: a place in `linear_sets`.
 void multiply(uintptr_t y, uintptr_t x, size_t x_stride, uintptr_t weight, uintptr_t bias, size_t num_rows,
               size_t instructions) {
-  perform([=, &kernels = *usable_linears().at(instructions)] {
-    linear(kernels, at<uint16_t>(y), at<uint16_t>(x), x_stride, *at<PackedMatrix>(weight), at<uint16_t>(bias), num_rows);
-  });
+  const PackedMatrix& matrix = *at<PackedMatrix>(weight);
+  perform(
+      [=, &matrix] {
+        const size_t outputs = matrix.num_outputs(), inputs = matrix.num_inputs();
+        return Work{"linear", {num_rows, outputs, inputs},
+                    double(matrix.num_bytes() + num_rows * (outputs + inputs) * sizeof(uint16_t)),
+                    2.0 * num_rows * outputs * inputs, weight};
+      },
+      [=, &matrix, &kernels = *usable_linears().at(instructions)] {
+        linear(kernels, at<uint16_t>(y), at<uint16_t>(x), x_stride, matrix, at<uint16_t>(bias), num_rows);
+      });
+}
+
+// Of so many rows of a matrix, written out.
+Work taken_rows(const PackedMatrix& matrix, size_t count) {
+  const double held = double(matrix.num_bytes()) / matrix.num_outputs(), written = matrix.num_inputs() * sizeof(uint16_t);
+  return {"embedding", {count, matrix.num_inputs()}, count * (held + written), 0, uintptr_t(&matrix)};
 }
 
 }  // namespace
@@ -45,6 +59,22 @@ void bind_kernels(nb::module_& module) {
         if (!done && PyErr_Occurred()) throw nb::python_error();  // an interrupt, seen while a step waited
         return done;
       });
+  nb::class_<CallWatch>(module, "CallWatch")
+      .def(nb::init<>())
+      .def("begin", [](CallWatch& self) { CallWatch::current() = &self; })
+      .def("end", [](CallWatch&) { CallWatch::current() = nullptr; })
+      .def("take", [](CallWatch& self) {
+        nb::list calls;
+        for (const auto& [work, started_s, ended_s] : self.take()) {
+          nb::list sizes;
+          for (size_t size : work.sizes) {
+            if (size != 0) sizes.append(size);
+          }
+          calls.append(nb::make_tuple(work.name, nb::tuple(sizes), work.num_bytes, work.num_flops, work.weight, started_s,
+                                      ended_s));
+        }
+        return calls;
+      });
   module.def("linear", &multiply, "y"_a, "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "num_rows"_a, "instructions"_a = 0,
              unlocked);
   nb::class_<PackedMatrix>(module, "PackedMatrix")
@@ -61,12 +91,14 @@ void bind_kernels(nb::module_& module) {
            "rows"_a, "first"_a, "num_rows"_a, unlocked)
       .def("take_rows",
            [](const PackedMatrix& self, uintptr_t out, uintptr_t indices, size_t count) {
-             perform([=, &self] { self.take_rows(at<uint16_t>(out), at<int64_t>(indices), count); });
+             perform([=, &self] { return taken_rows(self, count); },
+                     [=, &self] { self.take_rows(at<uint16_t>(out), at<int64_t>(indices), count); });
            },
            "out"_a, "indices"_a, "count"_a, unlocked)
       .def("take_held_rows",
            [](const PackedMatrix& self, uintptr_t out, uintptr_t indices, size_t count, int64_t first) {
-             perform([=, &self] { self.take_held_rows(at<uint16_t>(out), at<int64_t>(indices), count, first); });
+             perform([=, &self] { return taken_rows(self, count); },
+                     [=, &self] { self.take_held_rows(at<uint16_t>(out), at<int64_t>(indices), count, first); });
            },
            "out"_a, "indices"_a, "count"_a, "first"_a, unlocked)
       .def_prop_ro("address", [](const PackedMatrix& self) { return reinterpret_cast<uintptr_t>(&self); })

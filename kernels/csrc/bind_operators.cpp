@@ -41,9 +41,15 @@ void over_rows(size_t num_rows, size_t width, F&& body) {
   });
 }
 
+// Of an operator on rows of numbers that moves each of them, or as many as they are, so many times.
+auto on_rows(const char* name, size_t num_rows, size_t width, double times, size_t item) {
+  return [=] { return Work{name, {num_rows, width}, times * num_rows * width * item}; };
+}
+
 void rms_norm(uintptr_t normed, uintptr_t x, size_t x_stride, uintptr_t weight, float eps, size_t num_rows,
               size_t width, int dtype, size_t instructions) {
-  perform([=, item = item_bytes(dtype), norm = operators_of(instructions).rms_norm[dtype]] {
+  const size_t item = item_bytes(dtype);
+  perform(on_rows("rms_norm", num_rows, width, 2, item), [=, norm = operators_of(instructions).rms_norm[dtype]] {
     over_rows(num_rows, width, [&](size_t first, size_t last) {
       norm(at(normed + first * width * item), at(x + first * x_stride * item), x_stride, at(weight), eps, last - first,
            width);
@@ -53,7 +59,8 @@ void rms_norm(uintptr_t normed, uintptr_t x, size_t x_stride, uintptr_t weight, 
 
 void add_rms_norm(uintptr_t normed, uintptr_t sum, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps,
                   size_t num_rows, size_t width, int dtype, size_t instructions) {
-  perform([=, item = item_bytes(dtype), norm = operators_of(instructions).add_rms_norm[dtype]] {
+  const size_t item = item_bytes(dtype);
+  perform(on_rows("add_rms_norm", num_rows, width, 4, item), [=, norm = operators_of(instructions).add_rms_norm[dtype]] {
     over_rows(num_rows, width, [&](size_t first, size_t last) {
       const size_t skipped = first * width * item;
       norm(at(normed + skipped), at(sum + skipped), at(x + skipped), at(residual + skipped), at(weight), eps,
@@ -65,7 +72,9 @@ void add_rms_norm(uintptr_t normed, uintptr_t sum, uintptr_t x, uintptr_t residu
 void gated_mul(uintptr_t out, uintptr_t gate_up, size_t num_rows, size_t width, bool gelu, int dtype,
                size_t instructions) {
   const Operators& operators = operators_of(instructions);
-  perform([=, item = item_bytes(dtype), gated = (gelu ? operators.gelu_mul : operators.silu_mul)[dtype]] {
+  const size_t item = item_bytes(dtype);
+  const char* const name = gelu ? "gelu_mul" : "silu_mul";
+  perform(on_rows(name, num_rows, width, 3, item), [=, gated = (gelu ? operators.gelu_mul : operators.silu_mul)[dtype]] {
     over_rows(num_rows, 2 * width, [&](size_t first, size_t last) {
       const size_t skipped = first * width * item;
       gated(at(out + skipped), at(gate_up + 2 * skipped), last - first, width);
@@ -79,9 +88,10 @@ void rope_and_write_kv(uintptr_t heads, uintptr_t cos, uintptr_t sin, uintptr_t 
                        size_t num_queries, size_t num_keys, size_t head_dim, int dtype, size_t instructions) {
   const RopeWrite work{at(heads),  at(cos),     at(sin),     at(query_norm), at(key_norm), eps,      at(keys), at(values), at<int64_t>(slots),
                        page_size, page_stride, slot_stride, head_stride,    num_queries,  num_keys, head_dim};
-  perform([=, rows = operators_of(instructions).rope_and_write_kv[dtype]] {
-    over_rows(num_rows, (num_queries + 2 * num_keys) * head_dim,
-              [&](size_t first, size_t last) { rows(work, first, last); });
+  const size_t width = (num_queries + 2 * num_keys) * head_dim;
+  perform(on_rows("rope_and_write_kv", num_rows, width, 2, item_bytes(dtype)),
+          [=, rows = operators_of(instructions).rope_and_write_kv[dtype]] {
+    over_rows(num_rows, width, [&](size_t first, size_t last) { rows(work, first, last); });
   });
 }
 
@@ -103,9 +113,10 @@ void attend(const AttentionSteps& steps, const HeadLists& heads, uintptr_t out, 
   attention.head_dim = head_dim;
   attention.scale = scale;
   attention.softcap = softcap;
-  perform([=, &steps, &heads, &operators = operators_of(instructions)] {
-    steps.attend(attention, heads, dtype, operators);
-  });
+  perform([=, &steps, &heads] { return steps.work(heads, head_dim, item_bytes(dtype)); },
+          [=, &steps, &heads, &operators = operators_of(instructions)] {
+            steps.attend(attention, heads, dtype, operators);
+          });
 }
 
 }  // namespace
@@ -125,7 +136,7 @@ void bind_operators(nb::module_& module) {
   module.def(
       "argmax",
       [](uintptr_t columns, uintptr_t x, size_t num_rows, size_t width, size_t instructions) {
-        perform([=, &operators = operators_of(instructions)] {
+        perform(on_rows("argmax", num_rows, width, 1, sizeof(float)), [=, &operators = operators_of(instructions)] {
           argmax_rows(at<int64_t>(columns), at<const float>(x), num_rows, width, operators);
         });
       },
@@ -133,7 +144,7 @@ void bind_operators(nb::module_& module) {
   module.def(
       "argmax_keys",
       [](uintptr_t keys, uintptr_t x, size_t num_rows, size_t width, int64_t first, size_t instructions) {
-        perform([=, &operators = operators_of(instructions)] {
+        perform(on_rows("argmax_keys", num_rows, width, 1, sizeof(float)), [=, &operators = operators_of(instructions)] {
           argmax_keys(at<int64_t>(keys), at<const float>(x), num_rows, width, first, operators);
         });
       },
@@ -141,7 +152,7 @@ void bind_operators(nb::module_& module) {
   module.def(
       "top",
       [](uintptr_t values, uintptr_t columns, uintptr_t x, size_t num_rows, size_t width, size_t count, size_t instructions) {
-        perform([=, &operators = operators_of(instructions)] {
+        perform(on_rows("top", num_rows, width, 1, sizeof(float)), [=, &operators = operators_of(instructions)] {
           top_rows(at<float>(values), at<int64_t>(columns), at<const float>(x), num_rows, width, count, operators);
         });
       },
@@ -149,7 +160,7 @@ void bind_operators(nb::module_& module) {
   module.def(
       "rope_table",
       [](uintptr_t cos, uintptr_t sin, uintptr_t positions, uintptr_t frequencies, size_t num_rows, size_t half, int dtype) {
-        perform([=] {
+        perform(on_rows("rope_table", num_rows, 2 * half, 2, item_bytes(dtype)), [=] {
           rope_table(at(cos), at(sin), at<const int64_t>(positions), at<const float>(frequencies), num_rows, half, dtype);
         });
       },
@@ -164,7 +175,8 @@ void bind_operators(nb::module_& module) {
   module.def(
       "widen",
       [](uintptr_t out, uintptr_t x, size_t count) {
-        perform([=] { widen(at<float>(out), at<const uint16_t>(x), count); });
+        perform(on_rows("widen", 1, count, 1, sizeof(float) + sizeof(uint16_t)),
+                [=] { widen(at<float>(out), at<const uint16_t>(x), count); });
       },
       "out"_a, "x"_a, "count"_a, unlocked);
   nb::class_<HeadLists>(module, "HeadLists").def(nb::init<const std::vector<int>&, int>());

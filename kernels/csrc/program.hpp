@@ -4,6 +4,8 @@
 #include <utility>
 #include <vector>
 
+#include "watch.hpp"
+
 namespace phalanx {
 
 /// Calls in their order, each with the addresses and sizes it was recorded with: memory that is read and written must
@@ -32,16 +34,17 @@ class Program {
   std::vector<Step> steps_;
 };
 
-/// Makes a call, or adds it to the program that is being recorded, if one is. call: holds all that it needs.
-template <class F>
-void perform(F call) {
+/// Makes a call, or adds it to the program that is being recorded, if one is. call: holds all that it needs. work: gives
+/// what the call does, as `Work`, whenever it is made.
+template <class W, class F>
+void perform(W work, F call) {
   if (Program* const program = Program::recording()) {
-    program->add([call = std::move(call)] {
-      call();
+    program->add([work = std::move(work), call = std::move(call)] {
+      watched(work, call);
       return true;
     });
   } else {
-    call();
+    watched(work, call);
   }
 }
 

@@ -44,7 +44,7 @@ class BenchReport:
         """To be made before the ranks end."""
         return cls(
             command=command,
-            config=_config(served),
+            config=config_facts(served),
             startup_s=served.startup.startup_s,
             peak_memory=peak_memory(served.startup.ranks),
             options=options,
@@ -139,7 +139,8 @@ def processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _config(served: Served) -> dict[str, Any]:
+def config_facts(served: Served) -> dict[str, Any]:
+    """What is served, and how, as plain data."""
     config, plan = served.config, served.plan
     return {
         "model": model_name(config),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from phalanx.launcher.bench_kernels.measure import Ceilings, KernelReading
+from phalanx.kernels.ceilings import Ceilings
+from phalanx.launcher.bench_kernels.measure import KernelReading
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

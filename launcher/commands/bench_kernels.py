@@ -36,9 +36,10 @@ def bench_kernels(
 
     from phalanx.errors import PhalanxError
     from phalanx.kernels import triton_gpu
+    from phalanx.kernels.ceilings import measure_ceilings
     from phalanx.launcher.bench.report import processor
     from phalanx.launcher.bench_kernels.cases import MODELS, Maker
-    from phalanx.launcher.bench_kernels.measure import measure_ceilings, read_case
+    from phalanx.launcher.bench_kernels.measure import read_case
     from phalanx.launcher.machine import this_machine
     from phalanx.native import find_native, resize_pool
 

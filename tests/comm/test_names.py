@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch._C._distributed_c10d import Store
 
-from phalanx.comm import Communicator, names
-from phalanx.comm.names import in_range, profiled
+from phalanx.comm import Communicator
+from phalanx.kernels import names
+from phalanx.kernels.names import in_range, profiled
 
 
 def rank_profiled(comm: Communicator, store: Store) -> list[str]:
@@ -38,7 +39,7 @@ def test_under_nsight_an_operation_is_a_range_of_its_name_however_it_ends(monkey
     monkeypatch.setattr(names, "_UNDER_NSIGHT", True)
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
-    assert in_range("all_reduce", 7, "stage0", lambda x: x + 1)(2) == 3
+    assert in_range("all_reduce", "#7 of stage0", lambda x: x + 1)(2) == 3
     with pytest.raises(ZeroDivisionError):
-        in_range("barrier", 8, "stage0", lambda: 1 // 0)()
+        in_range("barrier", "#8 of stage0", lambda: 1 // 0)()
     assert calls == ["all_reduce #7 of stage0", "pop", "barrier #8 of stage0", "pop"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from tests.native_library import excuse_for_no_library
@@ -20,6 +22,7 @@ from phalanx.kernels import (
     silu_mul,
     top,
 )
+from phalanx.kernels.watch import CallWatch, Work
 
 needs_native = pytest.mark.skipif(
     not choose_packing(torch.bfloat16, torch.device("cpu")).usable and bool(excuse_for_no_library()),
@@ -155,3 +158,24 @@ def test_a_call_outside_is_not_recorded() -> None:
     recording.replay()
     assert torch.equal(other, kept)
     assert torch.equal(y, rms_norm(x, norm, EPS))
+
+
+@needs_native
+def test_a_replay_tells_who_watches_what_it_calls_and_nobody_else() -> None:
+    norm, weight = random(48), PackedWeight.pack(random(80, 48))
+    x = random(3, 48)
+    recording = Recording(Arena())
+    with recording.record():
+        linear(rms_norm(x, norm, EPS), weight)
+    watch = CallWatch()
+    recording.replay()
+    began_s = time.perf_counter()
+    with watch.watching():
+        recording.replay()
+    ended_s = time.perf_counter()
+    recording.replay()
+    normed, product = watch.take()
+    assert normed.work == Work("rms_norm", (3, 48), 2 * 3 * 48 * 2)
+    assert product.work == Work("linear", (3, 80, 48), weight.nbytes + 3 * 128 * 2, 2 * 3 * 80 * 48, weight.data_ptr())
+    assert began_s <= normed.started_s <= normed.ended_s <= product.started_s <= product.ended_s <= ended_s
+    assert watch.take() == []

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from phalanx.cli import app
 from phalanx.errors import PhalanxError
-from phalanx.launcher.bench_kernels.cases import Case, Maker, Sizes
-from phalanx.launcher.bench_kernels.measure import Ceilings, read_case
+from phalanx.kernels.ceilings import Ceilings
+from phalanx.launcher.bench_kernels.cases import Maker, Sizes
+from phalanx.launcher.bench_kernels.measure import read_case
 
 SIZES = Sizes(hidden=64, queries=3, keys=1, head_dim=16, ffn=96, vocab=128)
 CPU = torch.device("cpu")
@@ -20,9 +21,8 @@ MAKER = Maker(SIZES, torch.bfloat16, CPU)
 
 
 def test_least_is_what_takes_longer() -> None:
-    case = Case("linear", "", print, None, 1, num_bytes=8e9, num_flops=4e12)
-    assert Ceilings(1e9, 1e12).least_us(case) == 8e6
-    assert Ceilings(1e12, 1e12).least_us(case) == 4e6
+    assert Ceilings(1e9, 1e12).least_us(8e9, 4e12) == 8e6
+    assert Ceilings(1e12, 1e12).least_us(8e9, 4e12) == 4e6
 
 
 def test_bytes_and_operations_of_a_product_and_of_attention() -> None:

@@ -1,0 +1,103 @@
+"""What the operators of GPUs have to do, told from their arguments: see `watch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from phalanx.kernels import watch
+from phalanx.kernels.device_plan import DevicePlan
+from phalanx.kernels.watch import Work, product_work
+
+# How often an operator moves its first argument, or as much: rows in 8 bits are half as wide as in 16.
+MOVED = {
+    "rms_norm": 2.0,
+    "rms_norm_quantised": 1.5,
+    "add_rms_norm": 4.0,
+    "add_rms_norm_quantised": 3.5,
+    "layer_norm": 2.0,
+    "layer_norm_quantised": 1.5,
+    "add_layer_norm": 4.0,
+    "add_layer_norm_quantised": 3.5,
+    "silu_mul": 1.5,
+    "silu_mul_quantised": 1.25,
+    "gelu_mul": 1.5,
+    "gelu_mul_quantised": 1.25,
+    "rope_and_write_kv": 2.0,
+    "rope_table": 1.0,
+    "token_places": 1.0,
+    "argmax": 1.0,
+    "top": 1.0,
+    "sample": 1.0,
+}
+# Rows of outputs that a product moves: with a residual twice as many, behind a gate half.
+PRODUCTS = {"linear": 1.0, "linear_add": 2.0, "gated_linear": 0.5}
+
+
+class WatchedOperators:
+    """The module `phalanx.kernels.gpu`, its operators told to the watch."""
+
+    def __init__(self, operators: Any) -> None:
+        self._operators = operators
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._operators, name)
+        count: Callable[..., Work] | None = None
+        if name in MOVED:
+            count = partial(_rows, name)
+        elif name in PRODUCTS:
+            count = partial(product_work, name, PRODUCTS[name])
+        elif name in _OTHERS:
+            count = _OTHERS[name]
+        if count is not None:
+            found = partial(watch.watched, count, found)
+            setattr(self, name, found)
+        return found
+
+
+def _rows(name: str, x: torch.Tensor, *_: Any, **__: Any) -> Work:
+    return Work(name, tuple(x.shape), MOVED[name] * x.nbytes)
+
+
+def _embedding(tokens: torch.Tensor, weight: torch.Tensor, *_: Any) -> Work:
+    sizes = len(tokens), weight.shape[1]
+    return Work("embedding", sizes, 2.0 * sizes[0] * sizes[1] * weight.itemsize, 0.0, weight.data_ptr())
+
+
+def _attention(
+    query: torch.Tensor, keys: torch.Tensor, _: torch.Tensor, plan: DevicePlan, *__: Any, **___: Any
+) -> Work:
+    return _attended("paged_attention", query.shape[1], keys, plan, query.itemsize)
+
+
+def _rope_and_attend(
+    qkv: torch.Tensor, _: Any, keys: torch.Tensor, __: torch.Tensor, plan: DevicePlan, *___: Any, **____: Any
+) -> Work:
+    num_kv, head_dim = keys.shape[2:]
+    return _attended("rope_and_attend", qkv.shape[1] // head_dim - 2 * num_kv, keys, plan, qkv.itemsize)
+
+
+def _attended(name: str, num_queries: int, keys: torch.Tensor, plan: DevicePlan, itemsize: int) -> Work:
+    """Keys and values once, queries and output; a product for each score and one for its value."""
+    if watch.current is None:  # a graph may be captured: nothing may wait for the GPU
+        return Work(name, (plan.num_tokens,), 0.0)
+    num_kv, head_dim = keys.shape[2:]
+    num_read = num_pairs = 0
+    for num_new, length in plan.lengths:
+        before = length - num_new
+        first = 0 if plan.window is None else max(0, before - plan.window + 1)
+        num_read += length - first
+        seen = (position + 1 for position in range(before, length))
+        num_pairs += sum(seen if plan.window is None else (min(each, plan.window) for each in seen))
+    moved = 2.0 * num_read * num_kv * keys.itemsize + 2.0 * plan.num_tokens * num_queries * itemsize
+    return Work(name, (plan.num_tokens, num_read), moved * head_dim, 4.0 * num_pairs * num_queries * head_dim)
+
+
+_OTHERS: dict[str, Callable[..., Work]] = {
+    "embedding": _embedding,
+    "paged_attention": _attention,
+    "rope_and_attend": _rope_and_attend,
+}
