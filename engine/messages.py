@@ -316,8 +316,8 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_pages: pages of the KV cache. choices: what this rank chose among, the choice and why, for the start-up table.
     groups: as in `TraceReport`. link_bytes_per_s: of its network interface, 0 where that is not known. cores: as in
     `RankSpec`. memory: of a GPU, bytes by part (`memory_book.PARTS`) and what is free; together all of it. ceilings:
-    bytes moved and operations calculated a second, as `kernels.ceilings` measures them beside the other ranks, of a rank
-    that is to be profiled.
+    bytes moved and operations calculated a second, as `kernels.ceilings` measures them beside the other ranks, of a
+    rank that is to be profiled.
     """
 
     rank: int
