@@ -26,8 +26,8 @@ class TensorSlice(NamedTuple):
 class Param:
     """A tensor that a rank holds: slices of the checkpoint, stacked along the first dimension.
 
-    multiplied: whether it is a matrix of a product. num_experts: of as many such products, each of whose matrices has
-    as many of the rows; 0 for one matrix.
+    multiplied: whether it is a matrix of a product. num_experts: whose matrices it is, [experts, rows, columns], of as
+    many slices each; 0 where it is none of a mixture's.
     """
 
     name: str
@@ -37,12 +37,13 @@ class Param:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows = sum(piece.shape[0] for piece in self.slices)
-        return (rows, *self.slices[0].shape[1:])
+        rows = sum(piece.shape[0] for piece in self.matrices[0])
+        matrix = (rows, *self.slices[0].shape[1:])
+        return (self.num_experts, *matrix) if self.num_experts else matrix
 
     @property
     def matrices(self) -> list[tuple[TensorSlice, ...]]:
-        """The slices of each expert's matrix; of one that is no mixture's, all."""
+        """The slices of each expert's matrix, or all of them as one."""
         each = len(self.slices) // (self.num_experts or 1)
         return [self.slices[first : first + each] for first in range(0, len(self.slices), each)]
 

@@ -32,7 +32,7 @@ def load_params(
     """
 
     multiplied = [param for param in params if packed and param.multiplied]
-    shapes = [_shape_of_each(param) for param in multiplied for _ in param.matrices]
+    shapes = [param.shape[-2:] for param in multiplied for _ in param.matrices]
     rooms = iter(make_packed(shapes) if shapes else [])
     places = {param.name: PackedExperts(islice(rooms, len(param.matrices))) for param in multiplied}
 
@@ -42,10 +42,10 @@ def load_params(
             for weight, pieces in zip(held, param.matrices, strict=True):
                 fill(weight, pieces)
             return held if param.num_experts else held[0]
-        tensor = torch.empty((len(param.matrices), *_shape_of_each(param)), dtype=dtype, device=device)
-        for number, pieces in enumerate(param.matrices):
-            fill(tensor[number], pieces)
-        return tensor if param.num_experts else tensor[0]
+        tensor = torch.empty(param.shape, dtype=dtype, device=device)
+        for part, pieces in zip(tensor if param.num_experts else [tensor], param.matrices, strict=True):
+            fill(part, pieces)
+        return tensor
 
     def fill(weight: Weight, pieces: tuple[TensorSlice, ...]) -> None:
         first = 0
@@ -64,9 +64,3 @@ def load_params(
             if on_bytes is not None:
                 on_bytes(param.num_elements * dtype.itemsize)
     return loaded
-
-
-def _shape_of_each(param: Param) -> tuple[int, ...]:
-    """Of the matrix of one expert, or of the parameter where it is no mixture's."""
-    rows, *width = param.shape
-    return rows // len(param.matrices), *width

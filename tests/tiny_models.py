@@ -133,7 +133,8 @@ class Reference:
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._network = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        # Experts one by one: products of all at once want rows of 16 bytes.
+        self._network = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager")
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
