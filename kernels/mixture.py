@@ -74,12 +74,15 @@ def expert_ffn(
     flat = experts_TK.flatten()
     order = flat.argsort(stable=True)
     token, weight = order // experts_TK.shape[1], weights_TK.flatten()[order].unsqueeze(1)
+    counts = flat.bincount(minlength=len(gate_up)).tolist()
+    used = [expert for expert, count in enumerate(counts) if count]
+    sizes = [counts[expert] for expert in used]
+    # All products first, one behind the other: with sums between them a decode step took a tenth longer.
+    ys = [
+        linear(silu_mul(linear(rows, gate_up[expert])), down[expert])
+        for expert, rows in zip(used, torch.split(x_TH[token], sizes), strict=True)
+    ]
     total_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-    last = 0
-    for expert, count in enumerate(flat.bincount(minlength=len(gate_up)).tolist()):
-        if count:
-            first, last = last, last + count
-            rows = token[first:last]
-            y = linear(silu_mul(linear(x_TH[rows], gate_up[expert])), down[expert])
-            total_TH.index_add_(0, rows, widen(y) * weight[first:last])
+    for y, rows, scale in zip(ys, torch.split(token, sizes), torch.split(weight, sizes), strict=True):
+        total_TH.index_add_(0, rows, widen(y) * scale)
     return total_TH.to(x_TH.dtype)

@@ -117,7 +117,6 @@ FAMILIES: tuple[Family, ...] = (
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
-            "decoder_sparse_step": 1,
         },
         attention_bias="by-config",
         qk_norm=True,

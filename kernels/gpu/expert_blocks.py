@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from phalanx.kernels.gpu.example import Example, meta
 
 _CHUNK = 1024
 
@@ -86,9 +85,3 @@ def expert_blocks(experts_TK: torch.Tensor, num_experts: int, block_m: int) -> E
         num_warps=4,
     )
     return ExpertBlocks(slots, block_experts, block_m)
-
-
-EXAMPLES = (
-    Example("64 of 128", lambda: expert_blocks(meta(512, 8, dtype=torch.int32), 128, 64)),
-    Example("16 of 8", lambda: expert_blocks(meta(4, 2, dtype=torch.int32), 8, 16)),
-)

@@ -208,7 +208,7 @@ def _many_rows(*, is_gated: bool) -> torch.Tensor:
     return out
 
 
-EXAMPLES = (
+EXAMPLES = (  # with `expert_blocks`
     Example("bf16 1 token, 8 of 128", lambda: _example(1, 2048, 768, 128, 8)),
     Example("bf16 3 tokens, unaligned", lambda: _example(3, 70, 90, 8, 2)),
     Example("fp16 128 tokens, 2 of 8", lambda: _example(128, 4096, 3584, 8, 2, torch.float16)),

@@ -176,7 +176,7 @@ class Maker(NamedTuple):
         sizes = self.sizes
         x = self._random(num_rows, sizes.hidden)
         experts, weights = kernels.route(self._random(num_rows, sizes.experts), sizes.chosen, renormalise=True)
-        read = len(experts.unique()) / sizes.experts * (gate_up.nbytes + down.nbytes)
+        read = len(set(experts.flatten().tolist())) / sizes.experts * (gate_up.nbytes + down.nbytes)
         return Case(
             "expert_ffn",
             f"{num_rows} rows, {sizes.chosen} of {sizes.experts}",
