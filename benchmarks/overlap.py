@@ -88,9 +88,9 @@ class Share:
         return Decoder(self._config, self._stage, self._rank, comm, self._weights, overlap)
 
     def measured(self, comm: Communicator) -> tuple[Overlap, str]:
-        overlap, layer = Overlap(), self.decoder(comm, None).layers[0]
-        work = self.decoder(comm, None).work()
-        return overlap, overlap.measure(comm, work, layer.ffn.down.weight, layer.ffn_norm, self._most_tokens)
+        overlap, decoder = Overlap(), self.decoder(comm, None)
+        layer, work = decoder.layers[0], decoder.work()
+        return overlap, overlap.measure(comm, work, decoder.summed_weight, layer.ffn_norm, self._most_tokens)
 
     def prefill(self, decoder: Decoder, num_tokens: int) -> None:
         tokens = tuple(range(num_tokens))

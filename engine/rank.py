@@ -316,7 +316,11 @@ class Rank:
         if self._comm.size > 1:
             layer = self._decoder.layers[0]
             self.choices["overlap"] = self._overlap.measure(
-                self._comm, self._decoder.work(), layer.ffn.down.weight, layer.ffn_norm, self._spec.max_batch_tokens
+                self._comm,
+                self._decoder.work(),
+                self._decoder.summed_weight,
+                layer.ffn_norm,
+                self._spec.max_batch_tokens,
             )
 
     def _measured_pages(self, measure: KVMeasure) -> int:

@@ -11,6 +11,7 @@ from phalanx.kernels.head_groups import HeadGroups, group_heads
 from phalanx.kernels.largest import argmax, argmax_keys, columns_of_keys, top
 from phalanx.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from phalanx.kernels.linear import gated_linear, linear, linear_add
+from phalanx.kernels.mixture import Experts, PackedExperts, expert_ffn, route
 from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, make_packed
 from phalanx.kernels.paged_attention import (
     AttentionPlan,
@@ -36,10 +37,12 @@ __all__ = [
     "AttentionPlan",
     "CudaGraphs",
     "DevicePlan",
+    "Experts",
     "Graph",
     "Graphs",
     "HeadGroups",
     "NotRecordableError",
+    "PackedExperts",
     "PackedWeight",
     "Packing",
     "PagePlan",
@@ -57,6 +60,7 @@ __all__ = [
     "columns_of_keys",
     "compiled_names",
     "embedding",
+    "expert_ffn",
     "fill_token_places",
     "gated_linear",
     "gelu_mul",
@@ -81,6 +85,7 @@ __all__ = [
     "rope_and_write_kv",
     "rope_frequencies",
     "rope_table",
+    "route",
     "sample",
     "silu_mul",
     "silu_mul_quantised",

@@ -50,6 +50,8 @@ def plan_rank(
     # A token's residual stream, its normed copy and a partial sum (float32 at most), then the widest of projections and
     # gated feed-forward; the logits of a step in float32, with a copy to sample from.
     widest = max(heads * shape.head_dim * 2, 3 * stage.ffn[part].size)
+    if shape.num_experts:  # for each of a token's experts what it is given, its columns and what it makes of them
+        widest = max(widest, shape.experts_per_token * (stage.ffn[part].size + 2 * shape.hidden_size))
     work = engine.max_batch_tokens * (3 * 4 * shape.hidden_size + DTYPE_BYTES[dtype] * widest)
     if stage.last:
         work += engine.max_sequences * stage.vocab[part].size * 4 * 2

@@ -32,7 +32,9 @@ class DecoderConfig:
     family: row of the table in `models/families.py`. shape: its dimensions. max_position: positions it can address.
     norm_eps: epsilon of every RMSNorm. tie_embeddings: the head is the embedding. qkv_bias: biases on the query, key
     and value projections. o_bias, ffn_bias: on the output projection, on the feed-forward. qk_norm: RMSNorm on each
-    query and key head before rotation. sliding_window: positions a token sees back, itself included, or None for all.
+    query and key head before rotation. renormalise_experts: whether the weights that a mixture's routing gives to a
+    token's experts are made to add up to 1. sliding_window: positions a token sees back, itself included, or None for
+    all.
     dtype: as stored, one of `float32`, `float16`, `bfloat16`. bos_token_id, eos_token_ids: from the model's own
     files.
     """
@@ -47,6 +49,7 @@ class DecoderConfig:
     o_bias: bool = False
     ffn_bias: bool = False
     qk_norm: bool = False
+    renormalise_experts: bool = False
     sliding_window: int | None = None
     dtype: str = "bfloat16"
     bos_token_id: int | None = None

@@ -16,14 +16,19 @@ import torch
 from phalanx.comm.communicator import Communicator
 from phalanx.kernels import (
     Arena,
+    Experts,
     Graphs,
     PackedWeight,
     Recording,
+    Weight,
+    expert_ffn,
     group_heads,
+    linear,
     rms_norm,
     rope_and_attend,
     rope_frequencies,
     rope_table,
+    route,
     silu_mul,
     widen,
 )
@@ -32,7 +37,7 @@ from phalanx.models.batch import Batch, KVCache, Part
 from phalanx.models.captured import CapturedSteps
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.recorded import Passed, RecordedSteps
-from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, RowParallelSum, VocabParallelEmbedding
 from phalanx.parallel.layout import Stage
 from phalanx.parallel.overlap import Overlap, StageWork
 from phalanx.parallel.stream import PendingStream, RecordedStream, ResidualStream, WholeStream
@@ -63,7 +68,7 @@ class Attention:
         self.qkv = ColumnParallelLinear(weights[f"{name}.qkv"], weights.get(f"{name}.qkv_bias"))
         self.q_norm = weights.get(f"{name}.q_norm")
         self.k_norm = weights.get(f"{name}.k_norm")
-        self.o = RowParallelLinear(weights[f"{name}.o"], share.comm, weights.get(f"{name}.o_bias"))
+        self.o = RowParallelLinear(share.comm, weights.get(f"{name}.o_bias"), weight=weights[f"{name}.o"])
         self.heads = group_heads(
             [head // shape.queries_per_kv_head - keys.start for head in range(queries.start, queries.stop)],
             keys.size,
@@ -96,23 +101,52 @@ class FeedForward:
     def __init__(self, share: Share, name: str) -> None:
         weights = share.weights
         self.gate_up = ColumnParallelLinear(weights[f"{name}.gate_up"], weights.get(f"{name}.gate_up_bias"))
-        self.down = RowParallelLinear(weights[f"{name}.down"], share.comm, weights.get(f"{name}.down_bias"))
+        self.out = RowParallelLinear(share.comm, weights.get(f"{name}.down_bias"), weight=weights[f"{name}.down"])
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """What goes into the row-parallel product `down`, [T, F]."""
+        """What goes into the row-parallel product `out`, [T, F]."""
         return silu_mul(self.gate_up(x_TH))
+
+    @property
+    def num_weights(self) -> int:
+        """That a token is multiplied by."""
+        return self.gate_up.weight.numel() + self.out.weight.numel()
+
+
+class MixtureOfExperts:
+    """A router, the same on all ranks, and this rank's columns of every SwiGLU expert."""
+
+    def __init__(self, share: Share, name: str) -> None:
+        config, weights = share.config, share.weights
+        self.num_chosen = config.shape.experts_per_token
+        self.renormalise = config.renormalise_experts
+        self.router: Weight = weights[f"{name}.router"]
+        self.gate_up: Experts = weights[f"{name}.gate_up"]
+        self.down: Experts = weights[f"{name}.down"]
+        self.out = RowParallelSum(share.comm)
+
+    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sum, [T, H]."""
+        experts_TK, weights_TK = route(linear(x_TH, self.router), self.num_chosen, renormalise=self.renormalise)
+        return expert_ffn(x_TH, experts_TK, weights_TK, self.gate_up, self.down)
+
+    @property
+    def num_weights(self) -> int:
+        """That a token is multiplied by."""
+        return self.router.numel() + self.num_chosen * (self.gate_up[0].numel() + self.down[0].numel())
 
 
 class Layer:
-    """Attention and feed-forward, each behind its norm. Both give what goes into a row-parallel product, whose sum over
-    the ranks is added to the residual stream.
+    """Attention and feed-forward, each behind its norm. Both give what goes into a row-parallel sum, which is added to
+    the residual stream.
     """
 
     def __init__(self, share: Share, name: str) -> None:
         self.attention_norm = share.weights[f"{name}.attention_norm"]
         self.attention = Attention(share, name)
         self.ffn_norm = share.weights[f"{name}.ffn_norm"]
-        self.ffn = FeedForward(share, name)
+        self.ffn: FeedForward | MixtureOfExperts
+        self.ffn = MixtureOfExperts(share, name) if share.config.shape.num_experts else FeedForward(share, name)
 
 
 class Decoder:
@@ -224,7 +258,7 @@ class Decoder:
                 attended_TI = attention(stream.normed(), table, part, keys, values)
                 stream.add(attention.o, attended_TI, layer.ffn_norm)
             for stream in streams:
-                stream.add(ffn.down, ffn(stream.normed()), next_norm)
+                stream.add(ffn.out, ffn(stream.normed()), next_norm)
         self._comm.ledger.layer = -1
 
     def _embedded(self, x: torch.Tensor) -> torch.Tensor:
@@ -232,9 +266,15 @@ class Decoder:
         return x if self.embed is None or x.dim() == 2 else self.embed(x)
 
     def _recordable(self) -> bool:
-        """Whether this rank's part of the layers is made of native calls."""
-        blocks = [(layer.attention.qkv, layer.attention.o, layer.ffn.gate_up, layer.ffn.down) for layer in self.layers]
-        return all(isinstance(product.weight, PackedWeight) for products in blocks for product in products)
+        """Whether this rank's part of the layers is made of native calls, which a mixture of experts is not."""
+        return all(
+            isinstance(layer.ffn, FeedForward)
+            and all(
+                isinstance(product.weight, PackedWeight)
+                for product in (layer.attention.qkv, layer.attention.o, layer.ffn.gate_up, layer.ffn.out)
+            )
+            for layer in self.layers
+        )
 
     def _record(self, x: torch.Tensor, part: Part, cache: KVCache, recording: Recording, with_logits: bool) -> Passed:
         """x: token ids [T] where the embedding is native, hidden states [T, H] elsewhere."""
@@ -264,12 +304,18 @@ class Decoder:
         return StageWork(
             num_layers=len(self.layers),
             attention=math.prod(attention.qkv.weight.shape) + hidden * attention_inputs,
-            ffn=math.prod(ffn.gate_up.weight.shape) + math.prod(ffn.down.weight.shape),
+            ffn=ffn.num_weights,
             hidden=hidden,
             attention_inputs=attention_inputs,
-            ffn_inputs=ffn.down.weight.shape[1],
+            ffn_inputs=ffn.out.weight.shape[1] if isinstance(ffn, FeedForward) else 0,
             itemsize=attention.o.weight.itemsize,
         )
+
+    @property
+    def summed_weight(self) -> Weight:
+        """[H, I] of a row-parallel product: the rates of computing and summing are measured by it."""
+        layer = self.layers[0]
+        return layer.ffn.out.weight if isinstance(layer.ffn, FeedForward) else layer.attention.o.weight
 
     def logits(self, x_TH: torch.Tensor, rows_B: torch.Tensor | None) -> torch.Tensor:
         """This rank's vocabulary shard of the logits, [B, V] float32, at `rows_B`, or all. On the last stage only."""

@@ -1,6 +1,7 @@
 """The table of model families: what each is called, and which of the known variations it has.
 
-Canonical tensor names, used everywhere past the reading of files, are those of Hugging Face's Llama.
+Canonical tensor names, used everywhere past the reading of files, are those of Hugging Face's Llama, and of experts
+those of its Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -10,6 +11,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from phalanx.models.config import DecoderConfig
+from phalanx.parallel.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A family's mixtures of experts.
+
+    ffn_size: key in config.json of an expert's columns. renormalise: whether the weights of a token's experts add up to
+    1, or whether `norm_topk_prob` says so. stored_names: pairs of a part of a canonical name and what stands for it in
+    safetensors files.
+    """
+
+    ffn_size: str
+    renormalise: Literal["always", "by-config"]
+    stored_names: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +38,9 @@ class Family:
     attention_bias: which projections have biases: `never`, `qkv`, or `by-config` (`attention_bias`: query, key, value
     and output). ffn_bias: whether the feed-forward has biases where `mlp_bias` says so. qk_norm: RMSNorm on query and
     key heads.
-    window: which layers attend through `sliding_window`: none, all, or (where `use_sliding_window`) those from
-    `max_window_layers` on. gguf_interleaved: whether its GGUF files carry query and key rows in interleaved order.
+    window: which layers attend through `sliding_window`: none, all, or (where `use_sliding_window`) all or those from
+    `max_window_layers` on. mixture: in place of the feed-forward, or None. gguf_interleaved: whether its GGUF files
+    carry query and key rows in interleaved order.
     """
 
     name: str
@@ -33,7 +50,8 @@ class Family:
     attention_bias: Literal["never", "qkv", "by-config"] = "never"
     ffn_bias: bool = False
     qk_norm: bool = False
-    window: Literal["none", "all", "upper-layers"] = "none"
+    window: Literal["none", "all", "flagged", "upper-layers"] = "none"
+    mixture: Mixture | None = None
     gguf_interleaved: bool = False
 
 
@@ -88,6 +106,49 @@ FAMILIES: tuple[Family, ...] = (
         qk_norm=True,
         window="upper-layers",
     ),
+    Family(
+        name="qwen3-moe",
+        architecture="Qwen3MoeForCausalLM",
+        gguf_arch=None,
+        config_defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        attention_bias="by-config",
+        qk_norm=True,
+        window="flagged",
+        mixture=Mixture("moe_intermediate_size", "by-config"),
+    ),
+    Family(
+        name="mixtral",
+        architecture="MixtralForCausalLM",
+        gguf_arch=None,  # written as `llama`
+        config_defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        window="all",
+        mixture=Mixture(
+            "intermediate_size",
+            "always",
+            (
+                (".mlp.", ".block_sparse_moe."),
+                (".gate_proj.", ".w1."),
+                (".up_proj.", ".w3."),
+                (".down_proj.", ".w2."),
+            ),
+        ),
+    ),
 )
 
 
@@ -99,6 +160,19 @@ def family_of(*, architecture: str | None = None, gguf_arch: str | None = None) 
         if gguf_arch is not None and family.gguf_arch == gguf_arch:
             return family
     return None
+
+
+def ffn_names(shape: ModelShape, mlp: str) -> list[str]:
+    """What the names of a layer's feed-forward begin with, or those of each of its experts. mlp: of the block."""
+    return [f"{mlp}.experts.{expert}" for expert in range(shape.num_experts)] or [mlp]
+
+
+def stored_name(family: str, name: str) -> str:
+    """What a tensor of this canonical name is called in a family's safetensors files."""
+    mixture = next(row.mixture for row in FAMILIES if row.name == family)
+    for canonical, stored in mixture.stored_names if mixture is not None else ():
+        name = name.replace(canonical, stored)
+    return name
 
 
 def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -124,10 +198,13 @@ def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             expected[prefix + "self_attn.q_norm.weight"] = (shape.head_dim,)
             expected[prefix + "self_attn.k_norm.weight"] = (shape.head_dim,)
         expected[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        for name, rows, columns in (("gate", ffn, hidden), ("up", ffn, hidden), ("down", hidden, ffn)):
-            expected[f"{prefix}mlp.{name}_proj.weight"] = (rows, columns)
-            if config.ffn_bias:
-                expected[f"{prefix}mlp.{name}_proj.bias"] = (rows,)
+        if shape.num_experts:
+            expected[prefix + "mlp.gate.weight"] = (shape.num_experts, hidden)
+        for ffn_name in ffn_names(shape, prefix + "mlp"):
+            for name, rows, columns in (("gate", ffn, hidden), ("up", ffn, hidden), ("down", hidden, ffn)):
+                expected[f"{ffn_name}.{name}_proj.weight"] = (rows, columns)
+                if config.ffn_bias:
+                    expected[f"{ffn_name}.{name}_proj.bias"] = (rows,)
     expected["model.norm.weight"] = (hidden,)
     if not config.tie_embeddings:
         expected["lm_head.weight"] = (shape.vocab_size, hidden)

@@ -72,8 +72,10 @@ def checked_shape(shape: ModelShape, source: str) -> ModelShape:
     """`shape`, or a ModelError where it is not that of a decoder."""
     sizes = {name: getattr(shape, name) for name in shape.__dataclass_fields__}
     for name, size in sizes.items():
-        if size < 1:
+        if size < 1 and (shape.num_experts or name not in ("num_experts", "experts_per_token")):
             raise ModelError(f"{source}: {name} is {size}; it must be at least 1")
+    if shape.experts_per_token > shape.num_experts:
+        raise ModelError(f"{source}: {shape.experts_per_token} experts a token are more than the {shape.num_experts}")
     if shape.num_query_heads % shape.num_kv_heads:
         raise ModelError(
             f"{source}: {shape.num_query_heads} query heads cannot share {shape.num_kv_heads} KV heads evenly"

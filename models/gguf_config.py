@@ -102,7 +102,7 @@ def gguf_decoder_config(file: GgufFile) -> DecoderConfig:
             f"{source}: {unknown[0]} is {_shown(metadata[unknown[0]])}; supported: absent, as its meaning is not known"
         )
     if fields.get(f"{arch}.expert_count") not in (None, 0):
-        raise fields.refusal(f"{arch}.expert_count", "0: mixtures of experts cannot be run yet")
+        raise fields.refusal(f"{arch}.expert_count", "0: mixtures of experts are read from safetensors only")
 
     hidden_size = fields.integer(f"{arch}.embedding_length")
     num_query_heads = fields.integer(f"{arch}.attention.head_count")

@@ -35,8 +35,11 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "no_rope_layer_interval": (None,),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
+    "decoder_sparse_step": (None, 1),
+    "mlp_only_layers": (None, []),
     "quantization_config": (None,),
 }
+_EXPERT_KEYS = ("num_experts", "num_local_experts")
 _REMEDIES = {"quantization_config": "unquantised safetensors (float32, float16, bfloat16), or the model's GGUF file"}
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -77,8 +80,9 @@ def decoder_config(
     """
     family = _family(values, source)
     fields = Fields(values, source, family.config_defaults)
+    mixture = family.mixture
     for key, neutral in _NEUTRAL.items():
-        if values.get(key) not in neutral:
+        if values.get(key) not in neutral and not (mixture is not None and key in _EXPERT_KEYS):
             wanted = _REMEDIES.get(key) or " or ".join("absent" if value is None else repr(value) for value in neutral)
             raise fields.refusal(key, wanted)
     num_query_heads = fields.integer("num_attention_heads")
@@ -91,8 +95,10 @@ def decoder_config(
         num_query_heads=num_query_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_query_heads),
         head_dim=fields.integer("head_dim", hidden_size // num_query_heads),
-        ffn_size=fields.integer("intermediate_size"),
+        ffn_size=fields.integer("intermediate_size" if mixture is None else mixture.ffn_size),
         vocab_size=fields.integer("vocab_size"),
+        num_experts=0 if mixture is None else _num_experts(fields),
+        experts_per_token=0 if mixture is None else fields.integer("num_experts_per_tok"),
     )
     max_position = fields.integer("max_position_embeddings")
     by_config = family.attention_bias == "by-config" and fields.flag("attention_bias")
@@ -108,6 +114,7 @@ def decoder_config(
         o_bias=by_config,
         ffn_bias=family.ffn_bias and fields.flag("mlp_bias"),
         qk_norm=family.qk_norm,
+        renormalise_experts=mixture is not None and (mixture.renormalise == "always" or fields.flag("norm_topk_prob")),
         sliding_window=_window(fields, family, shape.num_layers),
         dtype=_dtype(fields),
         bos_token_id=fields.token_id("bos_token_id"),
@@ -161,11 +168,22 @@ def _rope(fields: Fields, max_position: int) -> RopeConfig:
     raise ModelError(f"{rope.source}: rope_type is {kind!r}; supported: default, linear, llama3")
 
 
+def _num_experts(fields: Fields) -> int:
+    """As transformers 4 and 5 write it."""
+    found = [key for key in _EXPERT_KEYS if fields.values.get(key) is not None] or [_EXPERT_KEYS[0]]
+    counts = [fields.integer(key) for key in found]
+    if counts[0] < 1 or counts[0] != counts[-1]:
+        raise fields.refusal(found[0], "at least 1" if counts[0] < 1 else f"{counts[-1]}, as {found[-1]} has it")
+    return counts[0]
+
+
 def _window(fields: Fields, family: Family, num_layers: int) -> int | None:
     """The sliding window that all layers share, or None. Null means none; an absent key takes the family's default."""
-    if family.window == "none" or (family.window == "upper-layers" and not fields.flag("use_sliding_window")):
+    if family.window == "none" or (
+        family.window in ("flagged", "upper-layers") and not fields.flag("use_sliding_window")
+    ):
         return None
-    if "sliding_window" in fields.values and fields.values["sliding_window"] is None:
+    if fields.values.get("sliding_window", fields.get("sliding_window")) is None:
         return None
     window = fields.integer("sliding_window")
     if window < 1:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from phalanx.models.config import DecoderConfig
+from phalanx.models.families import ffn_names
 from phalanx.parallel.layout import Layout, RankPlace, Stage
 from phalanx.parallel.split import Interval
 
@@ -25,17 +26,26 @@ class TensorSlice(NamedTuple):
 class Param:
     """A tensor that a rank holds: slices of the checkpoint, stacked along the first dimension.
 
-    multiplied: whether it is a matrix of a product.
+    multiplied: whether it is a matrix of a product. num_experts: whose matrices it is, [experts, rows, columns], of as
+    many slices each; 0 where it is none of a mixture's.
     """
 
     name: str
     slices: tuple[TensorSlice, ...]
     multiplied: bool = False
+    num_experts: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows = sum(piece.shape[0] for piece in self.slices)
-        return (rows, *self.slices[0].shape[1:])
+        rows = sum(piece.shape[0] for piece in self.matrices[0])
+        matrix = (rows, *self.slices[0].shape[1:])
+        return (self.num_experts, *matrix) if self.num_experts else matrix
+
+    @property
+    def matrices(self) -> list[tuple[TensorSlice, ...]]:
+        """The slices of each expert's matrix, or all of them as one."""
+        each = len(self.slices) // (self.num_experts or 1)
+        return [self.slices[first : first + each] for first in range(0, len(self.slices), each)]
 
     @property
     def num_elements(self) -> int:
@@ -86,12 +96,18 @@ def _layer_params(config: DecoderConfig, stage: Stage, tensor_rank: int, layer: 
     if config.qk_norm:
         yield _vector(f"{name}.q_norm", f"{attention}.q_norm.weight", head_dim)
         yield _vector(f"{name}.k_norm", f"{attention}.k_norm.weight", head_dim)
-    yield _columns(f"{name}.o", f"{attention}.o_proj.weight", hidden, queries)
+    yield _columns(f"{name}.o", hidden, queries, f"{attention}.o_proj.weight")
     if config.o_bias:
         yield _vector(f"{name}.o_bias", f"{attention}.o_proj.bias", hidden)
     yield _vector(f"{name}.ffn_norm", f"{source}.post_attention_layernorm.weight", hidden)
-    yield _rows(f"{name}.gate_up", *((f"{mlp}.{part}_proj.weight", ffn, hidden) for part in ("gate", "up")))
-    yield _columns(f"{name}.down", f"{mlp}.down_proj.weight", hidden, ffn)
+    num_experts = config.shape.num_experts
+    if num_experts:
+        yield _rows(f"{name}.router", (f"{mlp}.gate.weight", Interval(0, num_experts), hidden))
+    names = ffn_names(config.shape, mlp)
+    gate_up = ((f"{ffn_name}.{part}_proj.weight", ffn, hidden) for ffn_name in names for part in ("gate", "up"))
+    yield replace(_rows(f"{name}.gate_up", *gate_up), num_experts=num_experts)
+    down = (f"{ffn_name}.down_proj.weight" for ffn_name in names)
+    yield replace(_columns(f"{name}.down", hidden, ffn, *down), num_experts=num_experts)
     if config.ffn_bias:
         yield _rows(f"{name}.gate_up_bias", *((f"{mlp}.{part}_proj.bias", ffn, None) for part in ("gate", "up")))
         yield _vector(f"{name}.down_bias", f"{mlp}.down_proj.bias", hidden)
@@ -103,8 +119,10 @@ def _rows(name: str, *pieces: tuple[str, Interval, int | None]) -> Param:
     return Param(name, tuple(slices), multiplied=pieces[0][2] is not None)
 
 
-def _columns(name: str, tensor: str, num_rows: int, columns: Interval) -> Param:
-    return Param(name, (TensorSlice(tensor, (num_rows, columns.size), None, columns),), multiplied=True)
+def _columns(name: str, num_rows: int, columns: Interval, *tensors: str) -> Param:
+    """The same columns of matrices of `num_rows` rows, stacked."""
+    slices = (TensorSlice(tensor, (num_rows, columns.size), None, columns) for tensor in tensors)
+    return Param(name, tuple(slices), multiplied=True)
 
 
 def _vector(name: str, tensor: str, size: int) -> Param:

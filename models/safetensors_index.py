@@ -11,7 +11,7 @@ from typing import Any
 from phalanx.errors import ModelError
 from phalanx.models.config import DecoderConfig
 from phalanx.models.encodings import ENCODINGS
-from phalanx.models.families import expected_tensors
+from phalanx.models.families import expected_tensors, stored_name
 from phalanx.models.hf_config import read_json
 from phalanx.models.inventory import check_inventory
 from phalanx.models.tensor_entry import TensorEntry
@@ -32,7 +32,9 @@ def safetensors_entries(directory: Path, config: DecoderConfig) -> dict[str, Ten
     Raises ModelError, naming file and tensor, for one that is missing, misshapen, duplicated, unexpected, of an
     unsupported dtype, or cut off by the end of its file, and for files that are missing or damaged.
     """
-    expected = expected_tensors(config)
+    wanted = expected_tensors(config)
+    names = {stored_name(config.family, name): name for name in wanted}
+    expected = {stored: wanted[name] for stored, name in names.items()}
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file():
         entries = _merge([single])
@@ -53,7 +55,7 @@ def safetensors_entries(directory: Path, config: DecoderConfig) -> dict[str, Ten
         if name in expected and entry.encoding not in ENCODINGS:
             raise ModelError(f"{entry.file}: tensor {name} has dtype {entry.encoding}; supported: F32, F16, BF16")
     check_inventory(entries, expected, str(index if index.is_file() and not single.is_file() else single))
-    return entries
+    return {names[stored]: entry for stored, entry in entries.items()}
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:

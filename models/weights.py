@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import torch
 
-from phalanx.kernels import PackedWeight, Weight, make_packed
+from phalanx.kernels import Experts, PackedExperts, PackedWeight, Weight, make_packed
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.models.params import Param
+from phalanx.models.params import Param, TensorSlice
 
 
 def load_params(
@@ -27,24 +28,34 @@ def load_params(
     there.
 
     packed: matrices of products as `PackedWeight`s, where `kernels.choose_packing` finds them usable. All others are
-    tensors.
+    tensors. Those of experts are `kernels.Experts`.
     """
 
     multiplied = [param for param in params if packed and param.multiplied]
-    matrices = make_packed([param.shape for param in multiplied]) if multiplied else []
-    places = {param.name: matrix for param, matrix in zip(multiplied, matrices, strict=True)}
+    shapes = [param.shape[-2:] for param in multiplied for _ in param.matrices]
+    rooms = iter(make_packed(shapes) if shapes else [])
+    places = {param.name: PackedExperts(islice(rooms, len(param.matrices))) for param in multiplied}
 
-    def load(param: Param) -> Weight:
-        weight: Weight = places.get(param.name) or torch.empty(param.shape, dtype=dtype, device=device)
+    def load(param: Param) -> Weight | Experts:
+        held = places.get(param.name)
+        if held is not None:
+            for weight, pieces in zip(held, param.matrices, strict=True):
+                fill(weight, pieces)
+            return held if param.num_experts else held[0]
+        tensor = torch.empty(param.shape, dtype=dtype, device=device)
+        for part, pieces in zip(tensor if param.num_experts else [tensor], param.matrices, strict=True):
+            fill(part, pieces)
+        return tensor
+
+    def fill(weight: Weight, pieces: tuple[TensorSlice, ...]) -> None:
         first = 0
-        for piece in param.slices:
+        for piece in pieces:
             rows = checkpoint.read(piece.tensor, piece.rows, piece.columns, dtype)
             if isinstance(weight, PackedWeight):
                 weight.put(first, rows)
             else:
                 weight[first : first + len(rows)] = rows
             first += len(rows)
-        return weight
 
     loaded = {}
     with ThreadPoolExecutor(num_threads) as pool:

@@ -5,7 +5,7 @@ Shapes: T tokens of a step, H hidden size, and on this rank O output columns, I 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,18 +26,22 @@ class ColumnParallelLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class RowParallelLinear:
-    """Input columns cut over the ranks: each makes a part of the sum, which is then reduced. weight [H, I], bias [H].
+class RowParallelSum:
+    """Each rank makes a part of a sum, which is then reduced. bias [H].
 
-    The bias is held by every rank and added after the reduction, so that it counts once.
+    The bias is held by every rank and added after the reduction, so that it counts once. This one is given its part
+    [T, H] as it is.
     """
 
-    weight: Weight
     comm: Communicator
     bias: torch.Tensor | None = None
 
+    def part(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """What this rank adds, [T, H]."""
+        return x_TI
+
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
-        return self.biased(self.comm.all_reduce(linear(x_TI, self.weight)))
+        return self.biased(self.comm.all_reduce(self.part(x_TI)))
 
     def biased(self, y_TH: torch.Tensor) -> torch.Tensor:
         """A sum over the ranks, or some rows of it, with the bias."""
@@ -46,11 +50,21 @@ class RowParallelLinear:
     def add_and_norm(
         self, x_TI: torch.Tensor, residual_TH: torch.Tensor, norm_weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The product added to the residual stream, normalised by `norm_weight` [H], and as it is: both [T, H]."""
+        """The sum added to the residual stream, normalised by `norm_weight` [H], and as it is: both [T, H]."""
         if self.bias is None:
-            y_TH = linear(x_TI, self.weight)
+            y_TH = self.part(x_TI)
             return self.comm.fused_all_reduce_rms_norm(y_TH, residual_TH, norm_weight, eps)
         return add_rms_norm(self(x_TI), residual_TH, norm_weight, eps)
+
+
+@dataclass(frozen=True, slots=True)
+class RowParallelLinear(RowParallelSum):
+    """Input columns cut over the ranks: each rank's product is its part of the sum. weight [H, I]."""
+
+    weight: Weight = field(kw_only=True)
+
+    def part(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return linear(x_TI, self.weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.kernels import Weight, add_rms_norm, linear
+from phalanx.parallel.layers import RowParallelLinear
 from phalanx.parallel.stream import reduce_in_chunks
 
 LEAST_TOKENS = 64  # of a part of a step: products of fewer are slower for each token
@@ -121,7 +122,7 @@ def _measure_contention(comm: Communicator, x: torch.Tensor, weight: Weight, rat
     transfer_s = rates.transfer_s(len(x), weight.shape[0], weight.itemsize)
     if num_chunks < 2:
         return 0.0
-    took_s = _least_s(lambda: reduce_in_chunks(comm, x, weight, num_chunks))
+    took_s = _least_s(lambda: reduce_in_chunks(RowParallelLinear(comm, weight=weight), x, num_chunks))
     ideal_s = rates.chunked_s(compute_s, transfer_s, num_chunks)
     return min(1.0, max(0.0, took_s - ideal_s) / min(compute_s, transfer_s))
 

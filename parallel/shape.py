@@ -11,7 +11,9 @@ class ModelShape:
 
     hidden_size: width of the residual stream. num_layers: decoder layers.
     num_query_heads, num_kv_heads: attention heads; each KV head serves num_query_heads / num_kv_heads query heads.
-    head_dim: width of one head. ffn_size: columns of the gated feed-forward. vocab_size: rows of embedding and head.
+    head_dim: width of one head. ffn_size: columns of the gated feed-forward, or of each expert in a mixture of
+    `num_experts`, of which a token passes `experts_per_token`; both are 0 where there is none. vocab_size: rows of
+    embedding and head.
     """
 
     hidden_size: int
@@ -21,6 +23,8 @@ class ModelShape:
     head_dim: int
     ffn_size: int
     vocab_size: int
+    num_experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -28,9 +32,10 @@ class ModelShape:
 
     @property
     def layer_params(self) -> int:
-        """Weights of one layer's projections, norms and biases left out: the measure by which stages are balanced."""
+        """Weights that one layer multiplies a token by: the measure by which stages are balanced."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_query_heads + self.num_kv_heads)
-        return attention + 3 * self.hidden_size * self.ffn_size
+        router = self.hidden_size * self.num_experts
+        return attention + router + 3 * self.hidden_size * self.ffn_size * (self.experts_per_token or 1)
 
     @property
     def head_params(self) -> int:

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import Recording, Weight, add_rms_norm, linear, rms_norm
-from phalanx.parallel.layers import RowParallelLinear
+from phalanx.kernels import Recording, add_rms_norm, rms_norm
+from phalanx.parallel.layers import RowParallelSum
 
 
 class ResidualStream(Protocol):
@@ -25,8 +25,8 @@ class ResidualStream(Protocol):
         """The stream behind the norm given last, [T, H]; waits for sums that are under way."""
         ...
 
-    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
-        """Adds the product of `out` and x, of all ranks. norm: weight [H] of the norm that follows, None for none."""
+    def add(self, out: RowParallelSum, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        """Adds what `out` makes of x, of all ranks. norm: weight [H] of the norm that follows, None for none."""
         ...
 
     def whole(self) -> torch.Tensor:
@@ -45,7 +45,7 @@ class WholeStream:
     def normed(self) -> torch.Tensor:
         return self._normed_TH
 
-    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+    def add(self, out: RowParallelSum, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
         if norm is None:
             self._x_TH = self._x_TH + out(x_TI)
         else:
@@ -62,8 +62,8 @@ class RecordedStream(WholeStream):
         super().__init__(x_TH, norm, eps)
         self._recording = recording
 
-    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
-        y_TH, before_TH = linear(x_TI, out.weight), self._x_TH
+    def add(self, out: RowParallelSum, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        y_TH, before_TH = out.part(x_TI), self._x_TH
         if norm is not None and out.bias is None:
             self._normed_TH, self._x_TH = out.comm.record_fused_all_reduce_rms_norm(
                 self._recording, y_TH, before_TH, norm, self._eps
@@ -88,8 +88,8 @@ class ChunkedStream(WholeStream):
         super().__init__(x_TH, norm, eps)
         self._num_chunks = num_chunks
 
-    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
-        y_TH = out.biased(reduce_in_chunks(out.comm, x_TI, out.weight, self._num_chunks))
+    def add(self, out: RowParallelSum, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        y_TH = out.biased(reduce_in_chunks(out, x_TI, self._num_chunks))
         if norm is None:
             self._x_TH = self._x_TH + y_TH
         else:
@@ -104,7 +104,7 @@ class PendingStream:
         self._eps = eps
         self._x_TH = x_TH
         self._norm: torch.Tensor | None = norm
-        self._pending: tuple[RowParallelLinear, Handle[torch.Tensor]] | None = None
+        self._pending: tuple[RowParallelSum, Handle[torch.Tensor]] | None = None
 
     def normed(self) -> torch.Tensor:
         if self._norm is None:
@@ -114,9 +114,9 @@ class PendingStream:
         normed_TH, self._x_TH = add_rms_norm(self._arrived(), self._started(), self._norm, self._eps)
         return normed_TH
 
-    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+    def add(self, out: RowParallelSum, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
         self._norm = norm
-        self._pending = out, out.comm.all_reduce(linear(x_TI, out.weight), async_op=True)
+        self._pending = out, out.comm.all_reduce(out.part(x_TI), async_op=True)
 
     def whole(self) -> torch.Tensor:
         x_TH = self._started()
@@ -152,8 +152,8 @@ class ScatteredStream:
     def normed(self) -> torch.Tensor:
         return self._normed_TH
 
-    def add(self, out: RowParallelLinear, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
-        mine = self._comm.reduce_scatter(linear(x_TI, out.weight), sizes=self._sizes)
+    def add(self, out: RowParallelSum, x_TI: torch.Tensor, norm: torch.Tensor | None) -> None:
+        mine = self._comm.reduce_scatter(out.part(x_TI), sizes=self._sizes)
         if norm is None:
             self._shard = self._shard + out.biased(mine)
         else:
@@ -167,8 +167,8 @@ class ScatteredStream:
         return self._comm.all_gather(shard.contiguous(), sizes=self._sizes)
 
 
-def reduce_in_chunks(comm: Communicator, x_TI: torch.Tensor, weight: Weight, num_chunks: int) -> torch.Tensor:
-    """The product [T, H] of x and a weight [H, I], summed over the ranks, each chunk of tokens behind the next one."""
+def reduce_in_chunks(out: RowParallelSum, x_TI: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """What `out` makes of x, summed over the ranks without the bias, each chunk of tokens behind the next one."""
     parts = x_TI.tensor_split(num_chunks)
-    under_way = [comm.all_reduce(linear(part, weight), async_op=True) for part in parts]
+    under_way = [out.comm.all_reduce(out.part(part), async_op=True) for part in parts]
     return torch.cat([handle.wait() for handle in under_way])

@@ -46,6 +46,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         pytest.param("mistral", PIPELINE, id="mistral-pipeline-2"),
         pytest.param("qwen2", TENSOR, id="qwen2-tensor-2"),
         pytest.param("qwen3", RAGGED, id="qwen3-ragged-3-1"),
+        pytest.param("mixtral", RAGGED, id="mixtral-ragged-3-1"),
         pytest.param("smollm2", PIPELINE, id="smollm2-pipeline-2"),
     ],
 )

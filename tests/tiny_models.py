@@ -72,6 +72,18 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
         },
     ),
+    "qwen3-moe": TinyModel(
+        "Qwen3Moe",
+        {
+            **_shape(60, 6, 3, 100),
+            "head_dim": 20,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 36,
+            "norm_topk_prob": False,
+        },
+    ),
+    "mixtral": TinyModel("Mixtral", {**_shape(64, 4, 2, 52), "num_local_experts": 4, "num_experts_per_tok": 2}, seed=1),
     "smollm2": TinyModel("Llama", {**_shape(72, 9, 3, 144), "tie_word_embeddings": True}),
 }
 
@@ -97,7 +109,7 @@ def make(model: TinyModel, directory: Path) -> Path:
             random = 0.5 * random
         else:
             # What layers write outweighs the embedding: else the likeliest token is the one before, again and again.
-            random = (2.0 if "o_proj" in name or "down_proj" in name else 1.5) * random / values.shape[1] ** 0.5
+            random = (2.0 if "o_proj" in name or "down_proj" in name else 1.5) * random / values.shape[-1] ** 0.5
         values.data = random.bfloat16().float()
     network.to(model.dtype).save_pretrained(directory, max_shard_size=model.shard_bytes or "1GB")
     _save_byte_tokenizer(directory / "tokenizer.json")
@@ -121,7 +133,8 @@ class Reference:
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._network = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        # Experts one by one: products of all at once want rows of 16 bytes.
+        self._network = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager")
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from phalanx.kernels.gpu.decode_attention import decode_attention, rope_and_decode
 from phalanx.kernels.gpu.embedding import embedding
+from phalanx.kernels.gpu.expert_ffn import expert_ffn
 from phalanx.kernels.gpu.gated_mul import gelu_mul, gelu_mul_quantised, silu_mul, silu_mul_quantised
 from phalanx.kernels.gpu.largest import argmax, top
 from phalanx.kernels.gpu.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
@@ -18,6 +19,7 @@ from phalanx.kernels.gpu.prefill_attention import prefill_attention
 from phalanx.kernels.gpu.rms_norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from phalanx.kernels.gpu.rope import rope_table
 from phalanx.kernels.gpu.rope_and_write_kv import rope_and_write_kv
+from phalanx.kernels.gpu.route import route
 from phalanx.kernels.gpu.sample import sample
 from phalanx.kernels.gpu.token_places import token_places
 
@@ -29,6 +31,7 @@ __all__ = [
     "argmax",
     "decode_attention",
     "embedding",
+    "expert_ffn",
     "gated_linear",
     "gelu_mul",
     "gelu_mul_quantised",
@@ -45,6 +48,7 @@ __all__ = [
     "rope_and_decode",
     "rope_and_write_kv",
     "rope_table",
+    "route",
     "sample",
     "silu_mul",
     "silu_mul_quantised",

@@ -20,7 +20,7 @@ _TMA_BYTES = 16  # what addresses and strides of its tensors are multiples of
 
 
 @triton.jit
-def _loaded(
+def loaded(
     source, row, start, stride, num_rows, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr
 ):
     """Rows from `row` on and a block of K from `start` on; zeros outside."""
@@ -67,11 +67,11 @@ def persistent_kernel(
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if GATED else total
         for start in range(0, K, BLOCK_K):
-            part = _loaded(x, m, start, x_stride, num_rows, K, BLOCK_M, BLOCK_K, TMA)
-            w = _loaded(weight, n, start, weight_stride, N, K, BLOCK_N, BLOCK_K, TMA)
+            part = loaded(x, m, start, x_stride, num_rows, K, BLOCK_M, BLOCK_K, TMA)
+            w = loaded(weight, n, start, weight_stride, N, K, BLOCK_N, BLOCK_K, TMA)
             total = tl.dot(part, w.T, total)
             if GATED:
-                w_up = _loaded(weight, OUTPUTS + n, start, weight_stride, N, K, BLOCK_N, BLOCK_K, TMA)
+                w_up = loaded(weight, OUTPUTS + n, start, weight_stride, N, K, BLOCK_N, BLOCK_K, TMA)
                 up = tl.dot(part, w_up.T, up)
         rows, columns = (m + tl.arange(0, BLOCK_M))[:, None].to(tl.int64), (n + tl.arange(0, BLOCK_N))[None, :]
         inside = (rows < num_rows) & (columns < OUTPUTS)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from phalanx import kernels
-from phalanx.kernels import PackedWeight, SamplingRows, choose_packing
+from phalanx.kernels import Experts, PackedExperts, PackedWeight, SamplingRows, choose_packing
 
 EPS = 1e-5
 PAGE_SIZE = 16
@@ -22,7 +22,9 @@ MOST_COPIES = 16
 
 
 class Sizes(NamedTuple):
-    """hidden, ffn: sizes. queries, keys: numbers of heads. head_dim. vocab: rows."""
+    """hidden, ffn: sizes. queries, keys: numbers of heads. head_dim. vocab: rows. experts: of `ffn` columns each, of
+    which a token passes `chosen`; 0 for a feed-forward alone.
+    """
 
     hidden: int
     queries: int
@@ -30,12 +32,15 @@ class Sizes(NamedTuple):
     head_dim: int
     ffn: int
     vocab: int
+    experts: int = 0
+    chosen: int = 0
 
 
 MODELS = {
     "smollm2-135m": Sizes(576, 9, 3, 64, 1536, 49152),
     "1b": Sizes(2048, 32, 8, 64, 8192, 128256),
     "8b": Sizes(4096, 32, 8, 128, 14336, 128256),
+    "qwen3-30b-a3b": Sizes(2048, 32, 4, 128, 768, 151936, experts=128, chosen=8),
 }
 
 
@@ -66,6 +71,8 @@ class Maker(NamedTuple):
         for num_rows in rows:
             yield from self._wanted(self.row_cases(num_rows))
             yield from self.product_cases(num_rows)
+        if self.sizes.experts:
+            yield from self.mixture_cases(rows)
         for num_rows in (1, 32):
             yield from self._wanted(self.search_cases(num_rows))
         if "paged_attention".startswith(self.only):
@@ -136,14 +143,54 @@ class Maker(NamedTuple):
         shapes = {
             "qkv": (heads, sizes.hidden),
             "o": (sizes.hidden, sizes.queries * sizes.head_dim),
-            "gate_up": (2 * sizes.ffn, sizes.hidden),
-            "down": (sizes.hidden, sizes.ffn),
         }
+        if not sizes.experts:
+            shapes |= {"gate_up": (2 * sizes.ffn, sizes.hidden), "down": (sizes.hidden, sizes.ffn)}
         if num_rows <= 64:
             shapes["head"] = (sizes.vocab, sizes.hidden)
         for name, (outputs, inputs) in shapes.items():
             if f"linear {name}".startswith(self.only):  # before weights are made
                 yield self._product(f"linear {name}", num_rows, outputs, inputs)
+
+    def mixture_cases(self, rows: tuple[int, ...]) -> Iterator[Case]:
+        """Of one layer, whose experts are too large for a cache."""
+        sizes = self.sizes
+        if "route".startswith(self.only):
+            for num_rows in rows:
+                yield self._routing(self._random(num_rows, sizes.experts))
+        if "expert_ffn".startswith(self.only):
+            gate_up = self._held_experts(self._random(sizes.experts, 2 * sizes.ffn, sizes.hidden))
+            down = self._held_experts(self._random(sizes.experts, sizes.hidden, sizes.ffn))
+            for num_rows in rows:
+                yield self._mixture(num_rows, gate_up, down)
+
+    def _routing(self, logits: torch.Tensor) -> Case:
+        num_rows, chosen = len(logits), self.sizes.chosen
+        moved = logits.nbytes + num_rows * chosen * 8
+        return Case(
+            "route", f"{num_rows} rows", lambda _: kernels.route(logits, chosen, renormalise=True), None, 1, moved
+        )
+
+    def _mixture(self, num_rows: int, gate_up: Experts, down: Experts) -> Case:
+        """By a random routing. Its bytes are those of the experts that it chooses."""
+        sizes = self.sizes
+        x = self._random(num_rows, sizes.hidden)
+        experts, weights = kernels.route(self._random(num_rows, sizes.experts), sizes.chosen, renormalise=True)
+        read = len(set(experts.flatten().tolist())) / sizes.experts * (gate_up.nbytes + down.nbytes)
+        return Case(
+            "expert_ffn",
+            f"{num_rows} rows, {sizes.chosen} of {sizes.experts}",
+            lambda _: kernels.expert_ffn(x, experts, weights, gate_up, down),
+            None,
+            1,
+            read + 2 * x.nbytes,
+            2.0 * num_rows * sizes.chosen * 3 * sizes.ffn * sizes.hidden,
+        )
+
+    def _held_experts(self, weight: torch.Tensor) -> Experts:
+        if not choose_packing(self.dtype, self.device).usable:
+            return weight
+        return PackedExperts(map(PackedWeight.pack, weight))
 
     def _product(self, name: str, num_rows: int, outputs: int, inputs: int) -> Case:
         copies = _num_copies(outputs * inputs * self.dtype.itemsize)

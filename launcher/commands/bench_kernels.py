@@ -12,7 +12,7 @@ from phalanx.launcher.commands.bench import JsonFile, check_outputs, command_lin
 
 def bench_kernels(
     context: typer.Context,
-    model: Annotated[str, typer.Option("--model", help="Whose shapes: smollm2-135m, 1b or 8b.")] = "1b",
+    model: Annotated[str, typer.Option("--model", help="Whose shapes: smollm2-135m, 1b, 8b or qwen3-30b-a3b.")] = "1b",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; by default a GPU where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
     only: Annotated[str, typer.Option("--only", help="Operators whose name begins so.")] = "",

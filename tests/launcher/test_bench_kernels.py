@@ -45,6 +45,16 @@ def test_every_case_can_be_called_with_every_copy_and_as_its_peer() -> None:
             case.peer(case.num_copies - 1)
 
 
+def test_a_mixture_reads_the_experts_that_it_chooses() -> None:
+    maker = Maker(SIZES._replace(experts=4, chosen=2), torch.float32, CPU)
+    [one] = [case for case in maker.mixture_cases((1,)) if case.operator == "expert_ffn"]
+    assert one.num_flops == 2 * 2 * 3 * 96 * 64
+    assert one.num_bytes == 4 * (2 * 3 * 96 * 64 + 2 * 64)
+    operators = {case.operator: case.call(0) for case in maker.cases((2,), ())}
+    assert {"route", "expert_ffn"} <= set(operators)
+    assert not {"linear gate_up", "linear down"} & set(operators)
+
+
 def test_the_median_counts() -> None:
     reading = read_case(next(MAKER.row_cases(2)), Ceilings(1e9, 1e9), CPU, rounds=3)
     assert reading.taken_us > 0

@@ -19,6 +19,8 @@ CONFIGS = {
     "mistral": transformers.MistralConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "qwen3-moe": transformers.Qwen3MoeConfig,
+    "mixtral": transformers.MixtralConfig,
 }
 SIZES = {
     "vocab_size": 96,
@@ -86,7 +88,7 @@ def test_absent_keys_take_the_defaults_of_transformers(family: str) -> None:
     assert ours.sliding_window == getattr(config, "sliding_window", None)
     assert ours.bos_token_id == config.bos_token_id
     assert ours.eos_token_ids == (() if config.eos_token_id is None else (config.eos_token_id,))
-    if hasattr(config, "head_dim"):
+    if getattr(config, "head_dim", None) is not None:
         assert ours.shape.head_dim == config.head_dim
 
 
@@ -189,6 +191,34 @@ def test_the_data_type_is_read_under_both_names(key: str, name: str) -> None:
 def test_what_would_change_the_results_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=f"^dir/config.json.*{message}"):
         decoder_config(llama(**changes), "dir/config.json")
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])  # of transformers 4, and of 5
+def test_a_mixtures_sizes_are_those_of_its_experts(key: str) -> None:
+    sizes = {**SIZES, key: 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    config = decoder_config({"architectures": ["Qwen3MoeForCausalLM"], **sizes})
+    assert (config.shape.num_experts, config.shape.experts_per_token, config.shape.ffn_size) == (6, 3, 40)
+    assert config.renormalise_experts
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; supported: absent or 1"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; supported: absent or \[\]"),
+        ({"num_experts": 0}, "num_experts is 0; supported: at least 1"),
+        ({"num_experts": 6, "num_local_experts": 8}, "num_experts is 6; supported: 8, as num_local_experts"),
+        ({"num_experts": 6}, "8 experts a token are more than the 6"),
+    ],
+)
+def test_mixtures_that_cannot_be_run_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        decoder_config({"architectures": ["Qwen3MoeForCausalLM"], **SIZES, **changes})
+
+
+def test_a_model_without_experts_must_not_speak_of_them() -> None:
+    with pytest.raises(ModelError, match="num_experts is 8; supported: absent or 0"):
+        decoder_config(llama(num_experts=8))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\ufeff{}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,9 @@ def configs(draw: st.DrawFn) -> DecoderConfig:
         vocab_size=draw(st.integers(12, 90)),
     )
     tie, qkv, o, ffn, norm = (draw(st.booleans()) for _ in range(5))
+    num_experts = draw(st.sampled_from([0, 0, 3]))
+    if num_experts:
+        shape, ffn = replace(shape, num_experts=num_experts, experts_per_token=2), False
     return DecoderConfig(
         "llama", shape, 64, 1e-5, RopeConfig(), tie, qkv_bias=qkv, o_bias=o, ffn_bias=ffn, qk_norm=norm
     )
@@ -90,6 +94,17 @@ def load_ranks(config: DecoderConfig, layout: Layout, tensors: dict[str, torch.T
         return ranks
 
 
+def feed_forwards(
+    config: DecoderConfig, source: str, down: torch.Tensor, gate_up: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, `down` and `gate_up` of a layer's feed-forward, or of each of its experts."""
+    if not config.shape.num_experts:
+        yield f"{source}.mlp", down, gate_up
+        return
+    for expert in range(config.shape.num_experts):
+        yield f"{source}.mlp.experts.{expert}", down[expert], gate_up[expert]
+
+
 def joined(config: DecoderConfig, layout: Layout, ranks: list[Loaded]) -> dict[str, torch.Tensor]:
     """The checkpoint put together again from what the ranks hold; fails where ranks disagree about a shared part."""
     whole = {name: torch.full(shape, torch.nan) for name, shape in expected_tensors(config).items()}
@@ -121,18 +136,23 @@ def joined(config: DecoderConfig, layout: Layout, ranks: list[Loaded]) -> dict[s
             put(f"{source}.input_layernorm.weight", everything, params[f"{own}.attention_norm"], shared=True)
             put(f"{source}.post_attention_layernorm.weight", everything, params[f"{own}.ffn_norm"], shared=True)
             put(f"{source}.self_attn.o_proj.weight", queries, params[f"{own}.o"], columns=True)
-            put(f"{source}.mlp.down_proj.weight", ffn, params[f"{own}.down"], columns=True)
+            for name, down, gate_up in feed_forwards(config, source, params[f"{own}.down"], params[f"{own}.gate_up"]):
+                gate, up = gate_up.chunk(2)
+                put(f"{name}.down_proj.weight", ffn, down, columns=True)
+                put(f"{name}.gate_proj.weight", ffn, gate)
+                put(f"{name}.up_proj.weight", ffn, up)
             for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
                 stacked = params[f"{own}.qkv" + "_bias" * (kind == "bias")]
                 q, k, v = torch.split(stacked, [queries.stop - queries.start, keys.size, keys.size])
                 put(f"{source}.self_attn.q_proj.{kind}", queries, q)
                 put(f"{source}.self_attn.k_proj.{kind}", keys.slice, k, shared=True)
                 put(f"{source}.self_attn.v_proj.{kind}", keys.slice, v, shared=True)
-            for kind in ("weight", "bias") if config.ffn_bias else ("weight",):
-                gate, up = params[f"{own}.gate_up" + "_bias" * (kind == "bias")].chunk(2)
-                put(f"{source}.mlp.gate_proj.{kind}", ffn, gate)
-                put(f"{source}.mlp.up_proj.{kind}", ffn, up)
+            if config.ffn_bias:
+                gate, up = params[f"{own}.gate_up_bias"].chunk(2)
+                put(f"{source}.mlp.gate_proj.bias", ffn, gate)
+                put(f"{source}.mlp.up_proj.bias", ffn, up)
             replicated = {
+                "router": "mlp.gate.weight",
                 "o_bias": "self_attn.o_proj.bias",
                 "down_bias": "mlp.down_proj.bias",
                 "q_norm": "self_attn.q_norm.weight",

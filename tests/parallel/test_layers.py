@@ -50,7 +50,7 @@ def test_every_rank_gets_the_sum_over_all_input_columns_and_the_bias_once(
 
     def rank(number: int, join: Join) -> torch.Tensor:
         part = split[number].slice
-        layer = RowParallelLinear(weight[:, part].contiguous(), join("stage", number, split.num_parts), bias)
+        layer = RowParallelLinear(join("stage", number, split.num_parts), bias, weight=weight[:, part].contiguous())
         return layer(x[:, part].contiguous())
 
     for y in run_ranks(split.num_parts, rank):
@@ -68,7 +68,7 @@ def test_the_sum_is_added_to_the_stream_and_normalised(
 
     def rank(number: int, join: Join) -> tuple[torch.Tensor, torch.Tensor]:
         part = split[number].slice
-        layer = RowParallelLinear(weight[:, part].contiguous(), join("stage", number, split.num_parts), bias)
+        layer = RowParallelLinear(join("stage", number, split.num_parts), bias, weight=weight[:, part].contiguous())
         return layer.add_and_norm(x[:, part].contiguous(), residual, norm, 1e-5)
 
     stream = residual + F.linear(x, weight, bias)
@@ -117,7 +117,7 @@ def test_layers_keep_the_dtype_and_leave_their_weights_and_input_as_they_were(dt
         tokens = torch.tensor([0, 4, 4])
         return [
             ColumnParallelLinear(weight, bias)(x),
-            RowParallelLinear(weight[:, part.slice].contiguous(), comm, bias)(x[:, part.slice].contiguous()),
+            RowParallelLinear(comm, bias, weight=weight[:, part.slice].contiguous())(x[:, part.slice].contiguous()),
             VocabParallelEmbedding(weight[rows.slice], rows, comm)(tokens),
         ]
 

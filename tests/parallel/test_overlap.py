@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.rank_threads import Join, run_ranks
 
+from phalanx.parallel.layers import RowParallelLinear
 from phalanx.parallel.overlap import (
     PIECES,
     WORTH,
@@ -144,7 +145,9 @@ def test_a_product_in_chunks_is_the_product() -> None:
     def rank(number: int, join: Join) -> torch.Tensor:
         part = slice(12 * number, 12 * number + 12)
         comm = join("stage", number, 2)
-        return reduce_in_chunks(comm, x[:, part].contiguous(), weight[:, part].contiguous(), 7)
+        return reduce_in_chunks(
+            RowParallelLinear(comm, weight=weight[:, part].contiguous()), x[:, part].contiguous(), 7
+        )
 
     for found in run_ranks(2, rank):
         assert torch.equal(found, x @ weight.T)
