@@ -205,8 +205,7 @@ class Rank:
         part = self._place.tensor_rank
         self._decoder = Decoder(spec.config, self._stage, part, self._comm, weights, self._overlap, self._graphs)
         if spec.profile is not None:
-            names = {weight.data_ptr(): name for name, weight in weights.items()}
-            self._profiler = StepProfiler(spec.profile, names, self._device)
+            self._profiler = StepProfiler(spec.profile, weights, self._device)
         self._took("weights")
 
     def _sizes(self) -> Sizes:

@@ -31,11 +31,15 @@ class Seen(NamedTuple):
 class StepProfiler:
     """Looks at the steps that are run within `step`. Used from one thread."""
 
-    def __init__(self, settings: ProfileSettings, weights: Mapping[int, str], device: torch.device) -> None:
-        """weights: names of matrices, by their addresses."""
+    def __init__(self, settings: ProfileSettings, weights: Mapping[str, Any], device: torch.device) -> None:
+        """weights: tensors, packed ones, and tuples of those of experts, by their names."""
         self._nsight = settings.nsight
         self._torch = not self._nsight and (settings.torch or device.type == "cuda")  # which alone times kernels
-        self._weights = weights
+        self._weights = {
+            each.data_ptr(): name
+            for name, weight in weights.items()
+            for each in (weight if isinstance(weight, tuple) else (weight,))
+        }
         self._device = device
         self._watch = CallWatch()
         self._calls: list[tuple[int, OperatorCall]] = []  # each with its step

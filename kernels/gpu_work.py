@@ -28,6 +28,7 @@ MOVED = {
     "gelu_mul_quantised": 1.25,
     "rope_and_write_kv": 2.0,
     "rope_table": 1.0,
+    "route": 1.0,
     "token_places": 1.0,
     "argmax": 1.0,
     "top": 1.0,
@@ -96,8 +97,19 @@ def _attended(name: str, num_queries: int, keys: torch.Tensor, plan: DevicePlan,
     return Work(name, (plan.num_tokens, num_read), moved * head_dim, 4.0 * num_pairs * num_queries * head_dim)
 
 
+def _experts(
+    x: torch.Tensor, experts: torch.Tensor, _: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> Work:
+    """Weights as if the tokens' experts were all different, as far as there are so many."""
+    (num_rows, hidden), columns = x.shape, down.shape[2]
+    used = min(experts.numel(), len(down))
+    moved = used * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes
+    return Work("expert_ffn", (num_rows, hidden, columns), moved, 6.0 * experts.numel() * hidden * columns)
+
+
 _OTHERS: dict[str, Callable[..., Work]] = {
     "embedding": _embedding,
+    "expert_ffn": _experts,
     "paged_attention": _attention,
     "rope_and_attend": _rope_and_attend,
 }
