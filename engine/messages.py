@@ -60,7 +60,8 @@ class RankSpec:
     entries: where the tensors of the checkpoint lie, by canonical name. num_pages, page_size: KV cache, in pages and
     tokens a page; `measure` says how many where `num_pages` is 0. max_sequences, max_batch_tokens: most slots, and most
     tokens of a step. max_length: most tokens of a sequence. trace: whether every step and transfer is handed over.
-    cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured.
+    cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured. quantization: of the weights
+    while they are loaded, by the names of `kernels.SCHEMES`, or `none`.
     """
 
     replica: int
@@ -83,6 +84,7 @@ class RankSpec:
     trace: bool = False
     cores: HeldCores = NO_CORES
     cuda_graphs: bool = True
+    quantization: str = "none"
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):

@@ -50,7 +50,7 @@ from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.errors import PhalanxError
-from phalanx.kernels import Graphs, choose_packing
+from phalanx.kernels import SCHEMES, Graphs, choose_packing, told_of_quantised
 from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
 from phalanx.models.captured import choose_graphs
@@ -175,8 +175,9 @@ class Rank:
         self._progress("weights", 0, total)
         checkpoint = Checkpoint(spec.entries)
         packing = choose_packing(self._dtype, self._device)
+        scheme = SCHEMES.get(spec.quantization)
         if self._device.type == "cpu":
-            self.choices["cpu products"] = packing.told
+            self.choices["cpu products"] = packing.told if scheme is None else told_of_quantised(scheme, self._dtype)
         else:
             self.choices["gpu kernels"] = find_triton().told
             self._graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)
@@ -187,6 +188,7 @@ class Rank:
             self._dtype,
             self._device,
             packed=packing.usable,
+            quantised=scheme,
             num_threads=spec.num_threads,
             on_bytes=on_bytes,
         )

@@ -82,6 +82,7 @@ def rank_specs(
                 measure=measure,
                 trace=trace,
                 cuda_graphs=config.engine.cuda_graphs,
+                quantization=config.model.quantization,
             )
         )
     return specs

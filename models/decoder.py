@@ -18,9 +18,9 @@ from phalanx.comm.names import profiled
 from phalanx.kernels import (
     Arena,
     Graphs,
-    PackedWeight,
     Recording,
     group_heads,
+    is_native,
     rms_norm,
     rope_and_attend,
     rope_frequencies,
@@ -234,7 +234,7 @@ class Decoder:
     def _recordable(self) -> bool:
         """Whether this rank's part of the layers is made of native calls."""
         blocks = [(layer.attention.qkv, layer.attention.o, layer.ffn.gate_up, layer.ffn.down) for layer in self.layers]
-        return all(isinstance(product.weight, PackedWeight) for products in blocks for product in products)
+        return all(is_native(product.weight) for products in blocks for product in products)
 
     def _record(self, x: torch.Tensor, part: Part, cache: KVCache, recording: Recording, with_logits: bool) -> Passed:
         """x: token ids [T] where the embedding is native, hidden states [T, H] elsewhere."""

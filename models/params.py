@@ -25,7 +25,7 @@ class TensorSlice(NamedTuple):
 class Param:
     """A tensor that a rank holds: slices of the checkpoint, stacked along the first dimension.
 
-    multiplied: whether it is a matrix of a product.
+    multiplied: whether it is a matrix of a product; of a tied embedding, whether on this rank or another.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _params(config: DecoderConfig, stage: Stage, tensor_rank: int) -> Iterator[P
     vocab = stage.vocab[tensor_rank]
     if stage.first:
         embed = _rows("embed", ("model.embed_tokens.weight", vocab, hidden))
-        yield replace(embed, multiplied=stage.last and config.tie_embeddings)
+        yield replace(embed, multiplied=config.tie_embeddings)
     for layer in range(stage.layers.start, stage.layers.stop):
         yield from _layer_params(config, stage, tensor_rank, layer)
     if stage.last:

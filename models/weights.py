@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from phalanx.kernels import PackedWeight, Weight, make_packed
+from phalanx.errors import ModelError
+from phalanx.kernels import (
+    PackedWeight,
+    QuantisedRows,
+    QuantisedWeight,
+    Weight,
+    WeightFormat,
+    make_packed,
+    make_quantised,
+    quantise,
+)
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.models.params import Param
+from phalanx.models.params import Param, TensorSlice
+from phalanx.parallel.split import Interval
+
+# Quantised at a time: few enough that no full copy of a matrix is held in full precision.
+_QUANTISED_VALUES = 1 << 20
 
 
 def load_params(
@@ -20,30 +35,44 @@ def load_params(
     device: torch.device,
     *,
     packed: bool = False,
+    quantised: WeightFormat | None = None,
     num_threads: int = 1,
     on_bytes: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Reads the parameters as `dtype` onto `device`, several at a time. `on_bytes` hears each one's size when it is
     there.
 
-    packed: matrices of products as `PackedWeight`s, where `kernels.choose_packing` finds them usable. All others are
-    tensors.
+    packed: matrices of products as `PackedWeight`s, where `kernels.choose_packing` finds them usable. quantised: as
+    `QuantisedWeight`s instead; what an output or a group of inputs is quantised by does not depend on how the matrix
+    is cut. All others are tensors.
     """
 
-    multiplied = [param for param in params if packed and param.multiplied]
-    matrices = make_packed([param.shape for param in multiplied]) if multiplied else []
-    places = {param.name: matrix for param, matrix in zip(multiplied, matrices, strict=True)}
+    multiplied = [param for param in params if param.multiplied]
+    places: dict[str, Weight] = {}
+    if quantised is not None:
+        formats = [format_of_cut(param, quantised) for param in multiplied]
+        shapes = [param.shape for param in multiplied]
+        places = dict(zip((param.name for param in multiplied), make_quantised(shapes, formats, dtype), strict=True))
+    elif packed and multiplied:
+        matrices = make_packed([param.shape for param in multiplied])
+        places = dict(zip((param.name for param in multiplied), matrices, strict=True))
 
     def load(param: Param) -> Weight:
         weight: Weight = places.get(param.name) or torch.empty(param.shape, dtype=dtype, device=device)
         first = 0
         for piece in param.slices:
-            rows = checkpoint.read(piece.tensor, piece.rows, piece.columns, dtype)
+            if isinstance(weight, QuantisedWeight):
+                assert quantised is not None
+                for rows in _quantised_rows(checkpoint, piece, quantised, weight.format):
+                    weight.put(first, rows)
+                    first += len(rows.q)
+                continue
+            read = checkpoint.read(piece.tensor, piece.rows, piece.columns, dtype)
             if isinstance(weight, PackedWeight):
-                weight.put(first, rows)
+                weight.put(first, read)
             else:
-                weight[first : first + len(rows)] = rows
-            first += len(rows)
+                weight[first : first + len(read)] = read
+            first += len(read)
         return weight
 
     loaded = {}
@@ -53,3 +82,50 @@ def load_params(
             if on_bytes is not None:
                 on_bytes(param.num_elements * dtype.itemsize)
     return loaded
+
+
+def format_of_cut(param: Param, whole: WeightFormat) -> WeightFormat:
+    """How a matrix is held that is part of one held as `whole`: where a cut falls into a group of inputs, in smaller
+    groups with the same scales. Raises ModelError where a cut leaves none.
+    """
+    starts = {0 if piece.columns is None else piece.columns.start for piece in param.slices}
+    if whole.group_size is None or starts == {0}:
+        return whole
+    group = math.gcd(whole.group_size, *starts)
+    if group % 8:
+        raise ModelError(
+            f"{param.slices[0].tensor}: a rank's columns begin at {min(starts)}, in the middle of eight that are"
+            f" quantised together (groups of {whole.group_size}); cut by other weights, or over fewer ranks"
+        )
+    return whole._replace(group_size=group)
+
+
+def _quantised_rows(
+    checkpoint: Checkpoint, piece: TensorSlice, whole: WeightFormat, held: WeightFormat
+) -> Iterator[QuantisedRows]:
+    """Rows of a slice, quantised as the rows of the whole matrix are."""
+    known = piece.tensor in checkpoint.entries  # else reading says what is wrong
+    shape = checkpoint.entries[piece.tensor].shape if known else piece.shape
+    columns = piece.columns or Interval(0, shape[1])
+    around = Interval(0, shape[1])
+    if whole.group_size is not None:
+        group = whole.group_size
+        around = Interval(columns.start // group * group, min(-(-columns.stop // group) * group, shape[1]))
+    rows = piece.rows or Interval(0, shape[0])
+    # Whole blocks of 32 outputs, and whole heads where the file has their rows in another order.
+    block = math.lcm(32, checkpoint.entries[piece.tensor].interleaved_head_dim or 1) if known else 32
+    step = max(1, _QUANTISED_VALUES // shape[1] // block) * block
+    for first in range(rows.start, rows.stop, step):
+        some = Interval(first, min(first + step, rows.stop))
+        found = quantise(checkpoint.read(piece.tensor, some, around, torch.float32), whole)
+        yield _cut(found, whole, held, Interval(columns.start - around.start, columns.stop - around.start))
+
+
+def _cut(rows: QuantisedRows, whole: WeightFormat, held: WeightFormat, columns: Interval) -> QuantisedRows:
+    """Columns of rows in the format `whole`, in the format `held`, whose groups are as long or shorter."""
+    q = rows.q[:, columns.slice]
+    if whole.group_size is None or held.group_size is None:
+        return QuantisedRows(q, rows.scales)
+    finer = rows.scales.repeat_interleave(whole.group_size // held.group_size, 1)
+    first = columns.start // held.group_size
+    return QuantisedRows(q, finer[:, first : first + held.num_groups(columns.size)])
