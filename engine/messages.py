@@ -61,7 +61,7 @@ class RankSpec:
     tokens a page; `measure` says how many where `num_pages` is 0. max_sequences, max_batch_tokens: most slots, and most
     tokens of a step. max_length: most tokens of a sequence. trace: whether every step and transfer is handed over.
     cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured. quantization: of the weights
-    while they are loaded, by the names of `kernels.SCHEMES`, or `none`.
+    while they are loaded, by the names of `models.quantization.SCHEMES`, or `none`.
     """
 
     replica: int

@@ -50,13 +50,14 @@ from phalanx.engine.runner import Links, Ran, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.errors import PhalanxError
-from phalanx.kernels import SCHEMES, Graphs, choose_packing, told_of_quantised
+from phalanx.kernels import Graphs, choose_packing, told_of_quantised
 from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
 from phalanx.models.captured import choose_graphs
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.params import rank_params
+from phalanx.models.quantization import SCHEMES
 from phalanx.models.weights import load_params
 from phalanx.native import resize_pool
 from phalanx.parallel.handover import HandOver
@@ -177,7 +178,9 @@ class Rank:
         packing = choose_packing(self._dtype, self._device)
         scheme = SCHEMES.get(spec.quantization)
         if self._device.type == "cpu":
-            self.choices["cpu products"] = packing.told if scheme is None else told_of_quantised(scheme, self._dtype)
+            self.choices["cpu products"] = (
+                packing.told if scheme is None else told_of_quantised(scheme.bits, self._dtype)
+            )
         else:
             self.choices["gpu kernels"] = find_triton().told
             self._graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)

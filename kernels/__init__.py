@@ -19,7 +19,7 @@ from phalanx.kernels.paged_attention import (
     plan_attention,
     plan_room,
 )
-from phalanx.kernels.quantise import SCHEMES, SchemeName, quantise
+from phalanx.kernels.quantise import quantise
 from phalanx.kernels.quantised_rows import quantise_rows
 from phalanx.kernels.quantised_weight import (
     QuantisedRows,
@@ -39,7 +39,6 @@ from phalanx.kernels.token_places import fill_token_places, planned_places, toke
 from phalanx.kernels.widen import widen
 
 __all__ = [
-    "SCHEMES",
     "Arena",
     "AttentionPlan",
     "CudaGraphs",
@@ -56,7 +55,6 @@ __all__ = [
     "QuantisedWeight",
     "Recording",
     "SamplingRows",
-    "SchemeName",
     "Weight",
     "WeightFormat",
     "add_layer_norm",

@@ -1,20 +1,10 @@
-"""Schemes by which the weights of a plain checkpoint are quantised, and the quantising."""
+"""`quantise`: rows of a matrix as integers and their scales."""
 
 from __future__ import annotations
-
-from typing import Literal, get_args
 
 import torch
 
 from phalanx.kernels.quantised_weight import QuantisedRows, WeightFormat
-
-SchemeName = Literal["int8", "int4"]
-
-SCHEMES: dict[str, WeightFormat] = {
-    "int8": WeightFormat(bits=8),
-    "int4": WeightFormat(bits=4, group_size=32, scale_dtype=torch.float16),
-}
-assert tuple(SCHEMES) == get_args(SchemeName)
 
 # Of 4 bits the largest number of a group need not be hit: with a smaller scale it is cut off, and the others err less.
 # Of these parts of the scale that hits it, the one with the least squared error is taken, for each group.
@@ -24,8 +14,8 @@ _SCALE_PARTS = (1.0, 0.95, 0.9, 0.85, 0.8)
 def quantise(rows: torch.Tensor, held: WeightFormat) -> QuantisedRows:
     """rows [R, K] of any floating dtype; symmetric: without offsets.
 
-    8 bits: an output's largest magnitude is 127, so that an error is half of a 127th of it at most. 4 bits: of a group's
-    numbers the one of the largest magnitude is -8, or a little beyond.
+    8 bits: the largest magnitude of a group becomes 127, so that an error is half of a 127th of it at most. 4 bits: the
+    number of the largest magnitude becomes -8, or is a little beyond.
     """
     num_rows, num_inputs = rows.shape
     group = held.group_of(num_inputs)

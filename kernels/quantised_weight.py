@@ -19,9 +19,9 @@ OCTET = 8  # inputs that lie together
 class WeightFormat(NamedTuple):
     """How a matrix [N, K] is held. W[n, k] = scales[n, k // group_size] * q[n, k] + offsets[n, k // group_size].
 
-    bits: 8, q from -128 to 127, or 4: q from 0 to 15 where there are offsets, else from -8 to 7. group_size: inputs that
-    share a scale, a multiple of 8; None for all of an output. scale_dtype: of scales and offsets: float32, float16 or
-    bfloat16.
+    bits: 8, q from -128 to 127, or 4: q from 0 to 15 where there are offsets, else from -8 to 7. group_size: inputs
+    that share a scale, a multiple of 8; None for all of an output. scale_dtype: of scales and offsets: float32, float16
+    or bfloat16.
     """
 
     bits: int
@@ -199,10 +199,10 @@ def native_for(dtype: torch.dtype) -> ModuleType | None:
     return library if library is not None and library.linear_sets and dtype == torch.bfloat16 else None
 
 
-def told_of_quantised(held: WeightFormat, dtype: torch.dtype) -> str:
-    """Who makes products by matrices in this format, as half a sentence."""
+def told_of_quantised(bits: int, dtype: torch.dtype) -> str:
+    """Who makes products by weights of so many bits, as half a sentence."""
     library, told = find_native()
-    weights = f"weights of {held.bits} bits"
+    weights = f"weights of {bits} bits"
     native = native_for(dtype)
     if native is not None:
         return f"native, {native.linear_sets[0]}: {weights}, activations as they are"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from phalanx.errors import ModelError
 from phalanx.kernels import (
     PackedWeight,
     QuantisedRows,
@@ -22,10 +21,13 @@ from phalanx.kernels import (
 )
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.params import Param, TensorSlice
+from phalanx.models.quantization import Scheme
 from phalanx.parallel.split import Interval
 
 # Quantised at a time: few enough that no full copy of a matrix is held in full precision.
 _QUANTISED_VALUES = 1 << 20
+
+_SCALE_DTYPES = {2: torch.float16, 4: torch.float32}
 
 
 def load_params(
@@ -35,7 +37,7 @@ def load_params(
     device: torch.device,
     *,
     packed: bool = False,
-    quantised: WeightFormat | None = None,
+    quantised: Scheme | None = None,
     num_threads: int = 1,
     on_bytes: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def load_params(
     multiplied = [param for param in params if param.multiplied]
     places: dict[str, Weight] = {}
     if quantised is not None:
-        formats = [format_of_cut(param, quantised) for param in multiplied]
+        formats = [_format(quantised.of_cut(param)) for param in multiplied]
         shapes = [param.shape for param in multiplied]
         places = dict(zip((param.name for param in multiplied), make_quantised(shapes, formats, dtype), strict=True))
     elif packed and multiplied:
@@ -63,7 +65,7 @@ def load_params(
         for piece in param.slices:
             if isinstance(weight, QuantisedWeight):
                 assert quantised is not None
-                for rows in _quantised_rows(checkpoint, piece, quantised, weight.format):
+                for rows in _quantised_rows(checkpoint, piece, _format(quantised), weight.format):
                     weight.put(first, rows)
                     first += len(rows.q)
                 continue
@@ -84,20 +86,8 @@ def load_params(
     return loaded
 
 
-def format_of_cut(param: Param, whole: WeightFormat) -> WeightFormat:
-    """How a matrix is held that is part of one held as `whole`: where a cut falls into a group of inputs, in smaller
-    groups with the same scales. Raises ModelError where a cut leaves none.
-    """
-    starts = {0 if piece.columns is None else piece.columns.start for piece in param.slices}
-    if whole.group_size is None or starts == {0}:
-        return whole
-    group = math.gcd(whole.group_size, *starts)
-    if group % 8:
-        raise ModelError(
-            f"{param.slices[0].tensor}: a rank's columns begin at {min(starts)}, in the middle of eight that are"
-            f" quantised together (groups of {whole.group_size}); cut by other weights, or over fewer ranks"
-        )
-    return whole._replace(group_size=group)
+def _format(scheme: Scheme) -> WeightFormat:
+    return WeightFormat(scheme.bits, scheme.group_size, _SCALE_DTYPES[scheme.scale_bytes])
 
 
 def _quantised_rows(
