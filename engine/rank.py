@@ -54,7 +54,7 @@ from phalanx.engine.step_profiler import Seen, StepProfiler
 from phalanx.engine.tables import SlotTables
 from phalanx.engine.trial import WARMUP, try_largest_steps
 from phalanx.errors import PhalanxError
-from phalanx.kernels import Graphs, choose_packing, compiled_names, use_compiler
+from phalanx.kernels import Graphs, choose_packing, compiled_names, told_of_quantised, use_compiler
 from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
@@ -62,6 +62,7 @@ from phalanx.models.captured import choose_graphs
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.params import kv_bytes_per_token, rank_params
+from phalanx.models.quantization import SCHEMES
 from phalanx.models.weights import load_params
 from phalanx.native import resize_pool
 from phalanx.parallel.handover import HandOver
@@ -182,8 +183,11 @@ class Rank:
         self._progress("weights", 0, total)
         checkpoint = Checkpoint(spec.entries)
         packing = choose_packing(self._dtype, self._device)
+        scheme = SCHEMES.get(spec.quantization)
         if self._device.type == "cpu":
-            self.choices["cpu products"] = packing.told
+            self.choices["cpu products"] = (
+                packing.told if scheme is None else told_of_quantised(scheme.bits, self._dtype)
+            )
         else:
             self.choices["gpu kernels"] = find_triton().told
             graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)
@@ -195,6 +199,7 @@ class Rank:
             self._dtype,
             self._device,
             packed=packing.usable,
+            quantised=scheme,
             num_threads=spec.num_threads,
             on_bytes=on_bytes,
         )

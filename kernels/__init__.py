@@ -12,7 +12,7 @@ from phalanx.kernels.largest import argmax, argmax_keys, columns_of_keys, top
 from phalanx.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from phalanx.kernels.linear import gated_linear, linear, linear_add
 from phalanx.kernels.mixture import Experts, PackedExperts, expert_ffn, route
-from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, make_packed
+from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, is_native, make_packed
 from phalanx.kernels.paged_attention import (
     AttentionPlan,
     PagePlan,
@@ -21,7 +21,15 @@ from phalanx.kernels.paged_attention import (
     plan_attention,
     plan_room,
 )
+from phalanx.kernels.quantise import quantise
 from phalanx.kernels.quantised_rows import quantise_rows
+from phalanx.kernels.quantised_weight import (
+    QuantisedRows,
+    QuantisedWeight,
+    WeightFormat,
+    make_quantised,
+    told_of_quantised,
+)
 from phalanx.kernels.random import gumbel_noise
 from phalanx.kernels.recording import Arena, NotRecordableError, Recording
 from phalanx.kernels.rms_norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
@@ -47,9 +55,12 @@ __all__ = [
     "Packing",
     "PagePlan",
     "PlanRoom",
+    "QuantisedRows",
+    "QuantisedWeight",
     "Recording",
     "SamplingRows",
     "Weight",
+    "WeightFormat",
     "add_layer_norm",
     "add_layer_norm_quantised",
     "add_rms_norm",
@@ -67,16 +78,19 @@ __all__ = [
     "gelu_mul_quantised",
     "group_heads",
     "gumbel_noise",
+    "is_native",
     "layer_norm",
     "layer_norm_quantised",
     "linear",
     "linear_add",
     "make_packed",
+    "make_quantised",
     "paged_attention",
     "paged_attention_reference",
     "plan_attention",
     "plan_room",
     "planned_places",
+    "quantise",
     "quantise_rows",
     "rms_norm",
     "rms_norm_quantised",
@@ -90,6 +104,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_quantised",
     "token_places",
+    "told_of_quantised",
     "top",
     "use_compiler",
     "widen",

@@ -6,6 +6,7 @@ import torch
 
 from phalanx.kernels import triton_gpu
 from phalanx.kernels.packed import PackedWeight, Weight
+from phalanx.kernels.quantised_weight import QuantisedWeight
 
 
 def embedding(tokens: torch.Tensor, weight: Weight, first: int = 0) -> torch.Tensor:
@@ -15,7 +16,7 @@ def embedding(tokens: torch.Tensor, weight: Weight, first: int = 0) -> torch.Ten
     gpu = triton_gpu.operators_for(tokens)
     if gpu is not None:
         return gpu.embedding(tokens, weight, first)  # type: ignore[no-any-return]
-    if isinstance(weight, PackedWeight):
+    if isinstance(weight, PackedWeight | QuantisedWeight):
         return weight.held_rows(tokens, first)
     local = tokens - first
     missing = (local < 0) | (local >= weight.shape[0])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from phalanx.kernels import triton_gpu, watch
 from phalanx.kernels.gated_mul import gelu_mul, silu_mul
 from phalanx.kernels.packed import PackedWeight, Weight
+from phalanx.kernels.quantised_weight import QuantisedWeight
 
 # Of float32 on CPUs torch reads weights at 5 to 12 GB/s for so many rows, and at 11 to 31 with the product turned round
 # (two Zen 4 cores, 960x576 to 49152x576). For one row, and from eight on, one is as fast as the other.
@@ -23,7 +24,7 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     By a packed weight a row's result does not depend on the other rows, nor on the number of threads. It is rounded
     once; subnormal numbers count as zero.
     """
-    if isinstance(weight, PackedWeight):
+    if isinstance(weight, PackedWeight | QuantisedWeight):
         return weight.multiply(x, bias)
     gpu = triton_gpu.operators_for(x)
     if gpu is not None:

@@ -16,12 +16,12 @@ from phalanx.kernels import triton_gpu
 from phalanx.kernels.gated_mul import silu_mul
 from phalanx.kernels.largest import top
 from phalanx.kernels.linear import linear
-from phalanx.kernels.packed import PackedWeight
+from phalanx.kernels.packed import Weight
 from phalanx.kernels.widen import widen
 
 
-class PackedExperts(tuple[PackedWeight, ...]):
-    """A packed matrix of each expert: a step reads those of the chosen ones."""
+class PackedExperts(tuple[Weight, ...]):
+    """A matrix of each expert, packed or quantised: a step reads those of the chosen ones."""
 
     __slots__ = ()
 

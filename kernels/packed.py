@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from phalanx.kernels.quantised_weight import QuantisedWeight
 from phalanx.native import find_native
 
 
@@ -140,5 +141,10 @@ class PackedWeight:
         return y
 
 
-Weight = torch.Tensor | PackedWeight
+Weight = torch.Tensor | PackedWeight | QuantisedWeight
 """A matrix to multiply by."""
+
+
+def is_native(weight: Weight) -> bool:
+    """Whether products by it, and the taking of its rows, are native calls."""
+    return isinstance(weight, PackedWeight) or (isinstance(weight, QuantisedWeight) and weight.native)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phalanx.errors import ModelError
 from phalanx.launcher.schema import EngineSection
 from phalanx.models.config import DecoderConfig
-from phalanx.models.params import kv_bytes_per_token, rank_params
+from phalanx.models.params import Param, kv_bytes_per_token, rank_params
+from phalanx.models.quantization import SCHEMES, Scheme
 from phalanx.parallel.layout import Layout, RankPlace
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -17,7 +19,8 @@ _CUDA_CONTEXT_BYTES = 2**30  # context, kernels and communicator buffers of one 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
     """What one rank holds. kv_bytes: its pages, by estimate where it is to measure, 0 where nothing is known of them.
-    weight_bytes: in the run's dtype, which is from above where a CPU's products hold them in 12 bits (`PackedWeight`).
+    weight_bytes: in the run's dtype, which is from above where a CPU's products hold them in 12 bits (`PackedWeight`);
+    of matrices that are quantised, integers and scales.
     work_bytes: an estimate, from above, of what a step's activations and logits take, and on a GPU a process by itself.
     All in bytes but `parameters`.
     """
@@ -40,10 +43,23 @@ class RankPlan:
 
 
 def plan_rank(
-    engine: EngineSection, model: DecoderConfig, layout: Layout, place: RankPlace, dtype: str, device: str
+    engine: EngineSection,
+    model: DecoderConfig,
+    layout: Layout,
+    place: RankPlace,
+    dtype: str,
+    device: str,
+    quantization: str = "none",
 ) -> RankPlan:
     """What the rank at `place` holds beside its pages."""
-    parameters = sum(param.num_elements for param in rank_params(model, layout, place))
+    params = rank_params(model, layout, place)
+    scheme = SCHEMES.get(quantization)
+    weight_bytes = sum(
+        param.num_elements * DTYPE_BYTES[dtype]
+        if scheme is None or not param.quantisable
+        else _quantised_bytes(scheme, param)
+        for param in params
+    )
     stage = layout.stages[place.stage]
     part, shape = place.tensor_rank, model.shape
     heads = stage.query_heads[part].size + 2 * stage.kv_heads[part].size
@@ -59,8 +75,17 @@ def plan_rank(
         work += _CUDA_CONTEXT_BYTES
     return RankPlan(
         place=place,
-        parameters=parameters,
-        weight_bytes=parameters * DTYPE_BYTES[dtype],
+        parameters=sum(param.num_elements for param in params),
+        weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes_per_token(model, layout, place, DTYPE_BYTES[dtype]),
         work_bytes=work,
     )
+
+
+def _quantised_bytes(scheme: Scheme, param: Param) -> int:
+    try:
+        held = scheme.of_cut(param)
+    except ModelError:  # `run_faults` says so
+        held = scheme
+    num_outputs, num_inputs = param.shape[-2:]
+    return len(param.matrices) * held.num_bytes(num_outputs, num_inputs)

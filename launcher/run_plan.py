@@ -11,6 +11,7 @@ from phalanx.launcher.machine import Machine
 from phalanx.launcher.rank_plan import RankPlan, plan_rank
 from phalanx.launcher.schema import Config
 from phalanx.models.config import DecoderConfig
+from phalanx.models.quantization import SCHEMES
 from phalanx.parallel.layout import Layout, RankPlace, build_layout
 
 NODE_SHARE = 0
@@ -89,7 +90,8 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
     shares_gpu = device == "cuda" and gpus < 1
     backend = "gloo" if config.comm.backend == "auto" and shares_gpu and layout.num_ranks > 1 else config.comm.backend
 
-    bare = [plan_rank(config.engine, model, layout, place, dtype, device) for place in layout.places()]
+    scheme = config.model.quantization
+    bare = [plan_rank(config.engine, model, layout, place, dtype, device, scheme) for place in layout.places()]
     pool, kv_choice, kv_reason = plan_kv_pool(config, model, machine, device, gpus, bare, layout.replicas)
     expected_tokens = (pool.expected_pages or 0) * pool.page_size
     ranks = tuple(replace(rank, kv_bytes=rank.kv_bytes_per_token * expected_tokens) for rank in bare)
@@ -99,6 +101,7 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
         Decision("placement", *_placement(config)),
         Decision("device", device, device_reason),
         Decision("dtype", dtype, dtype_reason),
+        *([] if scheme == "none" else [Decision("quantization", scheme, _quantization_reason(scheme))]),
         Decision("layers", "+".join(str(stage.layers.size) for stage in layout.stages), _layers_reason(config)),
         Decision("CPUs per rank", f"{cpus:g}", cpus_reason),
         Decision("threads per rank", str(num_threads), "its whole cores, at least one")
@@ -175,6 +178,12 @@ def _dtype(config: Config, model: DecoderConfig, device: str, machine: Machine) 
     if machine.bfloat16:
         return "bfloat16", "this CPU has instructions for it"
     return "float32", "this CPU has no bfloat16 instructions"
+
+
+def _quantization_reason(name: str) -> str:
+    scheme = SCHEMES[name]
+    scales = "an output" if scheme.group_size is None else f"{scheme.group_size} inputs of an output"
+    return f"matrices of products, quantised while they are loaded: a scale for {scales}"
 
 
 def _cpus(config: Config, machine: Machine, layout: Layout) -> tuple[float, int, str]:

@@ -51,6 +51,11 @@ class ModelSection(Section):
         description="Of weights, activations and KV cache. auto: on GPUs float16 where the checkpoint is stored so, "
         "else bfloat16; on CPUs bfloat16 where they have instructions for it, else float32.",
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        default="none",
+        description="Of the matrices of products, head included, while a plain checkpoint is loaded. int8: a scale an "
+        "output; int4: a scale for 32 inputs of an output. Activations keep model.dtype. On CPUs.",
+    )
     revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub id.")
     max_length: int | None = Field(
         default=None,

@@ -18,11 +18,11 @@ from phalanx.kernels import (
     Arena,
     Experts,
     Graphs,
-    PackedWeight,
     Recording,
     Weight,
     expert_ffn,
     group_heads,
+    is_native,
     linear,
     rms_norm,
     rope_and_attend,
@@ -270,7 +270,7 @@ class Decoder:
         return all(
             isinstance(layer.ffn, FeedForward)
             and all(
-                isinstance(product.weight, PackedWeight)
+                is_native(product.weight)
                 for product in (layer.attention.qkv, layer.attention.o, layer.ffn.gate_up, layer.ffn.out)
             )
             for layer in self.layers

@@ -26,14 +26,20 @@ class TensorSlice(NamedTuple):
 class Param:
     """A tensor that a rank holds: slices of the checkpoint, stacked along the first dimension.
 
-    multiplied: whether it is a matrix of a product. num_experts: whose matrices it is, [experts, rows, columns], of as
-    many slices each; 0 where it is none of a mixture's.
+    multiplied: whether it is a matrix of a product; of a tied embedding, whether on this rank or another. num_experts:
+    whose matrices it is, [experts, rows, columns], of as many slices each; 0 where it is none of a mixture's. exact:
+    whether schemes of quantization leave it as it is, as they do a router's.
     """
 
     name: str
     slices: tuple[TensorSlice, ...]
     multiplied: bool = False
     num_experts: int = 0
+    exact: bool = False
+
+    @property
+    def quantisable(self) -> bool:
+        return self.multiplied and not self.exact
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,7 +75,7 @@ def _params(config: DecoderConfig, stage: Stage, tensor_rank: int) -> Iterator[P
     vocab = stage.vocab[tensor_rank]
     if stage.first:
         embed = _rows("embed", ("model.embed_tokens.weight", vocab, hidden))
-        yield replace(embed, multiplied=stage.last and config.tie_embeddings)
+        yield replace(embed, multiplied=config.tie_embeddings)
     for layer in range(stage.layers.start, stage.layers.stop):
         yield from _layer_params(config, stage, tensor_rank, layer)
     if stage.last:
@@ -102,7 +108,8 @@ def _layer_params(config: DecoderConfig, stage: Stage, tensor_rank: int, layer: 
     yield _vector(f"{name}.ffn_norm", f"{source}.post_attention_layernorm.weight", hidden)
     num_experts = config.shape.num_experts
     if num_experts:
-        yield _rows(f"{name}.router", (f"{mlp}.gate.weight", Interval(0, num_experts), hidden))
+        router = _rows(f"{name}.router", (f"{mlp}.gate.weight", Interval(0, num_experts), hidden))
+        yield replace(router, exact=True)
     names = ffn_names(config.shape, mlp)
     gate_up = ((f"{ffn_name}.{part}_proj.weight", ffn, hidden) for ffn_name in names for part in ("gate", "up"))
     yield replace(_rows(f"{name}.gate_up", *gate_up), num_experts=num_experts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import PackedWeight, Recording, Weight, add_rms_norm, embedding, linear
+from phalanx.kernels import Recording, Weight, add_rms_norm, embedding, is_native, linear
 from phalanx.parallel.split import Interval
 
 
@@ -83,7 +83,7 @@ class VocabParallelEmbedding:
     @property
     def native(self) -> bool:
         """Whether looking up is a native call."""
-        return isinstance(self.weight, PackedWeight)
+        return is_native(self.weight)
 
     def record(self, tokens_T: torch.Tensor, recording: Recording) -> torch.Tensor:
         """The same in every replay of what is being recorded, where it is native."""

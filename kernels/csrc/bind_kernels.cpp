@@ -5,6 +5,7 @@
 #include "memory.hpp"
 #include "pool.hpp"
 #include "program.hpp"
+#include "quantised.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -17,26 +18,44 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Of so many rows by a matrix that is read once.
+template <class Matrix>
+Work product_of(const Matrix& matrix, size_t num_rows) {
+  const size_t outputs = matrix.num_outputs(), inputs = matrix.num_inputs();
+  return {"linear", {num_rows, outputs, inputs},
+          double(matrix.num_bytes() + num_rows * (outputs + inputs) * sizeof(uint16_t)), 2.0 * num_rows * outputs * inputs,
+          uintptr_t(&matrix)};
+}
+
 // weight: a `PackedMatrix`. instructions: a place in `linear_sets`.
 void multiply(uintptr_t y, uintptr_t x, size_t x_stride, uintptr_t weight, uintptr_t bias, size_t num_rows,
               size_t instructions) {
   const PackedMatrix& matrix = *at<PackedMatrix>(weight);
-  perform(
-      [=, &matrix] {
-        const size_t outputs = matrix.num_outputs(), inputs = matrix.num_inputs();
-        return Work{"linear", {num_rows, outputs, inputs},
-                    double(matrix.num_bytes() + num_rows * (outputs + inputs) * sizeof(uint16_t)),
-                    2.0 * num_rows * outputs * inputs, weight};
-      },
-      [=, &matrix, &kernels = *usable_linears().at(instructions)] {
-        linear(kernels, at<uint16_t>(y), at<uint16_t>(x), x_stride, matrix, at<uint16_t>(bias), num_rows);
-      });
+  perform([=, &matrix] { return product_of(matrix, num_rows); },
+          [=, &matrix, &kernels = *usable_linears().at(instructions)] {
+            linear(kernels, at<uint16_t>(y), at<uint16_t>(x), x_stride, matrix, at<uint16_t>(bias), num_rows);
+          });
 }
 
 // Of so many rows of a matrix, written out.
-Work taken_rows(const PackedMatrix& matrix, size_t count) {
+template <class Matrix>
+Work taken_rows(const Matrix& matrix, size_t count) {
   const double held = double(matrix.num_bytes()) / matrix.num_outputs(), written = matrix.num_inputs() * sizeof(uint16_t);
   return {"embedding", {count, matrix.num_inputs()}, count * (held + written), 0, uintptr_t(&matrix)};
+}
+
+// weight: a `QuantisedMatrix`. The rest as above.
+void multiply_quantised(uintptr_t y, uintptr_t x, size_t x_stride, uintptr_t weight, uintptr_t bias, size_t num_rows,
+                        size_t instructions) {
+  const QuantisedMatrix& matrix = *at<QuantisedMatrix>(weight);
+  perform([=, &matrix] { return product_of(matrix, num_rows); },
+          [=, &matrix] {
+            quantised_linear(instructions, at<uint16_t>(y), at<uint16_t>(x), x_stride, matrix, at<uint16_t>(bias), num_rows);
+          });
+}
+
+QuantisedFormat format_of(size_t bits, size_t group_size, int scales, bool offsets) {
+  return {bits, group_size, ScaleType(scales), offsets};
 }
 
 }  // namespace
@@ -105,6 +124,33 @@ void bind_kernels(nb::module_& module) {
       .def_prop_ro("num_bytes", &PackedMatrix::num_bytes)
       .def_prop_ro("num_blocks", &PackedMatrix::num_blocks)
       .def_prop_ro("num_plain", &PackedMatrix::num_plain);
+  module.def("quantised_linear", &multiply_quantised, "y"_a, "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "num_rows"_a,
+             "instructions"_a = 0, unlocked);
+  nb::class_<QuantisedMatrix>(module, "QuantisedMatrix")
+      .def_static(
+          "room_bytes",
+          [](size_t num_outputs, size_t num_inputs, size_t bits, size_t group_size, int scales, bool offsets) {
+            return QuantisedMatrix::room_bytes(num_outputs, num_inputs, format_of(bits, group_size, scales, offsets));
+          },
+          "num_outputs"_a, "num_inputs"_a, "bits"_a, "group_size"_a, "scales"_a, "offsets"_a)
+      .def("__init__",
+           [](QuantisedMatrix* self, size_t num_outputs, size_t num_inputs, size_t bits, size_t group_size, int scales,
+              bool offsets, uintptr_t room) {
+             new (self) QuantisedMatrix(num_outputs, num_inputs, format_of(bits, group_size, scales, offsets), at<uint8_t>(room));
+           },
+           "num_outputs"_a, "num_inputs"_a, "bits"_a, "group_size"_a, "scales"_a, "offsets"_a, "room"_a)
+      .def("put",
+           [](QuantisedMatrix& self, uintptr_t q, uintptr_t scales, uintptr_t offsets, size_t first, size_t num_rows) {
+             self.put(at<int8_t>(q), at<void>(scales), at<void>(offsets), first, num_rows);
+           },
+           "q"_a, "scales"_a, "offsets"_a, "first"_a, "num_rows"_a, unlocked)
+      .def("take_held_rows",
+           [](const QuantisedMatrix& self, uintptr_t out, uintptr_t indices, size_t count, int64_t first) {
+             perform([=, &self] { return taken_rows(self, count); },
+                     [=, &self] { self.take_held_rows(at<uint16_t>(out), at<int64_t>(indices), count, first); });
+           },
+           "out"_a, "indices"_a, "count"_a, "first"_a, unlocked)
+      .def_prop_ro("address", [](const QuantisedMatrix& self) { return reinterpret_cast<uintptr_t>(&self); });
   module.def(
       "advise_huge_pages",
       [](uintptr_t memory, size_t num_bytes) { return advise_huge_pages(at<char>(memory), num_bytes); }, "memory"_a,

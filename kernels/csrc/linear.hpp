@@ -33,18 +33,21 @@ struct Tile {
   const uint16_t* bias;      // of these columns, or null
 };
 
+struct QuantisedKernels;
+
 /// The functions of one instruction set. most_rows: of a tile. item_bytes: of a pair of a row's inputs.
 struct LinearKernels {
   const char* name;
   size_t most_rows;
   size_t item_bytes;
-  /// x [num_rows, num_inputs], rows x_stride apart -> [2 num_quads][num_rows].
-  void (*pack_rows)(void* out, const uint16_t* x, size_t x_stride, size_t num_rows, size_t num_inputs);
+  /// x [num_rows, num_inputs], rows x_stride apart -> [num_pairs][num_rows], filled up with zeros.
+  void (*pack_rows)(void* out, const uint16_t* x, size_t x_stride, size_t num_rows, size_t num_inputs, size_t num_pairs);
   // By number of rows; those up to most_rows are there. From codes, from codes which are put down plain for other rows,
   // from plain weights, which also fetch what is wanted next.
   void (*multiply_codes[16])(const Tile& tile);
   void (*multiply_kept_codes[16])(const Tile& tile);
   void (*multiply_plain[16])(const Tile& tile);
+  const QuantisedKernels* quantised;
 };
 
 /// Of `usable_kernels`, those that can multiply, the best first.

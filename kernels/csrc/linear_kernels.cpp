@@ -4,6 +4,7 @@
 
 #include "linear.hpp"
 #include "linear_vectors.hpp"
+#include "quantised.hpp"
 
 #define PHALANX_JOIN_OF(a, b) a##b
 #define PHALANX_JOIN(a, b) PHALANX_JOIN_OF(a, b)
@@ -14,8 +15,8 @@ namespace phalanx {
 namespace {
 
 template <size_t kRows>
-void pack(Pair* out, const uint16_t* x, size_t x_stride, size_t num_inputs) {
-  const size_t whole = num_inputs / 2, pairs = (num_inputs + 3) / 4 * 2;
+void pack(Pair* out, const uint16_t* x, size_t x_stride, size_t num_inputs, size_t num_pairs) {
+  const size_t whole = num_inputs / 2;
   for (size_t k = 0; k < whole; k++) {
     for (size_t row = 0; row < kRows; row++) {
       uint16_t both[2];
@@ -23,7 +24,7 @@ void pack(Pair* out, const uint16_t* x, size_t x_stride, size_t num_inputs) {
       out[k * kRows + row] = make_pair(both[0], both[1]);
     }
   }
-  for (size_t k = whole; k < pairs; k++) {
+  for (size_t k = whole; k < num_pairs; k++) {
     for (size_t row = 0; row < kRows; row++) {
       out[k * kRows + row] = make_pair(2 * k < num_inputs ? x[row * x_stride + 2 * k] : 0, 0);
     }
@@ -62,12 +63,6 @@ struct KeptCodes : Codes {
   using Codes::Codes;
 };
 
-template <size_t kBytes, _mm_hint kHint>
-inline void prefetch(const uint8_t* from) {
-#pragma GCC unroll 4
-  for (size_t at = 0; at < kBytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(from + at), kHint);
-}
-
 template <size_t kRows, bool kOdd>
 inline void add_outlier(float* sums, const Pair* x, float weight) {
 #pragma GCC unroll 16
@@ -85,21 +80,7 @@ void finish(const Tile& tile, float* sums) {
       add_outlier<kRows, true>(sums + each.lane, x, widen(each.value));
     }
   }
-  for (size_t row = 0; row < kRows; row++) {
-    const float* from = sums + row * kBlockColumns;
-    uint16_t* y = tile.y + row * tile.y_stride;
-    if (tile.num_columns == kBlockColumns) {
-#pragma GCC unroll 4
-      for (size_t i = 0; i < kBlockColumns; i += kWidth) {
-        const V sum = load(from + i);
-        store_narrow(y + i, tile.bias == nullptr ? sum : add(sum, widen_all(tile.bias + i)));
-      }
-    } else {
-      for (size_t i = 0; i < tile.num_columns; i++) {
-        y[i] = narrow(tile.bias == nullptr ? from[i] : from[i] + widen(tile.bias[i]));
-      }
-    }
-  }
+  store_rows<kRows>(tile.y, tile.y_stride, tile.num_columns, tile.bias, sums);
 }
 
 template <class Held, size_t kRows>
@@ -165,7 +146,7 @@ void multiply(const Tile& tile) {
   if (tile.last) finish<kRows>(tile, whole);
 }
 
-using Pack = void (*)(Pair*, const uint16_t*, size_t, size_t);
+using Pack = void (*)(Pair*, const uint16_t*, size_t, size_t, size_t);
 constexpr Pack kPacks[] = {nullptr,  pack<1>, pack<2>, pack<3>,
 #if defined(__AVX512F__)
                            pack<4>,  pack<5>, pack<6>, pack<7>, pack<8>, pack<9>, pack<10>, pack<11>, pack<12>};
@@ -173,12 +154,13 @@ constexpr Pack kPacks[] = {nullptr,  pack<1>, pack<2>, pack<3>,
                            pack<4>};
 #endif
 
-void pack_rows(void* out, const uint16_t* x, size_t x_stride, size_t num_rows, size_t num_inputs) {
-  kPacks[num_rows](static_cast<Pair*>(out), x, x_stride, num_inputs);
+void pack_rows(void* out, const uint16_t* x, size_t x_stride, size_t num_rows, size_t num_inputs, size_t num_pairs) {
+  kPacks[num_rows](static_cast<Pair*>(out), x, x_stride, num_inputs, num_pairs);
 }
 
 }  // namespace
 
+extern const QuantisedKernels PHALANX_JOIN(kQuantised_, PHALANX_SET);
 extern const LinearKernels PHALANX_JOIN(kLinear_, PHALANX_SET);
 const LinearKernels PHALANX_JOIN(kLinear_, PHALANX_SET) = {
     PHALANX_TEXT(PHALANX_SET),
@@ -203,6 +185,7 @@ const LinearKernels PHALANX_JOIN(kLinear_, PHALANX_SET) = {
      multiply<Plain, 9>, multiply<Plain, 10>, multiply<Plain, 11>, multiply<Plain, 12>,
 #endif
     },
+    &PHALANX_JOIN(kQuantised_, PHALANX_SET),
 };
 
 }  // namespace phalanx

@@ -151,5 +151,29 @@ inline float one_of(const Pair& x) {
 #endif
 }
 
+template <size_t kBytes, _mm_hint kHint>
+inline void prefetch(const uint8_t* from) {
+#pragma GCC unroll 4
+  for (size_t at = 0; at < kBytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(from + at), kHint);
+}
+
+// Sums [kRows, kBlockColumns] and the bias, or null, into the columns that y has.
+template <size_t kRows>
+void store_rows(uint16_t* to, size_t stride, size_t num_columns, const uint16_t* bias, const float* sums) {
+  for (size_t row = 0; row < kRows; row++) {
+    const float* from = sums + row * kBlockColumns;
+    uint16_t* y = to + row * stride;
+    if (num_columns == kBlockColumns) {
+#pragma GCC unroll 4
+      for (size_t i = 0; i < kBlockColumns; i += kWidth) {
+        const V sum = load(from + i);
+        store_narrow(y + i, bias == nullptr ? sum : add(sum, widen_all(bias + i)));
+      }
+    } else {
+      for (size_t i = 0; i < num_columns; i++) y[i] = narrow(bias == nullptr ? from[i] : from[i] + widen(bias[i]));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace phalanx

@@ -1,0 +1,50 @@
+"""Schemes by which the matrices of a plain checkpoint are quantised while they are loaded. Without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from phalanx.errors import ModelError
+from phalanx.models.params import Param
+
+OCTET = 8  # inputs that a product reads together
+
+
+class Scheme(NamedTuple):
+    """Symmetric: a weight is an integer of `bits` bits times a scale.
+
+    group_size: inputs of an output that share a scale; None for all. scale_bytes: 4 for float32, 2 for float16.
+    """
+
+    bits: int
+    group_size: int | None
+    scale_bytes: int
+
+    def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
+        """Of a matrix: its integers and their scales."""
+        groups = 1 if self.group_size is None else -(-num_inputs // self.group_size)
+        return num_outputs * (-(-num_inputs * self.bits // 8) + groups * self.scale_bytes)
+
+    def of_cut(self, param: Param) -> Scheme:
+        """How a rank holds its part of a matrix: where a cut falls into a group of inputs, in smaller groups with the
+        same scales. Raises ModelError where a cut leaves no whole octets of inputs.
+        """
+        starts = {0 if piece.columns is None else piece.columns.start for piece in param.slices}
+        if self.group_size is None or starts == {0} or not param.quantisable:
+            return self
+        group = math.gcd(self.group_size, *starts)
+        if group % OCTET:
+            raise ModelError(
+                f"{param.slices[0].tensor}: a rank's inputs begin at {max(starts)}, in the middle of {OCTET} that lie"
+                f" together (groups of {self.group_size}); cut by other weights, or over fewer ranks"
+            )
+        return self._replace(group_size=group)
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "int8": Scheme(bits=8, group_size=None, scale_bytes=4),
+    "int4": Scheme(bits=4, group_size=32, scale_bytes=2),
+}
+"""By the names of `model.quantization`, which may be `none` beside them."""
