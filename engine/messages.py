@@ -72,7 +72,7 @@ class RankSpec:
     tokens of a step. max_length: most tokens of a sequence. trace: whether every step and transfer is handed over.
     cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured. torch_compile: whether
     PyTorch's operators are compiled. profile: how steps are profiled that ask for it, None where none does.
-    quantization: of the weights while they are loaded, by the names of `models.quantization.SCHEMES`, or `none`.
+    quantization: of the weights, as `model.quantization`.
     """
 
     replica: int

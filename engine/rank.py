@@ -62,7 +62,6 @@ from phalanx.models.captured import choose_graphs
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.params import kv_bytes_per_token, rank_params
-from phalanx.models.quantization import SCHEMES
 from phalanx.models.weights import load_params
 from phalanx.native import resize_pool
 from phalanx.parallel.handover import HandOver
@@ -183,11 +182,9 @@ class Rank:
         self._progress("weights", 0, total)
         checkpoint = Checkpoint(spec.entries)
         packing = choose_packing(self._dtype, self._device)
-        scheme = SCHEMES.get(spec.quantization)
         if self._device.type == "cpu":
-            self.choices["cpu products"] = (
-                packing.told if scheme is None else told_of_quantised(scheme.bits, self._dtype)
-            )
+            quantised = spec.quantization != "none"
+            self.choices["cpu products"] = told_of_quantised(self._dtype) if quantised else packing.told
         else:
             self.choices["gpu kernels"] = find_triton().told
             graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)
@@ -199,7 +196,7 @@ class Rank:
             self._dtype,
             self._device,
             packed=packing.usable,
-            quantised=scheme,
+            quantization=spec.quantization,
             num_threads=spec.num_threads,
             on_bytes=on_bytes,
         )

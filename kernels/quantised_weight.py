@@ -203,15 +203,14 @@ def native_for(dtype: torch.dtype) -> ModuleType | None:
     return library if library is not None and library.linear_sets and dtype == torch.bfloat16 else None
 
 
-def told_of_quantised(bits: int, dtype: torch.dtype) -> str:
-    """Who makes products by weights of so many bits, as half a sentence."""
+def told_of_quantised(dtype: torch.dtype) -> str:
+    """Who makes products of rows of this dtype by quantised weights, as half a sentence."""
     library, told = find_native()
-    weights = f"weights of {bits} bits"
     native = native_for(dtype)
     if native is not None:
-        return f"native, {native.linear_sets[0]}: {weights}, activations as they are"
+        return f"native, {native.linear_sets[0]}: from weights in integers, activations as they are"
     reason = told if library is None else "native products are in bfloat16 and need AVX2"
-    return f"torch: {weights}, made whole for each product ({reason})"
+    return f"torch: weights in integers are made whole for each product ({reason})"
 
 
 def _native_format(held: WeightFormat, num_inputs: int) -> tuple[int, int, int, bool]:

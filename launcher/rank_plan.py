@@ -20,7 +20,7 @@ _CUDA_CONTEXT_BYTES = 2**30  # context, kernels and communicator buffers of one 
 class RankPlan:
     """What one rank holds. kv_bytes: its pages, by estimate where it is to measure, 0 where nothing is known of them.
     weight_bytes: in the run's dtype, which is from above where a CPU's products hold them in 12 bits (`PackedWeight`);
-    of matrices that are quantised, integers and scales.
+    of matrices that are quantised while they are loaded, integers and scales.
     work_bytes: an estimate, from above, of what a step's activations and logits take, and on a GPU a process by itself.
     All in bytes but `parameters`.
     """

@@ -57,19 +57,18 @@ def _length_faults(config: Config, model: DecoderConfig) -> Iterator[Fault]:
 
 
 def _quantization_faults(config: Config, plan: RunPlan, model: DecoderConfig) -> Iterator[Fault]:
-    scheme = SCHEMES.get(config.model.quantization)
+    asked = config.model.quantization
+    if asked != "none" and plan.device == "cuda":
+        yield _bad("model.quantization", "weights are quantised on CPUs only", asked, "none on a GPU")
+    scheme = SCHEMES.get(asked)
     if scheme is None:
         return
-    if plan.device == "cuda":
-        yield _bad(
-            "model.quantization", "weights are quantised on CPUs only", config.model.quantization, "none on a GPU"
-        )
     try:
         for place in plan.layout.places():
             for param in rank_params(model, plan.layout, place):
                 scheme.of_cut(param)
     except ModelError as error:
-        yield _bad("model.quantization", str(error), config.model.quantization, "int8, or another layout")
+        yield _bad("model.quantization", str(error), asked, "int8, or another layout")
 
 
 def _stated_pool_faults(config: Config, plan: RunPlan) -> Iterator[Fault]:

@@ -181,6 +181,8 @@ def _dtype(config: Config, model: DecoderConfig, device: str, machine: Machine) 
 
 
 def _quantization_reason(name: str) -> str:
+    if name == "stored":
+        return "matrices of products stay in the blocks that the checkpoint has them in"
     scheme = SCHEMES[name]
     scales = "an output" if scheme.group_size is None else f"{scheme.group_size} inputs of an output"
     return f"matrices of products, quantised while they are loaded: a scale for {scales}"

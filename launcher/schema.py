@@ -51,16 +51,17 @@ class ModelSection(Section):
         description="Of weights, activations and KV cache. auto: on GPUs float16 where the checkpoint is stored so, "
         "else bfloat16; on CPUs bfloat16 where they have instructions for it, else float32.",
     )
-    quantization: Literal["none", "int8", "int4"] = Field(
-        default="none",
-        description="Of the matrices of products, head included, while a plain checkpoint is loaded. int8: a scale an "
-        "output; int4: a scale for 32 inputs of an output. Activations keep model.dtype. On CPUs.",
-    )
     revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub id.")
     max_length: int | None = Field(
         default=None,
         ge=1,
         description="Most tokens of a sequence, prompt and output. null: what the model and the KV cache allow.",
+    )
+    quantization: Literal["none", "stored", "int8", "int4"] = Field(
+        default="none",
+        description="Of the matrices of products, head included; activations keep model.dtype. none: in model.dtype. "
+        "stored: as a GGUF file has them in Q8_0, Q4_0 and Q4_1, the others in model.dtype. int8, int4: quantised "
+        "while they are loaded, by a scale an output, or one for 32 inputs of an output. On CPUs.",
     )
 
 

@@ -62,9 +62,7 @@ class Checkpoint:
         Raises ModelError, naming file and tensor, where the tensor, its file or a part of it is missing; IndexError for
         a slice outside of the tensor.
         """
-        entry = self.entries.get(name)
-        if entry is None:
-            raise ModelError(f"tensor {name!r} is not in the checkpoint, which holds {len(self.entries)} tensors")
+        entry = self.entry(name)
         if len(entry.shape) == 1:  # a vector is read as a matrix of one row
             if columns is not None:
                 raise IndexError(f"{name} is a vector of {entry.shape[0]}; slice it by rows")
@@ -77,6 +75,32 @@ class Checkpoint:
         else:
             raise IndexError(f"{name} has {len(entry.shape)} dimensions; vectors and matrices can be read")
         return _deinterleave(values, entry.interleaved_head_dim) if entry.interleaved_head_dim else values
+
+    def entry(self, name: str) -> TensorEntry:
+        """Raises ModelError where there is none."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise ModelError(f"tensor {name!r} is not in the checkpoint, which holds {len(self.entries)} tensors")
+        return entry
+
+    def read_blocks(self, name: str, rows: Interval, columns: Interval) -> torch.Tensor:
+        """The blocks of a slice of a quantised matrix as they are stored: [rows, blocks, bytes of a block] uint8.
+
+        columns: whole blocks. Rows are in the order in which `read` gives them. Raises as `read`.
+        """
+        entry = self.entry(name)
+        encoding = ENCODINGS[entry.encoding]
+        _check_interval(name, rows, entry.shape[0], entry.interleaved_head_dim)
+        _check_interval(name, columns, entry.shape[1], 0)
+        if columns.start % encoding.block_values or columns.size % encoding.block_values:
+            raise IndexError(f"{name}: {columns.start}:{columns.stop} cuts a block of {encoding.block_values}")
+        first, num_blocks = columns.start // encoding.block_values, columns.size // encoding.block_values
+        row_bytes = encoding.num_bytes(entry.shape[1:])
+        raw = np.empty((rows.size, num_blocks * encoding.block_bytes), np.uint8)
+        start = entry.offset + rows.start * row_bytes + first * encoding.block_bytes
+        self._read_bytes(name, entry, self._open(name, entry), raw, start, row_bytes)
+        blocks = torch.from_numpy(raw).view(rows.size, num_blocks, encoding.block_bytes)
+        return _deinterleave(blocks, entry.interleaved_head_dim) if entry.interleaved_head_dim else blocks
 
     def _read_matrix(
         self,

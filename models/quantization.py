@@ -1,4 +1,4 @@
-"""Schemes by which the matrices of a plain checkpoint are quantised while they are loaded. Without torch."""
+"""How matrices of products are held that are quantised: by the checkpoint, or while it is loaded. Without torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 from phalanx.errors import ModelError
 from phalanx.models.params import Param
+from phalanx.models.tensor_entry import TensorEntry
 
 OCTET = 8  # inputs that a product reads together
 
 
 class Scheme(NamedTuple):
-    """Symmetric: a weight is an integer of `bits` bits times a scale.
+    """A weight is an integer of `bits` bits times a scale, plus an offset where there are any.
 
     group_size: inputs of an output that share a scale; None for all. scale_bytes: 4 for float32, 2 for float16.
     """
@@ -21,11 +22,12 @@ class Scheme(NamedTuple):
     bits: int
     group_size: int | None
     scale_bytes: int
+    offsets: bool = False
 
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
         """Of a matrix: its integers and their scales."""
         groups = 1 if self.group_size is None else -(-num_inputs // self.group_size)
-        return num_outputs * (-(-num_inputs * self.bits // 8) + groups * self.scale_bytes)
+        return num_outputs * (-(-num_inputs * self.bits // 8) + groups * self.scale_bytes * (1 + self.offsets))
 
     def of_cut(self, param: Param) -> Scheme:
         """How a rank holds its part of a matrix: where a cut falls into a group of inputs, in smaller groups with the
@@ -47,4 +49,24 @@ SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(bits=8, group_size=None, scale_bytes=4),
     "int4": Scheme(bits=4, group_size=32, scale_bytes=2),
 }
-"""By the names of `model.quantization`, which may be `none` beside them."""
+"""By the names of `model.quantization`, which may be `none` or `stored` beside them."""
+
+STORED: Mapping[str, Scheme] = {
+    "Q8_0": Scheme(bits=8, group_size=32, scale_bytes=2),
+    "Q4_0": Scheme(bits=4, group_size=32, scale_bytes=2),
+    "Q4_1": Scheme(bits=4, group_size=32, scale_bytes=2, offsets=True),
+}
+"""By the encodings of checkpoints whose blocks a product can read as they are."""
+
+
+def scheme_of(quantization: str, param: Param, entries: Mapping[str, TensorEntry]) -> Scheme | None:
+    """How a matrix is held, of which `param` may be a part; None for one that is not quantised.
+
+    quantization: as `model.quantization`. entries: of the checkpoint; what is missing there counts as not quantised.
+    """
+    if not param.quantisable:
+        return None
+    if quantization != "stored":
+        return SCHEMES.get(quantization)
+    encodings = {entries[piece.tensor].encoding if piece.tensor in entries else "" for piece in param.slices}
+    return STORED.get(encodings.pop()) if len(encodings) == 1 else None
