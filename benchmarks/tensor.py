@@ -43,9 +43,11 @@ class Reading(NamedTuple):
     tokens_per_s: float
 
 
-def engine_of(model: str, dtype: str, threads: int, parallel: dict[str, int]) -> AsyncEngine:
+def engine_of(
+    model: str, dtype: str, threads: int, parallel: dict[str, int], quantization: str = "none"
+) -> AsyncEngine:
     sections: dict[str, Any] = {
-        "model": {"path": model, "dtype": dtype},
+        "model": {"path": model, "dtype": dtype, "quantization": quantization},
         # Only one can have the cores to itself, and a rank alone gains nothing by it.
         "cluster": {"ray": "none", "device": "cpu", "cpus_per_rank": threads, "pin_cores": bool(parallel)},
         "parallel": parallel,

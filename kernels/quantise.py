@@ -1,4 +1,4 @@
-"""`quantise`: rows of a matrix as integers and their scales."""
+"""`quantise`: rows of a matrix as integers, their scales and offsets."""
 
 from __future__ import annotations
 
@@ -6,48 +6,62 @@ import torch
 
 from phalanx.kernels.quantised_weight import QuantisedRows, WeightFormat
 
-# Of 4 bits the largest number of a group need not be hit: with a smaller scale it is cut off, and the others err less.
-# Of these parts of the scale that hits it, the one with the least squared error is taken, for each group.
-_SCALE_PARTS = (1.0, 0.95, 0.9, 0.85, 0.8)
+# Of 4 bits the ends of a group's range need not be hit: in a narrower one they are cut off, and the others err less. Of
+# these parts of the range, the one with the least squared error is taken, for each group.
+_RANGE_PARTS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 def quantise(rows: torch.Tensor, held: WeightFormat) -> QuantisedRows:
-    """rows [R, K] of any floating dtype; symmetric: without offsets.
+    """rows [R, K] of any floating dtype.
 
-    8 bits: the largest magnitude of a group becomes 127, so that an error is half of a 127th of it at most. 4 bits: the
-    number of the largest magnitude becomes -8, or is a little beyond.
+    Without offsets the largest magnitude of a group becomes 127, or of 4 bits 7. With offsets, of 4 bits, 0 and 15 are
+    about the ends of the group's range.
     """
     num_rows, num_inputs = rows.shape
-    group = held.group_of(num_inputs)
-    groups = held.num_groups(num_inputs)
-    padded = torch.zeros(num_rows, groups * group)
-    padded[:, :num_inputs] = rows
-    x = padded.view(num_rows, groups, group)
-    if held.bits == 8:
-        scales = x.abs().amax(-1) / 127
-        q, scales = _rounded(x, scales, held)
+    group, groups = held.group_of(num_inputs), held.num_groups(num_inputs)
+    missing = groups * group - num_inputs
+    x = torch.cat([rows.float(), rows[:, -1:].float().expand(-1, missing)], 1).view(num_rows, groups, group)
+    best: QuantisedRows | None = None
+    least: torch.Tensor | None = None
+    for part in _RANGE_PARTS if held.bits == 4 else (1.0,):
+        found = _in_range(x, part, held)
+        if best is None:
+            best = found
+            continue
+        if least is None:
+            least = _squared_error(x, best)
+        error = _squared_error(x, found)
+        better, least = error < least, torch.minimum(error, least)
+        best = QuantisedRows(*(_chosen(better, one, other) for one, other in zip(found, best, strict=True)))  # type: ignore[arg-type]
+    assert best is not None
+    return best._replace(q=best.q.flatten(1)[:, :num_inputs])
+
+
+def _in_range(x: torch.Tensor, part: float, held: WeightFormat) -> QuantisedRows:
+    """x [R, groups, group] by a scale that has so much of the range."""
+    low, high = (0, 15) if held.offsets else (-127, 127) if held.bits == 8 else (-7, 7)
+    offsets: torch.Tensor | None = None
+    if held.offsets:
+        start, stop = x.amin(-1) * part, x.amax(-1) * part
+        scales, offsets = ((stop - start) / 15).to(held.scale_dtype), start.to(held.scale_dtype)
+        x = x - offsets.float().unsqueeze(-1)
     else:
-        largest = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        q, scales = _rounded(x, largest / -8, held)
-        error = _squared_error(x, q, scales)
-        for part in _SCALE_PARTS[1:]:
-            other = _rounded(x, largest * (part / -8), held)
-            other_error = _squared_error(x, *other)
-            better = other_error < error
-            error = torch.where(better, other_error, error)
-            scales = torch.where(better, other[1], scales)
-            q = torch.where(better.unsqueeze(-1), other[0], q)
-    return QuantisedRows(q.view(num_rows, -1)[:, :num_inputs].contiguous(), scales)
-
-
-def _rounded(x: torch.Tensor, scales: torch.Tensor, held: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """The integers next to x by these scales, as they are stored."""
-    scales = scales.to(held.scale_dtype)
+        scales = (x.abs().amax(-1) * (part / high)).to(held.scale_dtype)
     inverse = scales.float().reciprocal()
-    inverse = torch.where(inverse.isfinite(), inverse, torch.zeros(()))
-    low, high = (-128, 127) if held.bits == 8 else (-8, 7)
-    return (x * inverse.unsqueeze(-1)).round_().clamp_(low, high).to(torch.int8), scales
+    inverse = torch.where(inverse.isfinite(), inverse, torch.zeros(()))  # of zeros
+    q = (x * inverse.unsqueeze(-1)).round_().clamp_(low, high).to(torch.int8)
+    return QuantisedRows(q, scales, offsets)
 
 
-def _squared_error(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return (q * scales.float().unsqueeze(-1)).sub_(x).square_().sum(-1)
+def _squared_error(x: torch.Tensor, rows: QuantisedRows) -> torch.Tensor:
+    """Of each group, [R, groups]."""
+    values = rows.q * rows.scales.float().unsqueeze(-1)
+    if rows.offsets is not None:
+        values += rows.offsets.float().unsqueeze(-1)
+    return values.sub_(x).square_().sum(-1)
+
+
+def _chosen(better: torch.Tensor, one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    if one is None or other is None:
+        return None
+    return torch.where(better if one.dim() == 2 else better.unsqueeze(-1), one, other)

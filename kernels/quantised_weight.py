@@ -130,9 +130,10 @@ class QuantisedWeight:
             if each is not None and (each.shape != groups or each.dtype != dtype):
                 raise ValueError(f"scales {list(each.shape)} {each.dtype} are not {list(groups)} {dtype}")
         if self._parts is not None:
-            for held, part in zip(self._parts, rows, strict=True):
-                if held is not None and part is not None:
-                    held[first : first + num_rows] = part
+            with torch.inference_mode():  # these were perhaps made in it, by another thread
+                for held, part in zip(self._parts, rows, strict=True):
+                    if held is not None and part is not None:
+                        held[first : first + num_rows] = part
             return
         q, scales = rows.q.contiguous(), rows.scales.contiguous()
         offsets = None if rows.offsets is None else rows.offsets.contiguous()

@@ -8,7 +8,7 @@ from phalanx.errors import ModelError
 from phalanx.launcher.schema import EngineSection
 from phalanx.models.config import DecoderConfig
 from phalanx.models.params import Param, kv_bytes_per_token, rank_params
-from phalanx.models.quantization import SCHEMES, Scheme
+from phalanx.models.quantization import Scheme, scheme_of
 from phalanx.parallel.layout import Layout, RankPlace
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,12 +53,9 @@ def plan_rank(
 ) -> RankPlan:
     """What the rank at `place` holds beside its pages."""
     params = rank_params(model, layout, place)
-    scheme = SCHEMES.get(quantization)
     weight_bytes = sum(
-        param.num_elements * DTYPE_BYTES[dtype]
-        if scheme is None or not param.quantisable
-        else _quantised_bytes(scheme, param)
-        for param in params
+        param.num_elements * DTYPE_BYTES[dtype] if scheme is None else _quantised_bytes(scheme, param)
+        for param, scheme in ((param, scheme_of(quantization, param, {})) for param in params)
     )
     stage = layout.stages[place.stage]
     part, shape = place.tensor_rank, model.shape

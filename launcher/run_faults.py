@@ -16,7 +16,7 @@ from phalanx.launcher.schema import Config
 from phalanx.launcher.sizes import format_bytes
 from phalanx.models.config import DecoderConfig
 from phalanx.models.params import rank_params
-from phalanx.models.quantization import SCHEMES
+from phalanx.models.quantization import scheme_of
 
 BAD_CONFIGURATION = 2
 CANNOT_RUN_HERE = 3
@@ -60,13 +60,12 @@ def _quantization_faults(config: Config, plan: RunPlan, model: DecoderConfig) ->
     asked = config.model.quantization
     if asked != "none" and plan.device == "cuda":
         yield _bad("model.quantization", "weights are quantised on CPUs only", asked, "none on a GPU")
-    scheme = SCHEMES.get(asked)
-    if scheme is None:
-        return
     try:
         for place in plan.layout.places():
             for param in rank_params(model, plan.layout, place):
-                scheme.of_cut(param)
+                scheme = scheme_of(asked, param, {})
+                if scheme is not None:
+                    scheme.of_cut(param)
     except ModelError as error:
         yield _bad("model.quantization", str(error), asked, "int8, or another layout")
 

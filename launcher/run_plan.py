@@ -11,7 +11,6 @@ from phalanx.launcher.machine import Machine
 from phalanx.launcher.rank_plan import RankPlan, plan_rank
 from phalanx.launcher.schema import Config
 from phalanx.models.config import DecoderConfig
-from phalanx.models.quantization import SCHEMES
 from phalanx.parallel.layout import Layout, RankPlace, build_layout
 
 NODE_SHARE = 0
@@ -101,7 +100,7 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
         Decision("placement", *_placement(config)),
         Decision("device", device, device_reason),
         Decision("dtype", dtype, dtype_reason),
-        *([] if scheme == "none" else [Decision("quantization", scheme, _quantization_reason(scheme))]),
+        *([] if scheme == "none" else [Decision("quantization", scheme, _QUANTIZATION_REASONS[scheme])]),
         Decision("layers", "+".join(str(stage.layers.size) for stage in layout.stages), _layers_reason(config)),
         Decision("CPUs per rank", f"{cpus:g}", cpus_reason),
         Decision("threads per rank", str(num_threads), "its whole cores, at least one")
@@ -180,12 +179,11 @@ def _dtype(config: Config, model: DecoderConfig, device: str, machine: Machine) 
     return "float32", "this CPU has no bfloat16 instructions"
 
 
-def _quantization_reason(name: str) -> str:
-    if name == "stored":
-        return "matrices of products stay in the blocks that the checkpoint has them in"
-    scheme = SCHEMES[name]
-    scales = "an output" if scheme.group_size is None else f"{scheme.group_size} inputs of an output"
-    return f"matrices of products, quantised while they are loaded: a scale for {scales}"
+_QUANTIZATION_REASONS = {
+    "stored": "matrices of products stay in the blocks that the checkpoint has them in",
+    "int8": "matrices of products in 8 bits, a scale an output, quantised while they are loaded",
+    "int4": "matrices of layers in 4 bits, a scale and an offset for 32 inputs, the head in 8; while they are loaded",
+}
 
 
 def _cpus(config: Config, machine: Machine, layout: Layout) -> tuple[float, int, str]:

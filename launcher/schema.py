@@ -60,8 +60,9 @@ class ModelSection(Section):
     quantization: Literal["none", "stored", "int8", "int4"] = Field(
         default="none",
         description="Of the matrices of products, head included; activations keep model.dtype. none: in model.dtype. "
-        "stored: as a GGUF file has them in Q8_0, Q4_0 and Q4_1, the others in model.dtype. int8, int4: quantised "
-        "while they are loaded, by a scale an output, or one for 32 inputs of an output. On CPUs.",
+        "stored: as a GGUF file has them in Q8_0, Q4_0 and Q4_1, the others in model.dtype. int8: in 8 bits "
+        "with a scale an output; int4: layers in 4 bits with a scale and an offset for 32 inputs, the head in 8; both "
+        "quantised while they are loaded. On CPUs.",
     )
 
 

@@ -45,11 +45,13 @@ class Scheme(NamedTuple):
         return self._replace(group_size=group)
 
 
-SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(bits=8, group_size=None, scale_bytes=4),
-    "int4": Scheme(bits=4, group_size=32, scale_bytes=2),
-}
-"""By the names of `model.quantization`, which may be `none` or `stored` beside them."""
+INT8 = Scheme(bits=8, group_size=None, scale_bytes=4)
+INT4 = Scheme(bits=4, group_size=32, scale_bytes=2, offsets=True)
+
+SCHEMES: Mapping[str, tuple[Scheme, Scheme]] = {"int8": (INT8, INT8), "int4": (INT4, INT8)}
+"""Of the layers' matrices, and of head and tied embedding: a logit errs by all of a row's errors, and a vocabulary is a
+third of a small model. By the names of `model.quantization`, which may be `none` or `stored` beside them.
+"""
 
 STORED: Mapping[str, Scheme] = {
     "Q8_0": Scheme(bits=8, group_size=32, scale_bytes=2),
@@ -66,7 +68,10 @@ def scheme_of(quantization: str, param: Param, entries: Mapping[str, TensorEntry
     """
     if not param.quantisable:
         return None
-    if quantization != "stored":
-        return SCHEMES.get(quantization)
+    if quantization in SCHEMES:
+        layers, head = SCHEMES[quantization]
+        return head if param.name in ("embed", "head") else layers
+    if quantization == "none":
+        return None
     encodings = {entries[piece.tensor].encoding if piece.tensor in entries else "" for piece in param.slices}
     return STORED.get(encodings.pop()) if len(encodings) == 1 else None

@@ -20,7 +20,7 @@ NAMES: tuple[str, ...] = LIBRARY.linear_sets if LIBRARY is not None else ()
 
 needs_library = pytest.mark.skipif(not NAMES and bool(excuse_for_no_library()), reason="needs native products")
 
-INT8, INT4 = WeightFormat(8), WeightFormat(4, 32, torch.float16)
+INT8, INT4 = WeightFormat(8), WeightFormat(4, 32, torch.float16, offsets=True)
 
 FORMATS = [
     WeightFormat(8),
@@ -145,24 +145,30 @@ def test_quantising_errs_by_half_a_step_at_most(held: WeightFormat) -> None:
     rows = quantise(x, held)
     error = (dequantise(rows, held) - x).abs()
     assert (error[3] == 0).all()
-    assert (error[4, :32] == 0).all()
+    assert held.bits == 8 or (error[4, :32] == 0).all()
     group = torch.arange(200) // held.group_of(200)
     step = rows.scales.float().abs()[:, group]
-    low, high = (-128, 127) if held.bits == 8 else (-8, 7)
+    low, high = (-127, 127) if held.bits == 8 else (0, 15)
     inside = (rows.q > low) & (rows.q < high)
     assert (error[inside] <= 0.5001 * step[inside]).all()
-    assert inside.float().mean() > 0.9
+    assert inside.float().mean() > 0.85
 
 
-def test_four_bits_err_less_with_the_chosen_scale_than_with_the_one_that_hits_the_largest_number() -> None:
-    held = INT4
+def test_four_bits_err_less_in_the_chosen_range_than_in_the_whole_one() -> None:
     x = torch.randn(100, 320, generator=torch.Generator().manual_seed(6))
     groups = x.view(100, 10, 32)
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    step = largest / -8
-    naive = (groups / step).round().clamp(-8, 7) * step
-    chosen = dequantise(quantise(x, held), held)
-    assert (chosen - x).square().mean() < 0.97 * (naive.view(100, 320) - x).square().mean()
+    start, stop = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = (stop - start) / 15
+    whole = (((groups - start) / step).round() * step + start).view(100, 320)
+    chosen = dequantise(quantise(x, INT4), INT4)
+    assert (chosen - x).square().mean() < 0.97 * (whole - x).square().mean()
+
+
+def test_what_four_bits_hold_already_is_kept() -> None:
+    rows = random_rows(20, 320, INT4, 8)
+    rows.q.view(20, 10, 32)[:, :, 0], rows.q.view(20, 10, 32)[:, :, 1] = 0, 15
+    again = quantise(dequantise(rows, INT4), INT4)
+    assert torch.equal(again.q, rows.q)
 
 
 def test_weights_side_by_side_take_their_integers_and_scales_and_little_more() -> None:
@@ -178,11 +184,12 @@ def test_what_does_not_fit_is_refused() -> None:
     held = INT4
     weight, rows = QuantisedWeight(32, 64, held), random_rows(32, 64, held, 7)
     for wrong in (
+        rows._replace(offsets=None),
         rows._replace(q=rows.q[:, :32]),
         rows._replace(q=rows.q.float()),
         rows._replace(scales=rows.scales[:, :1]),
         rows._replace(scales=rows.scales.float()),
-        rows._replace(offsets=rows.scales),
+        rows._replace(offsets=rows.scales.float()),
     ):
         with pytest.raises(ValueError, match=r"do not fit|scales|offsets"):
             weight.put(0, wrong)

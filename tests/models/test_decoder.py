@@ -148,6 +148,7 @@ def phalanx_logits(
     dtype: torch.dtype = torch.float32,
     config: DecoderConfig | None = None,
     overlap: str = "none",
+    quantization: str = "none",
 ) -> list[torch.Tensor]:
     """Logits [tokens, VOCAB] of every position of SEQUENCES, computed by the ranks of a layout step by step."""
     config = config or source.config
@@ -163,7 +164,8 @@ def phalanx_logits(
         before, after = borders(layout, number, join, comm)
         with Checkpoint(entries) as checkpoint:
             packed = choose_packing(dtype, CPU).usable  # as ranks do
-            weights = load_params(rank_params(config, layout, place), checkpoint, dtype, CPU, packed=packed)
+            params = rank_params(config, layout, place)
+            weights = load_params(params, checkpoint, dtype, CPU, packed=packed, quantization=quantization)
         decoder = Decoder(config, stage, place.tensor_rank, comm, weights, Overlap(overlap))
         num_pages = len(SEQUENCES) * -(-max(map(len, SEQUENCES)) // PAGE_SIZE)
         num_kv_heads = stage.kv_heads[place.tensor_rank].size
@@ -276,6 +278,24 @@ def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(
     theirs = errors(model.reference(torch.bfloat16), exact)
     assert own.mean < 1.2 * theirs.mean
     assert own.largest < 2 * theirs.largest
+
+
+@pytest.mark.parametrize("layout", ["tensor-2", "ragged-3-1"])
+@pytest.mark.parametrize(("name", "quantization"), [("smollm2", "int8"), ("smollm2", "int4"), ("mixtral", "int8")])
+def test_quantised_logits_do_not_depend_on_the_layout(
+    models: Models, name: str, quantization: str, layout: str
+) -> None:
+    """Nor on who multiplies: what others are compared with are those of one rank in float32, by PyTorch."""
+    source = models(name).source
+    alone = phalanx_logits(source, LAYOUTS["1x1"], CHUNKED, quantization=quantization)
+    error = errors(phalanx_logits(source, LAYOUTS[layout], CHUNKED, quantization=quantization), alone)
+    assert error.largest < 1e-4 * error.scale
+    plain = phalanx_logits(source, LAYOUTS["1x1"], CHUNKED)
+    assert errors(plain, alone).mean > 1e-3 * error.scale  # it is quantised
+    if name not in MIXTURES:  # see below
+        rounded = phalanx_logits(source, LAYOUTS["1x1"], CHUNKED, torch.bfloat16, quantization=quantization)
+        plain_rounded = phalanx_logits(source, LAYOUTS["1x1"], CHUNKED, torch.bfloat16)
+        assert errors(rounded, alone).mean < 1.5 * errors(plain_rounded, plain).mean
 
 
 @pytest.mark.parametrize("name", MIXTURES)
