@@ -1,59 +1,41 @@
-"""One rank: from its specification to the last step."""
+"""One rank: what it is made of, how that is made and warmed up, and one step of it."""
 
 from __future__ import annotations
 
-import time
-
-_IMPORTING_SINCE = time.perf_counter()  # before the imports that take seconds, so that they can be told
-
-import gc
 import os
 import socket
-import threading
-import traceback
-import zlib
-from collections import deque
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 
-from phalanx.comm.communicator import Communicator
-from phalanx.comm.create import create_communicator
 from phalanx.comm.gpu import CudaGpu
 from phalanx.comm.ledger import Ledger
-from phalanx.comm.link import link_bytes_per_s
-from phalanx.comm.rendezvous import connect_store, local_address, parse_rendezvous
-from phalanx.comm.work import GroupBrokenError
 from phalanx.engine.booked_graphs import BookedGraphs
-from phalanx.engine.channel import RankChannel
-from phalanx.engine.clock import ClockKeeper
+from phalanx.engine.clock import ClockReading
 from phalanx.engine.device_memory import memory_meter
-from phalanx.engine.feedback import TokenReceiver, TokenSender
 from phalanx.engine.host_memory import give_back
 from phalanx.engine.kv_budget import num_pages_for
-from phalanx.engine.late_result import LateResult
 from phalanx.engine.memory_book import ACTIVATIONS, COMMUNICATORS, PAGES, WEIGHTS, WORKSPACES, MemoryBook, Sizes
 from phalanx.engine.messages import (
     CommReport,
     KVMeasure,
     Progress,
-    RankFailed,
     RankReady,
     RankSpec,
-    Shutdown,
     StageReport,
     StageStep,
     StepPlan,
+    ToEngine,
     TraceReport,
 )
-from phalanx.engine.runner import Links, Ran, StepRunner
+from phalanx.engine.rank_groups import RankGroups
+from phalanx.engine.runner import Ran, StepRunner
 from phalanx.engine.sampler import Sampler
 from phalanx.engine.step_profiler import Seen, StepProfiler
 from phalanx.engine.tables import SlotTables
 from phalanx.engine.trial import WARMUP, try_largest_steps
-from phalanx.errors import PhalanxError
 from phalanx.kernels import Graphs, choose_packing, compiled_names, told_of_quantised, use_compiler
 from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.kernels.triton_gpu import find_triton
@@ -64,44 +46,42 @@ from phalanx.models.decoder import Decoder
 from phalanx.models.params import kv_bytes_per_token, rank_params
 from phalanx.models.weights import load_params
 from phalanx.native import resize_pool
-from phalanx.parallel.handover import HandOver
 from phalanx.parallel.overlap import Overlap
-
-IMPORT_S = time.perf_counter() - _IMPORTING_SINCE
-
-# A stage tells of its steps when it has nothing to do for so long, or the first of them was so long ago.
-REPORT_S = 0.1
-MOST_REPORTED_S = 0.5
-LOOK_S = 0.001  # between two looks at a GPU's step, where no next one is known
 
 
 class Rank:
-    """The running parts of one rank. Making one is the whole start: rendezvous, weights, KV cache, warm-up."""
+    """The running parts of one rank. Making one is the whole start: rendezvous, weights, KV cache, warm-up.
 
-    def __init__(self, spec: RankSpec, report: Callable[[Progress], None]) -> None:
+    groups: that it is in. ledger: of all transfers of this rank, whichever group they are in. runner: of its steps.
+    most_plans: how many steps it is to know of at a time: the next one and, where transfers go behind compute, the one
+    after it. startup_s: seconds that the parts of the start took. choices: what was chosen, and why.
+    """
+
+    def __init__(self, spec: RankSpec, report: Callable[[Progress], None], imports_s: float = 0.0) -> None:
+        """report: is told how far the start has come. imports_s: what importing took before it."""
         self._spec = spec
         self._report = report
         self._since = time.perf_counter()
-        self.startup_s = {"imports": IMPORT_S}
+        self.startup_s = {"imports": imports_s}
+        self.most_plans = 1 if spec.comm.overlap == "none" else 2
         self._device = torch.device(spec.device)
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
         self._place = list(spec.layout.places(spec.replica))[spec.rank]
         self._stage = spec.layout.stages[self._place.stage]
         torch.set_num_threads(spec.num_threads)
         resize_pool(spec.num_threads)
-        self._comms: list[Communicator] = []
-        self._groups: dict[str, tuple[int, ...]] = {}  # ranks of the replica, in the order of their numbers in a group
-        self._untold: Ran | None = None  # the last step, where its result has not been told
-        self._times: list[StageStep] = []  # of steps that are done, and not reported
         self._profiler: StepProfiler | None = None
         self._graphs: Graphs | None = None
         self._ceilings: Ceilings | None = None
-        self.ledger = Ledger()  # of all transfers of this rank, whichever group they are in
+        self.ledger = Ledger()
         self._params = rank_params(spec.config, spec.layout, self._place)
         self._memory = MemoryBook(memory_meter(self._device), self._sizes())
+        self._progress("rendezvous", 0, 1)
+        with self._memory.during("the making of communicators", COMMUNICATORS):
+            self.groups = RankGroups(spec, self._place, self.ledger)
+        self._took("rendezvous")
+        self._comm, self.choices = self.groups.stage, self.groups.choices
         try:
-            with self._memory.during("the making of communicators", COMMUNICATORS):
-                self._rendezvous()
             self._memory.book(COMMUNICATORS, COMMUNICATORS)
             with self._memory.during("the loading of weights", WEIGHTS):
                 self._load()
@@ -111,65 +91,6 @@ class Rank:
         except BaseException:
             self.close()
             raise
-
-    def _rendezvous(self) -> None:
-        self._progress("rendezvous", 0, 1)
-        spec, place = self._spec, self._place
-        store = connect_store(spec.comm.store, timeout_s=spec.comm.timeout_s) if spec.layout.num_ranks > 1 else None
-
-        def connect(group: str, ranks: Sequence[int]) -> Communicator:
-            self._groups[group] = tuple(ranks)
-            comm = create_communicator(
-                spec.comm.backend,
-                rank=ranks.index(place.rank),
-                size=len(ranks),
-                rendezvous=store,
-                group=group,
-                device=spec.device,
-                interface=spec.comm.interface,
-                timeout_s=spec.comm.timeout_s,
-                ledger=self.ledger,
-                member=f"rank {place.rank} of the replica, on {socket.gethostname()}",
-            )
-            self._comms.append(comm)
-            return comm
-
-        ranks = spec.layout.stage_ranks(place.stage)
-        self._comm = connect(f"stage{place.stage}", ranks)
-        self.choices = {"comm": f"{self._comm.backend}: {self._comm.reason}"}
-        before = after = tokens_in = tokens_out = None
-        layout = spec.layout
-        self._everyone = self._comm
-        if len(layout.stages) > 1:
-            pipeline = connect("pipeline", range(layout.num_ranks))
-            self._everyone = pipeline
-            self.choices["comm between stages"] = f"{pipeline.backend}: {pipeline.reason}"
-            if not self._stage.first:
-                before = self._border(pipeline, layout.stage_ranks(place.stage - 1), ranks)
-            if not self._stage.last:
-                after = self._border(pipeline, ranks, layout.stage_ranks(place.stage + 1))
-            if self._stage.first or self._stage.last:
-                # A group of its own: tokens go back while hidden states go forward.
-                last, first = layout.stage_ranks(len(layout.stages) - 1), layout.stage_ranks(0)
-                ends = connect("tokens", (*last, *first))
-                senders, receivers = range(len(last)), range(len(last), ends.size)
-                if self._stage.first:
-                    tokens_in = TokenReceiver(ends, senders, receivers, len(layout.stages) + 1)
-                else:
-                    tokens_out = TokenSender(ends, senders, receivers)
-        self._links = Links(before, after, tokens_in, tokens_out)
-        self._took("rendezvous")
-
-    def _border(self, pipeline: Communicator, senders: range, receivers: range) -> HandOver:
-        scheme = self._spec.comm.compress
-        border = HandOver(pipeline, senders, receivers, self._comm, scheme)
-        if scheme != "none":
-            stage = self._place.stage - (pipeline.rank in receivers)
-            num_links = len(senders) * len(receivers)
-            self.choices[f"compression after stage {stage}"] = (
-                f"{scheme}: on {border.num_compressed} of {num_links} links, those between machines"
-            )
-        return border
 
     def _load(self) -> None:
         spec, total, done = self._spec, self._sizes().weight_bytes, 0
@@ -245,12 +166,12 @@ class Rank:
                 self._dtype,
                 self._device,
             )
-        self._runner = StepRunner(
+        self.runner = StepRunner(
             self._decoder,
             self._cache,
             SlotTables(spec.max_sequences, spec.max_length, spec.page_size, spec.config.sliding_window, self._device),
             Sampler(stage.vocab, self._comm) if stage.last else None,
-            self._links,
+            self.groups.links,
             hidden_size=spec.config.shape.hidden_size,
             dtype=self._dtype,
             device=self._device,
@@ -272,14 +193,14 @@ class Rank:
         self._progress("warmup", 0, len(WARMUP))
         for done, plan in enumerate(WARMUP, start=1):
             with self._memory.during("the first steps", ACTIVATIONS):
-                self._runner.run(plan)
+                self.runner.run(plan)
             self._progress("warmup", done, len(WARMUP))
         self._measure_overlap()
         if self._memory.by_part or measure is not None:
             self._decoder.forget_steps()
             self._memory.book(WORKSPACES, WORKSPACES)
             try_largest_steps(
-                self._runner.run,
+                self.runner.run,
                 self._decoder,
                 self._memory,
                 most_tokens=min(self._widest_step, self._cache.num_pages * spec.page_size),
@@ -290,7 +211,7 @@ class Rank:
         if measure is not None:
             self._make_runner(self._measured_pages(measure))
         if self._spec.profile is not None:
-            self._everyone.barrier()  # all at once, as in a step
+            self.groups.everyone.barrier()  # all at once, as in a step
             self._ceilings = measure_ceilings(self._device, self._dtype)
             give_back()
         self._took("warmup")
@@ -302,7 +223,7 @@ class Rank:
             return
         self._progress("compile", 0, 1)
         for plan in WARMUP:
-            self._runner.run(plan)
+            self.runner.run(plan)
         self._decoder.forget_steps()
         names = ", ".join(compiled_names())
         self.choices["torch.compile"] = (
@@ -326,14 +247,15 @@ class Rank:
 
     def _measured_pages(self, measure: KVMeasure) -> int:
         """Pages that the tightest rank of the replica has room for, asked when all have run the widest step."""
+        everyone = self.groups.everyone
         bytes_per_page = self._cache.num_bytes // self._cache.num_pages
-        del self._runner, self._cache  # the next ones take their place
+        del self.runner, self._cache  # the next ones take their place
         self._memory.book(PAGES, WORKSPACES)
         self._memory.give_back()
-        self._everyone.barrier()
-        part = measure.device_part if self._memory.by_part else 1 / (self._num_here() * measure.copies)
+        everyone.barrier()
+        part = measure.device_part if self._memory.by_part else 1 / (self.groups.num_here() * measure.copies)
         room_bytes = self._memory.room_bytes(part)
-        self._everyone.barrier()  # nobody takes its pages before all have looked
+        everyone.barrier()  # nobody takes its pages before all have looked
         found = num_pages_for(
             room_bytes,
             measure.share,
@@ -342,102 +264,36 @@ class Rank:
             least_pages=measure.least_pages,
             fitting=self._memory.too_few_pages(room_bytes),
         )
-        fewest = self._everyone.all_reduce(torch.tensor([-found], dtype=torch.int64, device=self._device), op="max")
+        fewest = everyone.all_reduce(torch.tensor([-found], dtype=torch.int64, device=self._device), op="max")
         return -int(fewest)
-
-    def _num_here(self) -> int:
-        """Ranks of the replica on this machine."""
-        own = torch.tensor([zlib.crc32(socket.gethostname().encode())], dtype=torch.int64)
-        return int((self._everyone.all_gather(own) == own).sum())
 
     def run(self, plan: StepPlan, on_start: Callable[[], None] | None = None) -> Ran:
         """on_start: see `StepRunner.run`."""
         self.ledger.begin_step(plan.step)
         profiling = nullcontext() if self._profiler is None else self._profiler.step(plan)
         with profiling, self._memory.during(f"step {plan.step}", ACTIVATIONS):
-            ran = self._runner.run(plan, on_start)
-        for comm in self._comms:
+            ran = self.runner.run(plan, on_start)
+        for comm in self.groups.comms:
             comm.check()  # a GPU runs on where a transfer has failed: its results are none then
         return ran
 
-    def serve(self, channel: RankChannel, clock: ClockKeeper) -> None:
-        """Runs steps until the engine says `Shutdown`.
+    def reports(self, steps: tuple[StageStep, ...], clock: ClockReading) -> Iterator[ToEngine]:
+        """What was done lately: by the stage, as its first rank tells it, and by this rank's transfers.
 
-        The result of a step is told when the next one is about to be computed, where that is known already: in a
-        process that the two share, the engine's thread then has the interpreter while the rank needs none. Where a GPU
-        is still at it by then, it is told once the GPU has been given that next step.
+        steps: those that are done since the last reports, at least one. clock: this rank's against the engine's.
         """
-        self.ledger.take()  # what the warm-up took is no part of it
-        plans: deque[StepPlan] = deque()  # the next step and, where transfers go behind compute, the one after it
-        most = 1 if self._spec.comm.overlap == "none" else 2
-        ending = False
-        while plans or not ending:
-            while not ending and len(plans) < most:
-                message = channel.receive(0.0 if plans else self._patience_s())
-                if message is None:
-                    if plans or self._untold is None:
-                        break
-                    self._tell_result(channel, waits=False)
-                    continue
-                ending = isinstance(message, Shutdown)
-                if isinstance(message, StepPlan):
-                    self._runner.expect(message)
-                    plans.append(message)
-            times = self._times
-            if times and not ending and (not plans or times[-1].ended_s - times[0].started_s > MOST_REPORTED_S):
-                self._tell(channel, times, clock)
-                if plans:
-                    clock.refresh()  # while the engine is awake
-                times.clear()
-            if plans:
-                try:
-                    ran = self.run(plans.popleft(), partial(self._tell_result, channel, waits=False))
-                finally:
-                    self._tell_result(channel)  # where it failed before that, or a GPU was not through with it
-                self._untold = ran if ran.result is not None else None
-                if not isinstance(ran.result, LateResult):
-                    times.append(ran.times)
-        self._tell_result(channel)
-
-    def _patience_s(self) -> float | None:
-        """How long there is nothing else to do than to hear the next message."""
-        result = None if self._untold is None else self._untold.result
-        if result is None:
-            return REPORT_S if self._times else None
-        return LOOK_S if isinstance(result, LateResult) and not result.done() else 0.0
-
-    def _tell_result(self, channel: RankChannel, *, waits: bool = True) -> None:
-        """Of the last step. waits: for a GPU that is still at it."""
-        if self._untold is None or self._untold.result is None:
-            return
-        times, result = self._untold.times, self._untold.result
-        if isinstance(result, LateResult) and not waits and not result.done():
-            return
-        self._untold = None
-        if isinstance(result, LateResult):
-            result = result.read()
-            for comm in self._comms:
-                comm.check()
-            # It began with the step before it done, and is done now, or was since a look that found it so.
-            began_s = max(times.started_s, self._times[-1].ended_s if self._times else 0.0)
-            self._times.append(times._replace(started_s=began_s, ended_s=time.perf_counter()))
-        channel.send(result)
-
-    def _tell(self, channel: RankChannel, times: list[StageStep], clock: ClockKeeper) -> None:
-        """What was done lately: by the stage, as its first rank tells it, and by this rank's transfers."""
-        rank, steps = self._spec.rank, tuple(times)
+        rank, members = self._spec.rank, self.groups.members
         if self._place.tensor_rank == 0:
-            channel.send(StageReport(self._place.stage, steps, clock.reading()))
+            yield StageReport(self._place.stage, steps, clock)
         taken = self.ledger.take(whole=self._spec.trace)
         if self._spec.layout.num_ranks > 1:
-            known = (each for each in taken.late if each.group in self._groups)
-            late = (each._replace(rank=self._groups[each.group][each.rank]) for each in known)
+            known = (each for each in taken.late if each.group in members)
+            late = (each._replace(rank=members[each.group][each.rank]) for each in known)
             others = tuple(each for each in late if each.rank != rank)
-            channel.send(CommReport(rank, steps[-1].step, taken.totals, others))
+            yield CommReport(rank, steps[-1].step, taken.totals, others)
         if self._spec.trace:
             seen = Seen() if self._profiler is None else self._profiler.take()
-            told = taken.entries, clock.reading(), self._groups, taken.num_lost
-            channel.send(TraceReport(rank, steps, *told, seen.operators, seen.torch))
+            yield TraceReport(rank, steps, taken.entries, clock, members, taken.num_lost, seen.operators, seen.torch)
 
     def ready(self) -> RankReady:
         return RankReady(
@@ -450,26 +306,18 @@ class Rank:
             kv_bytes=self._cache.num_bytes,
             num_pages=self._cache.num_pages,
             choices=self.choices,
-            groups=self._groups,
-            link_bytes_per_s=self._link_bytes_per_s(),
+            groups=self.groups.members,
+            link_bytes_per_s=self.groups.link_bytes_per_s(),
             cores=self._spec.cores,
             memory=self._memory.account(),
             ceilings=self._ceilings,
         )
 
-    def _link_bytes_per_s(self) -> float:
-        comm = self._spec.comm
-        if self._spec.layout.num_ranks == 1:
-            return 0.0
-        return link_bytes_per_s(local_address(parse_rendezvous(comm.store).host, comm.interface)) or 0.0
-
     def close(self) -> None:
         """Releases the connections; the process's end releases the rest."""
         if self._graphs is not None:
             self._graphs.reset()  # NCCL waits for those that its transfers are in
-        for comm in self._comms:
-            comm.close()
-        self._comms.clear()
+        self.groups.close()
 
     def _progress(self, part: str, done: int, total: int) -> None:
         self._report(Progress(self._spec.rank, part, done, total))
@@ -478,40 +326,3 @@ class Rank:
         now = time.perf_counter()
         self.startup_s[part] = now - self._since
         self._since = now
-
-
-def run_rank(spec: RankSpec) -> None:
-    """Starts a rank and serves steps until the engine says `Shutdown`.
-
-    Reports `Progress`, then `RankReady`, then a `StepResult` a step (one rank of the last stage) and now and then
-    a `StageReport` (the first rank of each stage) and a `CommReport` over the engine's channel, and a `TraceReport`
-    where all is traced. A failure is reported there as `RankFailed` and raised. Blocks; the caller's process is the
-    rank.
-    """
-    with RankChannel(spec.engine, spec.rank, spec.secret) as channel:
-        try:
-            rank = Rank(spec, channel.send)
-            try:
-                if threading.current_thread() is threading.main_thread():  # else this process is the caller's own
-                    # What start-up made stays: a full collection that walks it stalled steps for 100 ms and more.
-                    gc.collect()
-                    gc.freeze()
-                clock = ClockKeeper(channel.ask_time)
-                channel.send(rank.ready())
-                try:
-                    rank.serve(channel, clock)
-                finally:
-                    clock.close()
-            finally:
-                rank.close()
-        except Exception as error:
-            channel.send(
-                RankFailed(
-                    rank=spec.rank,
-                    node=socket.gethostname(),
-                    message=f"{error}" if isinstance(error, PhalanxError) else f"{type(error).__name__}: {error}",
-                    traceback=traceback.format_exc(),
-                    symptom=isinstance(error, GroupBrokenError),
-                )
-            )
-            raise

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from phalanx.engine.messages import RankSpec
 from phalanx.launcher.pinning import MachineShare
 
-DEFAULT_TARGET = "phalanx.engine.rank:run_rank"
+DEFAULT_TARGET = "phalanx.engine.run_rank:run_rank"
 """The function a rank's process runs, as `module:function`; it takes a RankSpec and blocks for the rank's life."""
 
 EXIT_GRACE_S = 2.0  # between asking a process to end and ending it

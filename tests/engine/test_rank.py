@@ -31,6 +31,7 @@ from phalanx.engine.messages import (
 )
 from phalanx.engine.rank import Rank
 from phalanx.engine.runner import Ran, StepRunner
+from phalanx.engine.step_loop import StepLoop
 from phalanx.engine.trial import WARMUP
 from phalanx.errors import PhalanxError
 from phalanx.models.batch import KVCache
@@ -185,7 +186,7 @@ class Script:
 
 def serve(rank: Rank, channel: Script) -> None:
     clock = ClockKeeper(lambda _: ClockExchange(1.0, 8.0, 8.0, 1.5))
-    rank.serve(cast("RankChannel", channel), clock)
+    StepLoop(rank, cast("RankChannel", channel), clock).run()
     rank.close()
     clock.close()
 
@@ -225,7 +226,7 @@ class Record:
 
 def calls_of(spec: RankSpec, messages: Sequence[ToRank | None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     rank, record = Rank(spec, lambda _: None), Record()
-    monkeypatch.setattr(rank, "_runner", record)
+    monkeypatch.setattr(rank, "runner", record)
     serve(rank, Script(messages))
     return [f"{name} {step}" for name, step in record.calls]
 
@@ -262,7 +263,7 @@ def test_a_result_is_told_before_the_next_step_is_computed(
     spec: RankSpec, messages: Sequence[ToRank | None], order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank, record, channel = Rank(spec, lambda _: None), Record(), Script(messages)
-    monkeypatch.setattr(rank, "_runner", record)
+    monkeypatch.setattr(rank, "runner", record)
     monkeypatch.setattr(
         channel,
         "send",
@@ -298,7 +299,7 @@ def test_the_result_of_a_gpu_is_read_behind_the_next_step(
     spec: RankSpec, num_looks: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank, record, channel = Rank(spec, lambda _: None), Record(), Script([*STEPS, Shutdown()])
-    monkeypatch.setattr(rank, "_runner", record)
+    monkeypatch.setattr(rank, "runner", record)
     run = record.run
     monkeypatch.setattr(
         record,
@@ -312,7 +313,7 @@ def test_the_result_of_a_gpu_is_read_behind_the_next_step(
 
 def test_a_result_of_a_gpu_is_told_while_no_next_step_is_known(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     rank, record, channel = Rank(spec, lambda _: None), Record(), Script([STEPS[0], *[None] * 8, STEPS[1], Shutdown()])
-    monkeypatch.setattr(rank, "_runner", record)
+    monkeypatch.setattr(rank, "runner", record)
     run = record.run
     monkeypatch.setattr(
         record, "run", lambda plan, on_start: run(plan, on_start)._replace(result=Late(plan.step, record, 4))
@@ -323,7 +324,7 @@ def test_a_result_of_a_gpu_is_told_while_no_next_step_is_known(spec: RankSpec, m
 
 def test_a_step_that_fails_takes_no_result_with_it(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     rank, channel = Rank(spec, lambda _: None), Script([*STEPS, Shutdown()])
-    monkeypatch.setattr(rank, "_runner", Record(fails_at=1))
+    monkeypatch.setattr(rank, "runner", Record(fails_at=1))
     with pytest.raises(RuntimeError, match="no"):
         serve(rank, channel)
     rank.close()

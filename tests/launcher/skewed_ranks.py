@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from phalanx.comm.ledger import Ledger
-from phalanx.engine import rank
 from phalanx.engine.messages import RankSpec
+from phalanx.engine.run_rank import run_rank
 
 SKEWS_S = (0.0, 5000.0, -300.0, 0.75)
 
@@ -22,4 +22,4 @@ def run(spec: RankSpec) -> None:
     defaults = Ledger.__init__.__defaults__
     assert defaults is not None
     Ledger.__init__.__defaults__ = (*defaults[:-1], skewed_s)
-    rank.run_rank(spec)
+    run_rank(spec)

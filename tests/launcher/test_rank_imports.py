@@ -23,7 +23,9 @@ def imported(program: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["phalanx.engine.rank", "phalanx.launcher.nursery", "phalanx.launcher.rank_actor"])
+@pytest.mark.parametrize(
+    "module", ["phalanx.engine.run_rank", "phalanx.launcher.nursery", "phalanx.launcher.rank_actor"]
+)
 def test_a_rank_imports_only_what_it_needs(module: str) -> None:
     assert imported(f"import {module}") == ""
 
