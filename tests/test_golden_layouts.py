@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
 from phalanx import LLM, SamplingParams
 from phalanx.models.resolve import resolve_model
 
-NEW_TOKENS = 64
+NEW_TOKENS = 32  # two pages and more
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -33,12 +35,15 @@ class Golden:
 
         source = resolve_model("smollm2-135m")
         path = Path(source.location)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        with pytest.MonkeyPatch.context() as patch:  # or the file is read twice, and names are made up 397 times
+            for name in ("GGUFReader", "get_tensor_name_map"):
+                patch.setattr(gguf, name, cache(getattr(gguf, name)))
+            self._model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
         tokenizer = source.tokenizer()  # in place of theirs, which takes seconds to read: any tokens would do
         self.prompts: list[list[int]] = [tokenizer.encode(prompt) for prompt in PROMPTS]
         self._known: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}  # tokens asked for, and answers
@@ -93,7 +98,7 @@ def test_greedy_tokens_equal_those_of_transformers(parallel: dict[str, Any], gol
 
 
 def test_so_they_are_by_two_replicas(golden: Golden) -> None:
-    check({"tensor": 1, "replicas": 2}, NEW_TOKENS // 4, golden)
+    check({"tensor": 1, "replicas": 2}, NEW_TOKENS // 2, golden)
 
 
 def check(parallel: dict[str, Any], num_tokens: int, golden: Golden) -> None:
@@ -120,7 +125,7 @@ def test_tokens_in_bfloat16_miss_the_likeliest_by_no_more_than_transformers_woul
         cluster={"ray": "none", "device": "cpu"},
         engine={"kv_cache": "128MiB", "max_batch_tokens": 300},
     ) as llm:
-        outputs = llm.generate(golden.prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
+        outputs = llm.generate(golden.prompts, SamplingParams(max_tokens=2 * NEW_TOKENS, ignore_eos=True))
     likeliest = 0
     for prompt, output in zip(golden.prompts, outputs, strict=True):
         tokens = list(output.token_ids)
@@ -129,4 +134,4 @@ def test_tokens_in_bfloat16_miss_the_likeliest_by_no_more_than_transformers_woul
         missed = exact.max(-1).values - exact.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
         assert missed.max() <= 2 * error
         likeliest += int((missed == 0).sum())
-    assert likeliest > 0.9 * NEW_TOKENS * len(PROMPTS)
+    assert likeliest > 0.9 * 2 * NEW_TOKENS * len(PROMPTS)
