@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,8 +45,10 @@ def serve(
 
     given = [f"serve.{key}={value}" for key, value in (("host", host), ("port", port)) if value is not None]
     settings = with_bounds(load_config(config, [*(overrides or ()), *given]))
-    _log_lines(logging.getLogger("phalanx.access"))
-    with bind(settings.serve.host, settings.serve.port) as bound:  # a port that is taken is known before a long start
+    with (
+        _log_lines(logging.getLogger("phalanx.access")),
+        bind(settings.serve.host, settings.serve.port) as bound,  # a port that is taken is known before a long start
+    ):
         with StartProgress() as progress:
             engine = AsyncEngine.from_config(settings, on_progress=progress.update, ranks_apart=True)
         with closing(engine):
@@ -66,12 +70,22 @@ def serve(
             front.close()
 
 
-def _log_lines(log: logging.Logger) -> None:
-    """Lets a log write to standard error what it is given and nothing else, whatever the level of others."""
+@contextmanager
+def _log_lines(log: logging.Logger) -> Iterator[None]:
+    """Lets a log write to standard error what it is given and nothing else, whatever the level of others; afterwards it
+    is as it was.
+    """
     import logging
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate

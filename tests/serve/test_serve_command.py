@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -151,3 +152,5 @@ def test_what_is_wrong_is_told_at_the_start(
         main()
     assert ended.value.code in (2, 3)
     assert words in capfd.readouterr().err
+    log = logging.getLogger("phalanx.access")
+    assert (log.handlers, log.level, log.propagate) == ([], logging.NOTSET, True)  # nothing is left to a closed stream
