@@ -31,16 +31,15 @@ def main() -> int:
     arguments = parser.parse_args()
     table = Table(*COLUMNS, title=f"Kernels as Triton {triton.__version__} compiles them")
     rows: list[dict[str, object]] = []
-    for operator, example, arch in ahead_of_time.examples():
-        if arguments.only not in operator:
-            continue
-        for made in ahead_of_time.compiled(operator, example, arch):
-            faults = made.faults(example.instructions)
+    cases = [case for case in ahead_of_time.examples() if arguments.only in case.operator]
+    for case, making in zip(cases, ahead_of_time.compiled(cases), strict=True):
+        for made in making.result():
+            faults = made.faults(case.example.instructions)
             rows.append({**asdict(made), "occupancy": made.occupancy, "faults": faults})
             table.add_row(
                 made.kernel,
                 made.example,
-                f"sm_{arch}",
+                f"sm_{case.arch}",
                 str(made.num_warps),
                 str(made.registers),
                 str(made.stack_bytes),

@@ -7,11 +7,13 @@ very arguments, constants and options that it would have on the GPU.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +38,14 @@ _BLOCK_RESERVED_BYTES = 1024  # of shared memory, taken by the driver
 _SM_WARPS, _SM_BLOCKS, _SM_REGISTERS = 64, 32, 65_536
 _WARP_REGISTERS = 256  # registers are given to a warp in units of this
 _IN_PTX = {"wgmma": "wgmma.mma_async", "tma": "cp.async.bulk.tensor"}
+
+
+class Case(NamedTuple):
+    """An example of an operator, and the architecture (80 for sm_80) that it is to be compiled for."""
+
+    operator: str
+    example: Example
+    arch: int
 
 
 class Launch(NamedTuple):
@@ -89,12 +99,12 @@ def kernel_modules() -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"{gpu.__name__}.{name}") for name in names}
 
 
-def examples() -> Iterator[tuple[str, Example, int]]:
-    """(operator, example, architecture): all that is to be compiled."""
+def examples() -> Iterator[Case]:
+    """All that is to be compiled."""
     for name, module in kernel_modules().items():
         for example in getattr(module, "EXAMPLES", ()):
             for arch in example.archs:
-                yield name, example, arch
+                yield Case(name, example, arch)
 
 
 def launches_of(example: Example, arch: int) -> list[Launch]:
@@ -113,10 +123,18 @@ def launches_of(example: Example, arch: int) -> list[Launch]:
     return caught
 
 
-@cache
-def compiled(operator: str, example: Example, arch: int) -> tuple[Compiled, ...]:
-    """Each launch of an example, compiled."""
-    return tuple(_compile(operator, example, arch, launch) for launch in launches_of(example, arch))
+def compiled(cases: Iterable[Case]) -> list[Future[tuple[Compiled, ...]]]:
+    """Each launch of each case, compiled by a thread a core: the compiler needs Python's lock for half of its time."""
+    # All of them first: while launches are caught, the modules that a compiler reads hold no kernels.
+    caught = [(case, launches_of(case.example, case.arch)) for case in cases]
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    futures = [pool.submit(_compile_all, case, launches) for case, launches in caught]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def _compile_all(case: Case, launches: Sequence[Launch]) -> tuple[Compiled, ...]:
+    return tuple(_compile(case.operator, case.example, case.arch, launch) for launch in launches)
 
 
 def _compile(operator: str, example: Example, arch: int, launch: Launch) -> Compiled:

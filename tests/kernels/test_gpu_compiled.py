@@ -4,7 +4,9 @@ there is, and for Hopper the instructions that it says it has.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
@@ -16,19 +18,28 @@ if find_triton().operators is None:
 from triton.runtime.jit import JITFunction
 
 from phalanx.kernels.gpu import ahead_of_time
-from phalanx.kernels.gpu.example import Example
+from phalanx.kernels.gpu.ahead_of_time import Case, Compiled
 
 CASES = list(ahead_of_time.examples())
 
 
-@pytest.mark.parametrize(
-    ("operator", "example", "arch"), CASES, ids=[f"{name}-{example.name}-sm_{arch}" for name, example, arch in CASES]
-)
-def test_it_compiles_without_spills(operator: str, example: Example, arch: int) -> None:
-    made = ahead_of_time.compiled(operator, example, arch)
+@pytest.fixture(scope="module")
+def making(request: pytest.FixtureRequest) -> dict[Case, Future[tuple[Compiled, ...]]]:
+    """The cases that tests were chosen for, which are compiled beside each other."""
+    chosen = [
+        cast("Case", item.callspec.params["case"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == test_it_compiles_without_spills.__name__
+    ]
+    return dict(zip(chosen, ahead_of_time.compiled(chosen), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{name}-{example.name}-sm_{arch}" for name, example, arch in CASES])
+def test_it_compiles_without_spills(case: Case, making: dict[Case, Future[tuple[Compiled, ...]]]) -> None:
+    made = making[case].result()
     assert made
     for kernel in made:
-        assert kernel.faults(example.instructions) == [], kernel
+        assert kernel.faults(case.example.instructions) == [], kernel
 
 
 def test_every_kernel_is_in_an_example() -> None:
@@ -44,7 +55,7 @@ def test_every_kernel_is_in_an_example() -> None:
 
 
 def test_a_kernel_that_takes_too_much_is_found_out() -> None:
-    fine = ahead_of_time.Compiled("rms_norm", "", "", 90, 128, 0, 100_000, 4, ("wgmma",))
+    fine = Compiled("rms_norm", "", "", 90, 128, 0, 100_000, 4, ("wgmma",))
     assert fine.faults(("wgmma",)) == []
     assert fine.occupancy == 2 * 4 / 64  # by shared memory
     assert "spills 8 bytes" in replace(fine, stack_bytes=8).faults()[0]
