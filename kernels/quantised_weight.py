@@ -1,4 +1,4 @@
-"""`QuantisedWeight`: a matrix of integers of 8 or 4 bits and their scales, as products read it."""
+"""`QuantisedWeight`: a matrix of integers of 8 or 4 bits, or FP8 numbers, and their scales, as products read it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ OCTET = 8  # inputs that lie together
 
 
 class WeightFormat(NamedTuple):
-    """How a matrix [N, K] is held. W[n, k] = scales[n, k // group_size] * q[n, k] + offsets[n, k // group_size].
+    """How a matrix [N, K] is held: W[n, k] = scales[n, g] * (q[n, k] - zeros[n, g]) + offsets[n, g], of k's group g.
 
-    bits: 8, q from -128 to 127, or 4: q from 0 to 15 where there are offsets, else from -8 to 7. group_size: inputs
-    that share a scale, a multiple of 8; None for all of an output. scale_dtype: of scales and offsets: float32, float16
-    or bfloat16.
+    bits: 8, q from -128 to 127, or 4: q from 0 to 15 where there are offsets or zeros, else from -8 to 7. group_size:
+    inputs that share a scale, a multiple of 8; None for all of an output. scale_dtype: of scales and offsets: float32,
+    float16 or bfloat16. zeros: whether there are any: of 4 bits, or of 8 bits and 128 more than what is subtracted. An
+    offset of -scale * zero would have to be rounded. e4m3: whether q are the bits of FP8 numbers (E4M3, without
+    infinities: `torch.float8_e4m3fn`), of 8 bits and without offsets or zeros.
     """
 
     bits: int
     group_size: int | None = None
     scale_dtype: torch.dtype = torch.float32
     offsets: bool = False
+    zeros: bool = False
+    e4m3: bool = False
 
     def group_of(self, num_inputs: int) -> int:
         """Inputs of a group, of rows of so many."""
@@ -38,16 +42,17 @@ class WeightFormat(NamedTuple):
 
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
         """Of the integers and their scales, without what rounds them up to blocks."""
-        heads = self.num_groups(num_inputs) * self.scale_dtype.itemsize * (1 + self.offsets)
-        return num_outputs * (heads + -(-num_inputs * self.bits // 8))
+        head = self.scale_dtype.itemsize * (1 + self.offsets) + self.zeros
+        return num_outputs * (self.num_groups(num_inputs) * head + -(-num_inputs * self.bits // 8))
 
 
 class QuantisedRows(NamedTuple):
-    """Rows of a matrix in integers: q [R, K] int8; scales, and offsets or None, [R, groups]."""
+    """Rows of a matrix: q [R, K] int8; scales, and offsets or None, [R, groups]; zeros or None [R, groups] uint8."""
 
     q: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
 
 
 class QuantisedWeight:
@@ -57,10 +62,12 @@ class QuantisedWeight:
     a group (`kernels/csrc/quantised.hpp`). By the native library they are read as they are held; without it PyTorch
     multiplies by the matrix that they stand for, made anew for each product.
 
+    Inputs may be held in another order than x has them, so that those of a group lie together, and with room between.
+
     shape, dtype, device and numel are those of the matrix that it stands for; nbytes is what is held.
     """
 
-    __slots__ = ("_address", "_library", "_matrix", "_parts", "data", "dtype", "format", "shape")
+    __slots__ = ("_address", "_library", "_matrix", "_order", "_parts", "data", "dtype", "format", "shape")
 
     device = torch.device("cpu")
 
@@ -71,30 +78,44 @@ class QuantisedWeight:
         held: WeightFormat,
         dtype: torch.dtype = torch.bfloat16,
         room: torch.Tensor | None = None,
+        order: torch.Tensor | None = None,
     ) -> None:
         """To be filled by `put`. dtype: of what is multiplied. room: uint8 zeros to lie in, as `make_quantised` cuts
-        it, or its own.
+        it, or its own. order: [held inputs] int64, which input of x each is, -1 for none; None for as they are.
         """
         self.shape = torch.Size((num_outputs, num_inputs))
         self.dtype = dtype
         self.format = held
+        self._order = order
         self._library = native_for(dtype)
         self._parts: QuantisedRows | None = None
+        num_held = self._num_held
         if self._library is None:
-            groups = num_outputs, held.num_groups(num_inputs)
+            groups = num_outputs, held.num_groups(num_held)
             self._parts = QuantisedRows(
-                torch.zeros(num_outputs, num_inputs, dtype=torch.int8),
+                torch.zeros(num_outputs, num_held, dtype=torch.int8),
                 torch.zeros(groups, dtype=held.scale_dtype),
                 torch.zeros(groups, dtype=held.scale_dtype) if held.offsets else None,
+                torch.zeros(groups, dtype=torch.uint8) if held.zeros else None,
             )
             return
         if room is None:
-            room = torch.zeros(_room_bytes(self._library, self.shape, held), dtype=torch.uint8)
+            room = torch.zeros(_room_bytes(self._library, (num_outputs, num_held), held), dtype=torch.uint8)
         self.data = room
         self._matrix = self._library.QuantisedMatrix(
-            num_outputs, num_inputs, *_native_format(held, num_inputs), self.data.data_ptr()
+            num_outputs,
+            num_held,
+            _native_format(held, num_held),
+            self.data.data_ptr(),
+            num_inputs,
+            [] if order is None else order.tolist(),
         )
         self._address = self._matrix.address
+
+    @property
+    def _num_held(self) -> int:
+        """Inputs, with the room between them."""
+        return self.shape[1] if self._order is None else len(self._order)
 
     @property
     def native(self) -> bool:
@@ -119,25 +140,28 @@ class QuantisedWeight:
         return math.prod(self.shape)
 
     def put(self, first: int, rows: QuantisedRows) -> None:
-        """The matrix's rows from `first` on. One caller at a time for any 32 rows."""
+        """The matrix's rows from `first` on, inputs in the order in which they are held. One caller at a time for any
+        32 rows.
+        """
         num_rows, num_inputs = rows.q.shape
         groups, dtype = (num_rows, self.format.num_groups(num_inputs)), self.format.scale_dtype
-        if num_inputs != self.shape[1] or first < 0 or first + num_rows > self.shape[0] or rows.q.dtype != torch.int8:
+        if num_inputs != self._num_held or first < 0 or first + num_rows > self.shape[0] or rows.q.dtype != torch.int8:
             raise ValueError(f"{list(rows.q.shape)} {rows.q.dtype} from row {first} on do not fit {list(self.shape)}")
         if (rows.offsets is not None) != self.format.offsets:
             raise ValueError(f"offsets are {'missing' if self.format.offsets else 'none'} in {self.format}")
-        for each in (rows.scales, rows.offsets):
-            if each is not None and (each.shape != groups or each.dtype != dtype):
-                raise ValueError(f"scales {list(each.shape)} {each.dtype} are not {list(groups)} {dtype}")
+        if (rows.zeros is not None) != self.format.zeros:
+            raise ValueError(f"zeros are {'missing' if self.format.zeros else 'none'} in {self.format}")
+        for each, wanted in ((rows.scales, dtype), (rows.offsets, dtype), (rows.zeros, torch.uint8)):
+            if each is not None and (each.shape != groups or each.dtype != wanted):
+                raise ValueError(f"scales {list(each.shape)} {each.dtype} are not {list(groups)} {wanted}")
         if self._parts is not None:
             with torch.inference_mode():  # these were perhaps made in it, by another thread
                 for held, part in zip(self._parts, rows, strict=True):
                     if held is not None and part is not None:
                         held[first : first + num_rows] = part
             return
-        q, scales = rows.q.contiguous(), rows.scales.contiguous()
-        offsets = None if rows.offsets is None else rows.offsets.contiguous()
-        self._matrix.put(q.data_ptr(), scales.data_ptr(), 0 if offsets is None else offsets.data_ptr(), first, num_rows)
+        parts = [None if part is None else part.contiguous() for part in rows]
+        self._matrix.put(*(0 if part is None else part.data_ptr() for part in parts), first, num_rows)
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [T] int64 -> [T, K], as of an embedding."""
@@ -183,7 +207,13 @@ class QuantisedWeight:
     def _standing_for(self, rows: torch.Tensor | slice) -> torch.Tensor:
         assert self._parts is not None
         part = QuantisedRows(*(None if part is None else part[rows] for part in self._parts))  # type: ignore[arg-type]
-        return dequantise(part, self.format).to(self.dtype)
+        values = dequantise(part, self.format).to(self.dtype)
+        if self._order is None:
+            return values
+        inputs = self._order >= 0
+        return torch.zeros(len(values), self.shape[1], dtype=self.dtype).index_copy_(
+            1, self._order[inputs], values[:, inputs]
+        )
 
 
 def dequantise(rows: QuantisedRows, held: WeightFormat) -> torch.Tensor:
@@ -194,7 +224,10 @@ def dequantise(rows: QuantisedRows, held: WeightFormat) -> torch.Tensor:
     def spread(scales: torch.Tensor) -> torch.Tensor:
         return scales.float().repeat_interleave(group, 1)[:, :num_inputs]
 
-    values = rows.q.float() * spread(rows.scales)
+    values = (rows.q.view(torch.float8_e4m3fn) if held.e4m3 else rows.q).float()
+    if rows.zeros is not None:
+        values -= spread(rows.zeros) - (128 if held.bits == 8 else 0)
+    values *= spread(rows.scales)
     return values if rows.offsets is None else values + spread(rows.offsets)
 
 
@@ -209,31 +242,42 @@ def told_of_quantised(dtype: torch.dtype) -> str:
     library, told = find_native()
     native = native_for(dtype)
     if native is not None:
-        return f"native, {native.linear_sets[0]}: from weights in integers, activations as they are"
+        return f"native, {native.linear_sets[0]}: from quantised weights as they are held, activations as they are"
     reason = told if library is None else "native products are in bfloat16 and need AVX2"
-    return f"torch: weights in integers are made whole for each product ({reason})"
+    return f"torch: quantised weights are made whole for each product ({reason})"
 
 
-def _native_format(held: WeightFormat, num_inputs: int) -> tuple[int, int, int, bool]:
-    return held.bits, held.group_of(num_inputs), SCALE_DTYPES.index(held.scale_dtype), held.offsets
+def _native_format(held: WeightFormat, num_inputs: int) -> tuple[int, int, int, bool, bool, int]:
+    scales = SCALE_DTYPES.index(held.scale_dtype)
+    return held.bits, held.group_of(num_inputs), scales, held.offsets, held.zeros, int(held.e4m3)
 
 
 def _room_bytes(library: ModuleType, shape: Sequence[int], held: WeightFormat) -> int:
-    return int(library.QuantisedMatrix.room_bytes(shape[0], shape[1], *_native_format(held, shape[1])))
+    return int(library.QuantisedMatrix.room_bytes(shape[0], shape[1], _native_format(held, shape[1])))
 
 
 def make_quantised(
-    shapes: Sequence[Sequence[int]], formats: Sequence[WeightFormat], dtype: torch.dtype
+    shapes: Sequence[Sequence[int]],
+    formats: Sequence[WeightFormat],
+    dtype: torch.dtype,
+    orders: Sequence[torch.Tensor | None] | None = None,
 ) -> list[QuantisedWeight]:
-    """Quantised weights [N, K], to be filled, side by side in one piece of memory as `make_packed` lays them out."""
+    """Quantised weights [N, K], to be filled, side by side in one piece of memory as `make_packed` lays them out.
+
+    orders: of the inputs of each, as `QuantisedWeight` takes them.
+    """
     library = native_for(dtype)
+    orders = orders or [None] * len(shapes)
     rooms: Sequence[torch.Tensor | None] = [None] * len(shapes)
     if library is not None and shapes:
-        sizes = [_room_bytes(library, shape, held) for shape, held in zip(shapes, formats, strict=True)]
+        held_shapes = [
+            (shape[0], shape[1] if order is None else len(order)) for shape, order in zip(shapes, orders, strict=True)
+        ]
+        sizes = [_room_bytes(library, shape, held) for shape, held in zip(held_shapes, formats, strict=True)]
         room = torch.empty(sum(sizes), dtype=torch.uint8)
         library.advise_huge_pages(room.data_ptr(), room.nbytes)
         rooms = torch.split(room.zero_(), sizes)
     return [
-        QuantisedWeight(shape[0], shape[1], held, dtype, room)
-        for shape, held, room in zip(shapes, formats, rooms, strict=True)
+        QuantisedWeight(shape[0], shape[1], held, dtype, room, order)
+        for shape, held, room, order in zip(shapes, formats, rooms, orders, strict=True)
     ]

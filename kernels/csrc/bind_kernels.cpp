@@ -1,6 +1,9 @@
 // The kernels room's part of `phalanx._native`. Tensors come as addresses: nothing here knows torch.
 #include "bind_kernels.hpp"
 
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
 #include "linear.hpp"
 #include "memory.hpp"
 #include "pool.hpp"
@@ -54,8 +57,12 @@ void multiply_quantised(uintptr_t y, uintptr_t x, size_t x_stride, uintptr_t wei
           });
 }
 
-QuantisedFormat format_of(size_t bits, size_t group_size, int scales, bool offsets) {
-  return {bits, group_size, ScaleType(scales), offsets};
+// bits, group_size, scales (a `ScaleType`), offsets, zeros, numbers (a `NumberType`)
+using FormatParts = std::tuple<size_t, size_t, int, bool, bool, int>;
+
+QuantisedFormat format_of(const FormatParts& parts) {
+  const auto [bits, group_size, scales, offsets, zeros, numbers] = parts;
+  return {bits, group_size, ScaleType(scales), offsets, zeros, NumberType(numbers)};
 }
 
 }  // namespace
@@ -129,21 +136,23 @@ void bind_kernels(nb::module_& module) {
   nb::class_<QuantisedMatrix>(module, "QuantisedMatrix")
       .def_static(
           "room_bytes",
-          [](size_t num_outputs, size_t num_inputs, size_t bits, size_t group_size, int scales, bool offsets) {
-            return QuantisedMatrix::room_bytes(num_outputs, num_inputs, format_of(bits, group_size, scales, offsets));
+          [](size_t num_outputs, size_t num_inputs, const FormatParts& format) {
+            return QuantisedMatrix::room_bytes(num_outputs, num_inputs, format_of(format));
           },
-          "num_outputs"_a, "num_inputs"_a, "bits"_a, "group_size"_a, "scales"_a, "offsets"_a)
+          "num_outputs"_a, "num_inputs"_a, "held"_a)
       .def("__init__",
-           [](QuantisedMatrix* self, size_t num_outputs, size_t num_inputs, size_t bits, size_t group_size, int scales,
-              bool offsets, uintptr_t room) {
-             new (self) QuantisedMatrix(num_outputs, num_inputs, format_of(bits, group_size, scales, offsets), at<uint8_t>(room));
+           [](QuantisedMatrix* self, size_t num_outputs, size_t num_inputs, const FormatParts& format, uintptr_t room,
+              size_t x_inputs, std::vector<int32_t> order) {
+             new (self) QuantisedMatrix(num_outputs, num_inputs, format_of(format), at<uint8_t>(room), x_inputs,
+                                        std::move(order));
            },
-           "num_outputs"_a, "num_inputs"_a, "bits"_a, "group_size"_a, "scales"_a, "offsets"_a, "room"_a)
+           "num_outputs"_a, "num_inputs"_a, "held"_a, "room"_a, "x_inputs"_a, "order"_a)
       .def("put",
-           [](QuantisedMatrix& self, uintptr_t q, uintptr_t scales, uintptr_t offsets, size_t first, size_t num_rows) {
-             self.put(at<int8_t>(q), at<void>(scales), at<void>(offsets), first, num_rows);
+           [](QuantisedMatrix& self, uintptr_t q, uintptr_t scales, uintptr_t offsets, uintptr_t zeros, size_t first,
+              size_t num_rows) {
+             self.put(at<int8_t>(q), at<void>(scales), at<void>(offsets), at<uint8_t>(zeros), first, num_rows);
            },
-           "q"_a, "scales"_a, "offsets"_a, "first"_a, "num_rows"_a, unlocked)
+           "q"_a, "scales"_a, "offsets"_a, "zeros"_a, "first"_a, "num_rows"_a, unlocked)
       .def("take_held_rows",
            [](const QuantisedMatrix& self, uintptr_t out, uintptr_t indices, size_t count, int64_t first) {
              perform([=, &self] { return taken_rows(self, count); },

@@ -36,6 +36,12 @@ float from_half(uint16_t bits) {
   return value;
 }
 
+float from_e4m3(uint8_t bits) {
+  if ((bits & 0x7F) == 0x7F) return from_bf16(0x7FC0);
+  // As if its exponent were that of a bfloat16, then 2^120 times that.
+  return from_bf16(uint16_t((bits & 0x80) << 8 | (bits & 0x7F) << 4)) * 0x1p120f;
+}
+
 uint16_t to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -79,14 +85,24 @@ size_t QuantisedMatrix::room_bytes(size_t num_outputs, size_t num_inputs, const 
   return divide_up(num_outputs, kBlockColumns) * (groups * format.group_head() + octets * format.octet_bytes());
 }
 
-QuantisedMatrix::QuantisedMatrix(size_t num_outputs, size_t num_inputs, const QuantisedFormat& format, uint8_t* room)
+QuantisedMatrix::QuantisedMatrix(size_t num_outputs, size_t num_inputs, const QuantisedFormat& format, uint8_t* room,
+                                 size_t x_inputs, std::vector<int32_t> order)
     : num_outputs_(num_outputs),
       num_inputs_(num_inputs),
       format_(format),
       room_(room),
-      block_bytes_(room_bytes(kBlockColumns, num_inputs, format)) {
+      block_bytes_(room_bytes(kBlockColumns, num_inputs, format)),
+      x_inputs_(x_inputs),
+      order_(std::move(order)) {
   if (format.group_size == 0 || format.group_size % 8 != 0) {
     throw std::invalid_argument("groups of " + std::to_string(format.group_size) + " inputs are no multiple of 8");
+  }
+  if (order_.empty() ? num_inputs != x_inputs : order_.size() != num_inputs) {
+    throw std::invalid_argument("an order of " + std::to_string(order_.size()) + " inputs is not that of " +
+                                std::to_string(num_inputs));
+  }
+  for (const int32_t input : order_) {
+    if (input >= int64_t(x_inputs)) throw std::invalid_argument("x has no input " + std::to_string(input));
   }
 }
 
@@ -94,9 +110,10 @@ size_t QuantisedMatrix::group_start(size_t group) const {
   return group * (format_.group_head() + format_.group_size / 8 * format_.octet_bytes());
 }
 
-void QuantisedMatrix::put(const int8_t* q, const void* scales, const void* offsets, size_t first, size_t num_rows) {
+void QuantisedMatrix::put(const int8_t* q, const void* scales, const void* offsets, const uint8_t* zeros, size_t first,
+                          size_t num_rows) {
   const size_t groups = num_groups(), item = format_.scale_bytes() / kBlockColumns;
-  const int bias = format_.offsets ? 0 : 8;
+  const int bias = format_.unsigned_nibbles() ? 0 : 8;
   // By blocks, so that a byte is written by one thread only.
   const size_t first_block = first / kBlockColumns, end_block = divide_up(first + num_rows, kBlockColumns);
   if (num_rows == 0) return;
@@ -113,6 +130,7 @@ void QuantisedMatrix::put(const int8_t* q, const void* scales, const void* offse
           std::memcpy(head + format_.scale_bytes() + lane * item,
                       static_cast<const uint8_t*>(offsets) + (from * groups + group) * item, item);
         }
+        if (format_.zeros) head[format_.zeros_at() + lane] = zeros[from * groups + group];
         const size_t stop = std::min(num_inputs_, (group + 1) * format_.group_size);
         uint8_t* octet = head + format_.group_head();
         for (size_t k = group * format_.group_size; k < stop; k += 8, octet += format_.octet_bytes()) {
@@ -135,24 +153,28 @@ void QuantisedMatrix::put(const int8_t* q, const void* scales, const void* offse
 void QuantisedMatrix::take_row(uint16_t* out, size_t row) const {
   const uint8_t* const from = block(row / kBlockColumns);
   const size_t lane = row % kBlockColumns;
-  const int bias = format_.offsets ? 0 : 8;
+  const int bias = format_.unsigned_nibbles() ? 0 : 8;
   for (size_t k = 0; k < num_inputs_; k++) {
+    const int64_t to = order_.empty() ? int64_t(k) : order_[k];
+    if (to < 0) continue;
     const size_t group = k / format_.group_size, input = k % 8;
     const uint8_t* const head = from + group_start(group);
     const uint8_t* const octet = head + format_.group_head() + k % format_.group_size / 8 * format_.octet_bytes();
-    const int value = format_.bits == 8 ? int8_t(octet[byte_of(lane, input)])
-                                        : (octet[nibble_byte_of(lane, input)] >> nibble_shift_of(input) & 0xF) - bias;
+    const uint8_t byte = octet[format_.bits == 8 ? byte_of(lane, input) : nibble_byte_of(lane, input)];
+    const int integer = format_.bits == 8 ? int8_t(byte) : (byte >> nibble_shift_of(input) & 0xF) - bias;
+    const int zero = format_.zeros ? head[format_.zeros_at() + lane] - (format_.bits == 8 ? 128 : 0) : 0;
+    const float value = format_.numbers == kE4M3 ? from_e4m3(byte) : float(integer - zero);
     const float offset = format_.offsets ? scale_at(head + format_.scale_bytes(), lane, format_.scales) : 0;
-    out[k] = to_bf16(float(value) * scale_at(head, lane, format_.scales) + offset);
+    out[to] = to_bf16(value * scale_at(head, lane, format_.scales) + offset);
   }
 }
 
 void QuantisedMatrix::take_held_rows(uint16_t* out, const int64_t* indices, size_t count, int64_t first) const {
   for (size_t i = 0; i < count; i++) {
     const int64_t index = indices[i] - first;
-    uint16_t* const row = out + i * num_inputs_;
+    uint16_t* const row = out + i * x_inputs_;
     if (index < 0 || size_t(index) >= num_outputs_) {
-      std::memset(row, 0, num_inputs_ * sizeof(uint16_t));
+      std::memset(row, 0, x_inputs_ * sizeof(uint16_t));
     } else {
       take_row(row, size_t(index));
     }
@@ -161,14 +183,28 @@ void QuantisedMatrix::take_held_rows(uint16_t* out, const int64_t* indices, size
 
 namespace {
 
+// Rows of x as the weight has its inputs.
+void put_in_order(uint16_t* to, const uint16_t* x, size_t x_stride, const std::vector<int32_t>& order, size_t num_rows) {
+  const size_t num_inputs = order.size();
+  for (size_t row = 0; row < num_rows; row++, x += x_stride, to += num_inputs) {
+    for (size_t k = 0; k < num_inputs; k++) to[k] = order[k] < 0 ? 0 : x[order[k]];
+  }
+}
+
 void multiply_some(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t x_stride,
                    const QuantisedMatrix& weight, const uint16_t* bias, size_t num_rows) {
   const QuantisedFormat& format = weight.format();
   const size_t num_pairs = 4 * weight.num_octets(), row_bytes = num_pairs * kernels.item_bytes;
   const size_t num_groups = divide_up(num_rows, kernels.most_rows), num_inputs = weight.num_inputs();
-  const size_t sums_a_row = format.bits == 4 || format.offsets ? weight.num_groups() : 0;
+  const size_t sums_a_row = format.needs_sums() ? weight.num_groups() : 0;
   char* const rows = scratch<char>(num_rows * row_bytes);
   float* const sums = scratch<float>(num_rows * sums_a_row);
+  if (!weight.order().empty()) {
+    uint16_t* const ordered = scratch<uint16_t>(num_rows * num_inputs);
+    put_in_order(ordered, x, x_stride, weight.order(), num_rows);
+    x = ordered;
+    x_stride = num_inputs;
+  }
   const auto first_row = [=](size_t group) { return share(num_rows, group, num_groups); };
   const auto pack = [&](size_t group) {
     const size_t row = first_row(group), size = first_row(group + 1) - row;
@@ -183,6 +219,7 @@ void multiply_some(const LinearKernels& kernels, uint16_t* y, const uint16_t* x,
     parallel_for(int(num_groups), [&](int group) { pack(size_t(group)); });
   }
   const QuantisedKernels& functions = *kernels.quantised;
+  const bool e4m3 = format.numbers == kE4M3;
   const bool can_keep = format.bits == 8 && functions.multiply_kept_bytes[1] != nullptr;
   deal_blocks(weight.num_blocks(), num_groups, [&](size_t index, size_t first_group, size_t end_group, bool) {
     const size_t column = index * kBlockColumns;
@@ -201,10 +238,10 @@ void multiply_some(const LinearKernels& kernels, uint16_t* y, const uint16_t* x,
       tile.x_sums = sums + row * sums_a_row;
       tile.ahead_bytes = group > first_group ? kNearBytes : kAheadBytes;
       tile.y = y + row * weight.num_outputs() + column;
-      const auto& by_rows = format.bits == 4        ? functions.multiply_nibbles
-                            : !keeps                ? functions.multiply_bytes
-                            : group == first_group ? functions.multiply_kept_bytes
-                                                    : functions.multiply_decoded;
+      const auto& by_rows = format.bits == 4       ? functions.multiply_nibbles
+                            : !keeps               ? e4m3 ? functions.multiply_e4m3 : functions.multiply_bytes
+                            : group == first_group ? e4m3 ? functions.multiply_kept_e4m3 : functions.multiply_kept_bytes
+                                                   : functions.multiply_decoded;
       by_rows[size](tile);
     }
   });

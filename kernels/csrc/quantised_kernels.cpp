@@ -17,6 +17,10 @@ inline V set_all(float value) { return _mm512_set1_ps(value); }
 inline V widen_half(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+inline V widen_bytes(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline V times(V a, V b) { return _mm512_mul_ps(a, b); }
 template <size_t kBy>
 inline Bits shift_right(Bits bits) { return _mm512_srli_epi16(bits, kBy); }
 inline Bits masked_or(Bits bits, Bits mask, Bits set) { return _mm512_ternarylogic_epi32(bits, mask, set, 0xEA); }
@@ -54,10 +58,40 @@ struct Bytes {
   }
 };
 
+// The two bytes of the bfloat16 of each positive E4M3 number: eight times its part below 2^exponent is an integer, but
+// for the last, which is none.
+struct E4M3Table {
+  alignas(64) uint8_t high[128] = {}, low[128] = {};
+  constexpr E4M3Table() {
+    for (int code = 1; code < 128; code++) {
+      int eighths = code < 8 ? code : 8 + code % 8, exponent = code < 8 ? 1 - 7 : code / 8 - 7;
+      while (eighths < 8) eighths *= 2, exponent--;
+      const int bits = code == 127 ? 0x7FC0 : (127 + exponent) << 7 | (eighths - 8) << 4;
+      high[code] = uint8_t(bits >> 8);
+      low[code] = uint8_t(bits & 0xFF);
+    }
+  }
+};
+constexpr E4M3Table kE4M3Table;
+
+struct E4M3Bytes {
+  static constexpr bool kCoded = true;
+  __m512i high0 = _mm512_load_si512(kE4M3Table.high), high1 = _mm512_load_si512(kE4M3Table.high + 64);
+  __m512i low0 = _mm512_load_si512(kE4M3Table.low), low1 = _mm512_load_si512(kE4M3Table.low + 64);
+  void load(W (&w)[kVectors], const uint8_t* from, uint8_t*, size_t column) const {
+    const Bits bytes = load_bits(from + 4 * column);  // whose signs the tables do not see
+    const Bits upper = masked_or(bytes, set_bytes(0x80), _mm512_permutex2var_epi8(high0, bytes, high1));
+    const Bits lower = _mm512_permutex2var_epi8(low0, bytes, low1);
+    w[0] = widen(interleave_first(lower, upper));
+    w[1] = widen(interleave_last(lower, upper));
+  }
+};
+
 // Puts them where other rows find them decoded: [pairs][32][2] bfloat16.
-struct KeptBytes : Bytes {
+template <class Coded>
+struct Kept : Coded {
   void load(W (&w)[kVectors], const uint8_t* from, uint8_t* decoded, size_t column) const {
-    Bytes::load(w, from, nullptr, column);
+    Coded::load(w, from, nullptr, column);
     store_bits(decoded, (Bits)w[0].both);
     store_bits(decoded + 64, (Bits)w[1].both);
   }
@@ -78,6 +112,7 @@ inline W signed_words(Bits words) {
           _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16))};
 }
 inline Bits signed_bytes(Bits words) { return _mm512_srai_epi16(words, 8); }
+inline Bits no_bits() { return _mm512_setzero_si512(); }
 
 #endif
 
@@ -88,6 +123,10 @@ inline V set_all(float value) { return _mm256_set1_ps(value); }
 inline V widen_half(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
+inline V widen_bytes(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline V times(V a, V b) { return _mm256_mul_ps(a, b); }
 template <size_t kBy>
 inline Bits shift_right(Bits bits) { return _mm256_srli_epi16(bits, kBy); }
 inline Bits masked_or(Bits bits, Bits mask, Bits set) { return _mm256_or_si256(_mm256_and_si256(bits, mask), set); }
@@ -97,6 +136,7 @@ inline W signed_words(Bits words) {
           _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16))};
 }
 inline Bits signed_bytes(Bits words) { return _mm256_srai_epi16(words, 8); }
+inline Bits no_bits() { return _mm256_setzero_si256(); }
 
 #endif
 
@@ -107,6 +147,24 @@ struct Bytes {
     const Bits bytes = load_bits(from + 4 * column);
     w[0] = signed_words(signed_bytes(interleave_first(bytes, bytes)));
     w[1] = signed_words(signed_bytes(interleave_last(bytes, bytes)));
+  }
+};
+
+// As if exponents were those of bfloat16, then 2^120 times that.
+struct E4M3Bytes {
+  static constexpr bool kCoded = true;
+  const Bits sign = set_words(0x8000), size = set_words(0x07F0);
+  const V power = set_all(0x1p120f);
+  W widened(Bits words) const {
+    W w = widen(masked_or(shift_right<4>(words), size, both(words, sign)));
+    w.even = times(w.even, power);
+    w.odd = times(w.odd, power);
+    return w;
+  }
+  void load(W (&w)[kVectors], const uint8_t* from, uint8_t*, size_t column) const {
+    const Bits bytes = load_bits(from + 4 * column);
+    w[0] = widened(interleave_first(no_bits(), bytes));
+    w[1] = widened(interleave_last(no_bits(), bytes));
   }
 };
 #endif
@@ -165,9 +223,13 @@ struct NibbleOctet {
 
 template <size_t kRows>
 using ByBytes = ByteOctet<kRows, Bytes>;
+template <size_t kRows>
+using ByE4M3 = ByteOctet<kRows, E4M3Bytes>;
 #if defined(__AVX512BF16__)
 template <size_t kRows>
-using ByKeptBytes = ByteOctet<kRows, KeptBytes>;
+using ByKeptBytes = ByteOctet<kRows, Kept<Bytes>>;
+template <size_t kRows>
+using ByKeptE4M3 = ByteOctet<kRows, Kept<E4M3Bytes>>;
 template <size_t kRows>
 using ByDecoded = ByteOctet<kRows, Decoded>;
 #endif
@@ -184,7 +246,8 @@ void multiply(const QuantisedTile& tile) {
   alignas(64) float sums[kRows * kBlockColumns];
   const QuantisedFormat& format = *tile.format;
   const size_t octets_a_group = format.group_size / 8, scale_bytes = format.scale_bytes();
-  const float too_much = Held::kTooMuch == 0 ? 0 : format.offsets ? Held::kTooMuch : Held::kTooMuch + 8;
+  const float too_much = Held::kTooMuch == 0 ? 0 : format.unsigned_nibbles() ? Held::kTooMuch : Held::kTooMuch + 8;
+  const float zeros_off = Held::kTooMuch == 0 ? -128 : Held::kTooMuch;
   for (size_t row = 0; row < kRows; row++) __builtin_prefetch(tile.y + row * tile.y_stride, 1);
   for (size_t column = 0; column < kHalf; column += kWidth) {
     const Held held{};
@@ -199,11 +262,20 @@ void multiply(const QuantisedTile& tile) {
       const uint8_t* const scales = w;
       w += format.group_head();
       V of_group[kRows][kVectors];
-#pragma GCC unroll 16
-      for (size_t row = 0; row < kRows; row++) {
-        const V begin = Held::kTooMuch == 0 ? zero() : set_all(-too_much * x_sums[row]);
+      if (format.zeros) {
 #pragma GCC unroll 4
-        for (size_t v = 0; v < kVectors; v++) of_group[row][v] = begin;
+        for (size_t v = 0; v < kVectors; v++) {
+          const V off = add(widen_bytes(scales + format.zeros_at() + column + v * kHalf), set_all(zeros_off));
+#pragma GCC unroll 16
+          for (size_t row = 0; row < kRows; row++) of_group[row][v] = times(off, set_all(-x_sums[row]));
+        }
+      } else {
+#pragma GCC unroll 16
+        for (size_t row = 0; row < kRows; row++) {
+          const V begin = Held::kTooMuch == 0 ? zero() : set_all(-too_much * x_sums[row]);
+#pragma GCC unroll 4
+          for (size_t v = 0; v < kVectors; v++) of_group[row][v] = begin;
+        }
       }
       for (size_t octet = 0; octet < octets; octet++) {
         if (Held::kCoded && column == 0) prefetch<Held::kBytes, _MM_HINT_T0>(w + tile.ahead_bytes);
@@ -245,10 +317,13 @@ extern const QuantisedKernels PHALANX_JOIN(kQuantised_, PHALANX_SET);
 const QuantisedKernels PHALANX_JOIN(kQuantised_, PHALANX_SET) = {
     PHALANX_ROWS(ByBytes),
     PHALANX_ROWS(NibbleOctet),
+    PHALANX_ROWS(ByE4M3),
 #if defined(__AVX512BF16__)
     PHALANX_ROWS(ByKeptBytes),
+    PHALANX_ROWS(ByKeptE4M3),
     PHALANX_ROWS(ByDecoded),
 #else
+    {},
     {},
     {},
 #endif

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: how they are held, products by them, and the quantising."""
+"""Weights of 8 and 4 bits and in FP8: how they are held, products by them, and the quantising."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ FORMATS = [
     WeightFormat(4, 8, torch.float16),
     WeightFormat(4, 32, torch.float16),
     WeightFormat(4, 128, torch.bfloat16, offsets=True),
+    WeightFormat(4, 32, torch.float16, zeros=True),
+    WeightFormat(8, None, torch.bfloat16, zeros=True),
+    WeightFormat(8, e4m3=True),
+    WeightFormat(8, 128, torch.bfloat16, e4m3=True),
 ]
 
 
@@ -43,19 +47,29 @@ def two_threads() -> Iterator[None]:
 
 
 def random_rows(num_outputs: int, num_inputs: int, held: WeightFormat, seed: int) -> QuantisedRows:
-    """Of all integers that there are."""
+    """Of all numbers that there are."""
     generator = torch.Generator().manual_seed(seed)
-    low, high = (-128, 128) if held.bits == 8 else (0, 16) if held.offsets else (-8, 8)
+    low, high = (-128, 128) if held.bits == 8 else (0, 16) if held.offsets or held.zeros else (-8, 8)
     groups = num_outputs, held.num_groups(num_inputs)
     scales = torch.rand(groups, generator=generator).add(0.1).to(held.scale_dtype)
     offsets = torch.randn(groups, generator=generator).to(held.scale_dtype) if held.offsets else None
+    zeros = torch.randint(0, 2**held.bits, groups, generator=generator, dtype=torch.uint8) if held.zeros else None
     q = torch.randint(low, high, (num_outputs, num_inputs), generator=generator, dtype=torch.int8)
-    return QuantisedRows(q, scales, offsets)
+    if held.e4m3:
+        q[(q & 0x7F) == 0x7F] = 0x7E  # all but what is no number
+    return QuantisedRows(q, scales, offsets, zeros)
 
 
-def weight_of(rows: QuantisedRows, held: WeightFormat, dtype: torch.dtype = torch.bfloat16) -> QuantisedWeight:
+def weight_of(
+    rows: QuantisedRows,
+    held: WeightFormat,
+    dtype: torch.dtype = torch.bfloat16,
+    order: torch.Tensor | None = None,
+) -> QuantisedWeight:
     num_outputs, num_inputs = rows.q.shape
-    weight = QuantisedWeight(num_outputs, num_inputs, held, dtype)
+    weight = QuantisedWeight(
+        num_outputs, num_inputs if order is None else int(order.max()) + 1, held, dtype, None, order
+    )
     weight.put(0, rows)
     return weight
 
@@ -63,8 +77,18 @@ def weight_of(rows: QuantisedRows, held: WeightFormat, dtype: torch.dtype = torc
 def exact_matrix(rows: QuantisedRows, held: WeightFormat) -> torch.Tensor:
     """In float64, by the formula of `WeightFormat`."""
     group = torch.arange(rows.q.shape[1]) // held.group_of(rows.q.shape[1])
-    matrix = rows.scales.double()[:, group] * rows.q.double()
+    q = e4m3_values(rows.q) if held.e4m3 else rows.q.double()
+    if rows.zeros is not None:
+        q = q - rows.zeros.double()[:, group] + (128 if held.bits == 8 else 0)
+    matrix = rows.scales.double()[:, group] * q
     return matrix if rows.offsets is None else matrix + rows.offsets.double()[:, group]
+
+
+def e4m3_values(bits: torch.Tensor) -> torch.Tensor:
+    """By the format's definition (arXiv 2209.05433, table 1), in float64."""
+    code = bits.long() & 0xFF
+    sign, exponent, mantissa = 1 - 2 * (code >> 7), code >> 3 & 15, (code & 7).double()
+    return sign * torch.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
 
 
 def assert_right(y: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor, spread: float) -> None:
@@ -93,8 +117,8 @@ def test_products_are_those_of_float64_but_for_rounding(
     x = torch.randn(num_rows, num_inputs, generator=generator).bfloat16()
     bias = torch.randn(num_outputs, generator=generator).bfloat16()
     y = weight_of(rows, held).multiply(x, bias, chosen)
-    # Scales are at most 1.1, offsets few above 3; four bits are added up as 128 more than they are.
-    assert_right(y, x, exact_matrix(rows, held), bias, 1.1 * 256 + 4)
+    # Scales are at most 1.1, offsets few above 3; four bits are added up as 128 more than they are, eight without zeros.
+    assert_right(y, x, exact_matrix(rows, held), bias, 1.1 * (448 if held.e4m3 else 256) + 4)
 
 
 @needs_library
@@ -124,10 +148,37 @@ def test_rows_come_back_as_what_they_stand_for(held: WeightFormat, dtype: torch.
         part = slice(first, 40 if first == 0 else 70)
         weight.put(first, QuantisedRows(*(None if each is None else each[part] for each in rows)))  # type: ignore[arg-type]
     expected = dequantise(rows, held)
-    assert torch.equal(expected.double().bfloat16(), exact_matrix(rows, held).bfloat16())
+    assert torch.equal(expected.bfloat16(), exact_matrix(rows, held).bfloat16())
     assert torch.equal(weight[torch.tensor([69, 0, 41])], expected[[69, 0, 41]].to(dtype))
     taken = weight.held_rows(torch.tensor([99, 100, 169, 170]), 100)
     assert torch.equal(taken, torch.cat([torch.zeros(1, 90), expected[[0, 69]], torch.zeros(1, 90)]).to(dtype))
+
+
+@settings(max_examples=20)
+@given(
+    st.sampled_from([held for held in FORMATS if held.group_size]),
+    st.integers(1, 20),
+    st.integers(1, 90),
+    st.integers(0, 40),
+    st.integers(0, 99),
+)
+def test_inputs_may_be_held_in_any_order_with_room_between(
+    held: WeightFormat, num_rows: int, num_inputs: int, num_empty: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(num_inputs + num_empty, generator=generator)
+    order = torch.where(places < num_inputs, places, -1)
+    rows = random_rows(40, len(order), held, seed)
+    matrix = torch.zeros(40, num_inputs, dtype=torch.float64)
+    matrix[:, order[order >= 0]] = exact_matrix(rows, held)[:, order >= 0]
+    x = torch.randn(num_rows, num_inputs, generator=generator).bfloat16()
+    bias = torch.zeros(40, dtype=torch.bfloat16)
+    weight = weight_of(rows, held, order=order)
+    assert_right(weight.multiply(x, bias), x, matrix, bias, 1.1 * (448 if held.e4m3 else 256) + 4)
+    plain = weight_of(rows, held, torch.float32, order)
+    for each in (weight, plain):
+        assert torch.equal(each[torch.tensor([39, 5])].bfloat16(), matrix[[39, 5]].bfloat16())
+    assert torch.equal(plain.multiply(x.float(), None), F.linear(x.float(), matrix.float()))
 
 
 def test_without_native_products_the_result_is_that_of_the_matrix_it_stands_for() -> None:
