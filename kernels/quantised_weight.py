@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from phalanx.kernels.integer_inputs import rounded_inputs
 from phalanx.native import find_native
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of `ScaleType` in quantised.hpp
@@ -23,7 +24,8 @@ class WeightFormat(NamedTuple):
     inputs that share a scale, a multiple of 8; None for all of an output. scale_dtype: of scales and offsets: float32,
     float16 or bfloat16. zeros: whether there are any: of 4 bits, or of 8 bits and 128 more than what is subtracted. An
     offset of -scale * zero would have to be rounded. e4m3: whether q are the bits of FP8 numbers (E4M3, without
-    infinities: `torch.float8_e4m3fn`), of 8 bits and without offsets or zeros.
+    infinities: `torch.float8_e4m3fn`), of 8 bits and without offsets or zeros. integer_inputs: whether what is multiplied
+    by it is quantised as well, see `rounded_inputs`; of integers.
     """
 
     bits: int
@@ -32,6 +34,7 @@ class WeightFormat(NamedTuple):
     offsets: bool = False
     zeros: bool = False
     e4m3: bool = False
+    integer_inputs: bool = False
 
     def group_of(self, num_inputs: int) -> int:
         """Inputs of a group, of rows of so many."""
@@ -189,7 +192,7 @@ class QuantisedWeight:
         if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != self.dtype):
             raise ValueError(f"the bias is {list(bias.shape)} {bias.dtype}, of {num_outputs} outputs in {self.dtype}")
         if self._library is None:
-            return F.linear(x, self._standing_for(slice(None)), bias)
+            return self._multiply_whole(x, bias)
         if x.stride(1) != 1:
             x = x.contiguous()
         y = torch.empty(x.shape[0], num_outputs, dtype=self.dtype)
@@ -203,6 +206,13 @@ class QuantisedWeight:
             instructions,
         )
         return y
+
+    def _multiply_whole(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = self._standing_for(slice(None))
+        if not self.format.integer_inputs:
+            return F.linear(x, weight, bias)
+        y = F.linear(rounded_inputs(x, self.format.group_of(self._num_held)), weight.float())
+        return (y if bias is None else y + bias.float()).to(self.dtype)
 
     def _standing_for(self, rows: torch.Tensor | slice) -> torch.Tensor:
         assert self._parts is not None
@@ -247,9 +257,9 @@ def told_of_quantised(dtype: torch.dtype) -> str:
     return f"torch: quantised weights are made whole for each product ({reason})"
 
 
-def _native_format(held: WeightFormat, num_inputs: int) -> tuple[int, int, int, bool, bool, int]:
-    scales = SCALE_DTYPES.index(held.scale_dtype)
-    return held.bits, held.group_of(num_inputs), scales, held.offsets, held.zeros, int(held.e4m3)
+def _native_format(held: WeightFormat, num_inputs: int) -> tuple[int, int, int, bool, bool, int, bool]:
+    scales, group = SCALE_DTYPES.index(held.scale_dtype), held.group_of(num_inputs)
+    return held.bits, group, scales, held.offsets, held.zeros, int(held.e4m3), held.integer_inputs
 
 
 def _room_bytes(library: ModuleType, shape: Sequence[int], held: WeightFormat) -> int:

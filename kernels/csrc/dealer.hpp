@@ -10,6 +10,12 @@
 
 namespace phalanx {
 
+// Rows at a time: weights are read from memory once for so many, and these rows of x stay in the last cache.
+constexpr size_t kMostRowsAtOnce = 384;
+constexpr size_t kAheadBytes = 4096;  // that memory needs to answer in time
+constexpr size_t kNearBytes = 1024;   // and the second cache
+constexpr size_t kPackedAlone = 16384;  // inputs that one thread packs before another would be there
+
 inline size_t share(size_t total, size_t part, size_t num_parts) { return total * part / num_parts; }
 inline size_t divide_up(size_t total, size_t by) { return (total + by - 1) / by; }
 

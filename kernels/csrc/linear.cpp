@@ -31,11 +31,6 @@ namespace {
 
 // Of a block's weights, at a time: they stay in the second cache, decoded, while all rows pass.
 constexpr size_t kMostQuads = 512;
-// Rows at a time: weights are read from memory once for so many, and these rows of x stay in the last cache.
-constexpr size_t kMostRowsAtOnce = 384;
-constexpr size_t kAheadBytes = 4096;  // that memory needs to answer in time
-constexpr size_t kNearBytes = 1024;   // and the second cache
-constexpr size_t kPackedAlone = 16384;  // inputs that one thread packs before another would be there
 
 // One product of at most kMostRowsAtOnce rows.
 class Product {

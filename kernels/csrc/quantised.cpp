@@ -11,10 +11,6 @@
 namespace phalanx {
 namespace {
 
-constexpr size_t kMostRowsAtOnce = 384;  // see `linear.cpp`
-constexpr size_t kAheadBytes = 4096, kNearBytes = 1024;
-constexpr size_t kPackedAlone = 16384;
-
 float from_bf16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;
@@ -63,6 +59,8 @@ float scale_at(const uint8_t* scales, size_t lane, ScaleType type) {
 size_t byte_of(size_t lane, size_t input) { return input / 2 * 64 + place_of(lane) + input % 2; }
 size_t nibble_byte_of(size_t lane, size_t input) { return lane * 4 + input % 2 * 2 + input / 4; }
 size_t nibble_shift_of(size_t input) { return input / 2 % 2 * 4; }
+size_t integer_byte_of(size_t lane, size_t input) { return input / 2 % 2 * 128 + lane * 4 + input % 2 * 2 + input / 4; }
+constexpr uint8_t kSign = 0x80;  // turned round in those
 
 // Of a row, those of each group, `stride` apart.
 void add_up(float* sums, size_t stride, const uint16_t* x, size_t num_inputs, size_t group_size) {
@@ -101,6 +99,7 @@ QuantisedMatrix::QuantisedMatrix(size_t num_outputs, size_t num_inputs, const Qu
     throw std::invalid_argument("an order of " + std::to_string(order_.size()) + " inputs is not that of " +
                                 std::to_string(num_inputs));
   }
+  if (format.integer_inputs && format.numbers != kIntegers) throw std::invalid_argument("FP8 numbers are no integers");
   for (const int32_t input : order_) {
     if (input >= int64_t(x_inputs)) throw std::invalid_argument("x has no input " + std::to_string(input));
   }
@@ -136,7 +135,9 @@ void QuantisedMatrix::put(const int8_t* q, const void* scales, const void* offse
         for (size_t k = group * format_.group_size; k < stop; k += 8, octet += format_.octet_bytes()) {
           for (size_t input = 0; input < std::min<size_t>(8, stop - k); input++) {
             const int8_t value = q[from * num_inputs_ + k + input];
-            if (format_.bits == 8) {
+            if (format_.integer_inputs && format_.bits == 8) {
+              octet[integer_byte_of(lane, input)] = uint8_t(value) ^ kSign;
+            } else if (format_.bits == 8) {
               octet[byte_of(lane, input)] = uint8_t(value);
             } else {
               uint8_t& byte = octet[nibble_byte_of(lane, input)];
@@ -160,7 +161,9 @@ void QuantisedMatrix::take_row(uint16_t* out, size_t row) const {
     const size_t group = k / format_.group_size, input = k % 8;
     const uint8_t* const head = from + group_start(group);
     const uint8_t* const octet = head + format_.group_head() + k % format_.group_size / 8 * format_.octet_bytes();
-    const uint8_t byte = octet[format_.bits == 8 ? byte_of(lane, input) : nibble_byte_of(lane, input)];
+    const uint8_t byte = format_.bits == 4           ? octet[nibble_byte_of(lane, input)]
+                         : format_.integer_inputs ? octet[integer_byte_of(lane, input)] ^ kSign
+                                                  : octet[byte_of(lane, input)];
     const int integer = format_.bits == 8 ? int8_t(byte) : (byte >> nibble_shift_of(input) & 0xF) - bias;
     const int zero = format_.zeros ? head[format_.zeros_at() + lane] - (format_.bits == 8 ? 128 : 0) : 0;
     const float value = format_.numbers == kE4M3 ? from_e4m3(byte) : float(integer - zero);
@@ -199,12 +202,6 @@ void multiply_some(const LinearKernels& kernels, uint16_t* y, const uint16_t* x,
   const size_t sums_a_row = format.needs_sums() ? weight.num_groups() : 0;
   char* const rows = scratch<char>(num_rows * row_bytes);
   float* const sums = scratch<float>(num_rows * sums_a_row);
-  if (!weight.order().empty()) {
-    uint16_t* const ordered = scratch<uint16_t>(num_rows * num_inputs);
-    put_in_order(ordered, x, x_stride, weight.order(), num_rows);
-    x = ordered;
-    x_stride = num_inputs;
-  }
   const auto first_row = [=](size_t group) { return share(num_rows, group, num_groups); };
   const auto pack = [&](size_t group) {
     const size_t row = first_row(group), size = first_row(group + 1) - row;
@@ -255,7 +252,16 @@ void quantised_linear(size_t instructions, uint16_t* y, const uint16_t* x, size_
   const size_t passes = divide_up(num_rows, kMostRowsAtOnce);
   for (size_t pass = 0; pass < passes; pass++) {
     const size_t row = share(num_rows, pass, passes), size = share(num_rows, pass + 1, passes) - row;
-    multiply_some(kernels, y + row * weight.num_outputs(), x + row * x_stride, x_stride, weight, bias, size);
+    const uint16_t* from = x + row * x_stride;
+    size_t stride = x_stride;
+    if (!weight.order().empty()) {
+      stride = weight.num_inputs();
+      uint16_t* const ordered = scratch<uint16_t>(size * stride);
+      put_in_order(ordered, from, x_stride, weight.order(), size);
+      from = ordered;
+    }
+    const auto multiply = weight.format().integer_inputs ? integer_linear : multiply_some;
+    multiply(kernels, y + row * weight.num_outputs(), from, stride, weight, bias, size);
   }
 }
 

@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "integers.hpp"
 #include "linear.hpp"
 #include "packed.hpp"
 
@@ -39,6 +40,7 @@ struct QuantisedFormat {
   bool offsets;
   bool zeros;         // 0..255; of 8 bits 128 more than what is subtracted
   NumberType numbers;
+  bool integer_inputs;  // whether x is quantised too, see `integers.hpp`; of integers only
 
   size_t octet_bytes() const { return bits * kBlockColumns; }
   size_t scale_bytes() const { return (scales == kFloatScales ? 4 : 2) * kBlockColumns; }
@@ -46,6 +48,11 @@ struct QuantisedFormat {
   size_t group_head() const { return zeros_at() + (zeros ? kBlockColumns : 0); }
   bool unsigned_nibbles() const { return offsets || zeros; }
   bool needs_sums() const { return bits == 4 || offsets || zeros; }
+  // Of a row of x that is quantised, that share a scale.
+  size_t num_input_groups(size_t num_inputs) const {
+    const auto of = [](size_t inputs) { return (inputs + kInputGroup - 1) / kInputGroup; };
+    return num_inputs / group_size * of(group_size) + of(num_inputs % group_size);
+  }
 };
 
 /// Some rows of x against one block of weights.
@@ -71,6 +78,7 @@ struct QuantisedKernels {
   void (*multiply_kept_bytes[16])(const QuantisedTile& tile);
   void (*multiply_kept_e4m3[16])(const QuantisedTile& tile);
   void (*multiply_decoded[16])(const QuantisedTile& tile);
+  const IntegerKernels* integers;
 };
 
 class QuantisedMatrix {

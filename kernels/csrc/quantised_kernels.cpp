@@ -1,8 +1,7 @@
 // Compiled once for each instruction set; see `reduce_kernels.cpp` for what that asks of a file.
 #include <type_traits>
 
-#include "linear_vectors.hpp"
-#include "quantised.hpp"
+#include "quantised_vectors.hpp"
 
 #define PHALANX_JOIN_OF(a, b) a##b
 #define PHALANX_JOIN(a, b) PHALANX_JOIN_OF(a, b)
@@ -11,20 +10,6 @@ namespace phalanx {
 namespace {
 
 #if defined(__AVX512F__)
-
-inline V multiply_add(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-inline V set_all(float value) { return _mm512_set1_ps(value); }
-inline V widen_half(const uint16_t* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-inline V widen_bytes(const uint8_t* from) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-}
-inline V times(V a, V b) { return _mm512_mul_ps(a, b); }
-template <size_t kBy>
-inline Bits shift_right(Bits bits) { return _mm512_srli_epi16(bits, kBy); }
-inline Bits masked_or(Bits bits, Bits mask, Bits set) { return _mm512_ternarylogic_epi32(bits, mask, set, 0xEA); }
-inline Bits set_words(uint16_t word) { return _mm512_set1_epi16(short(word)); }
 
 #if defined(__AVX512BF16__)
 
@@ -118,19 +103,6 @@ inline Bits no_bits() { return _mm512_setzero_si512(); }
 
 #else
 
-inline V multiply_add(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-inline V set_all(float value) { return _mm256_set1_ps(value); }
-inline V widen_half(const uint16_t* from) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-inline V widen_bytes(const uint8_t* from) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-}
-inline V times(V a, V b) { return _mm256_mul_ps(a, b); }
-template <size_t kBy>
-inline Bits shift_right(Bits bits) { return _mm256_srli_epi16(bits, kBy); }
-inline Bits masked_or(Bits bits, Bits mask, Bits set) { return _mm256_or_si256(_mm256_and_si256(bits, mask), set); }
-inline Bits set_words(uint16_t word) { return _mm256_set1_epi16(short(word)); }
 inline W signed_words(Bits words) {
   return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16)),
           _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16))};
@@ -234,12 +206,6 @@ template <size_t kRows>
 using ByDecoded = ByteOctet<kRows, Decoded>;
 #endif
 
-inline V load_scales(const uint8_t* from, size_t output, ScaleType type) {
-  if (type == kFloatScales) return load(reinterpret_cast<const float*>(from) + output);
-  const uint16_t* const words = reinterpret_cast<const uint16_t*>(from) + output;
-  return type == kHalfScales ? widen_half(words) : widen_all(words);
-}
-
 template <template <size_t> class Octet, size_t kRows>
 void multiply(const QuantisedTile& tile) {
   using Held = Octet<kRows>;
@@ -313,6 +279,7 @@ void multiply(const QuantisedTile& tile) {
 #define PHALANX_ROWS(octet) {nullptr, multiply<octet, 1>, multiply<octet, 2>, multiply<octet, 3>, multiply<octet, 4>}
 #endif
 
+extern const IntegerKernels PHALANX_JOIN(kIntegers_, PHALANX_SET);
 extern const QuantisedKernels PHALANX_JOIN(kQuantised_, PHALANX_SET);
 const QuantisedKernels PHALANX_JOIN(kQuantised_, PHALANX_SET) = {
     PHALANX_ROWS(ByBytes),
@@ -327,6 +294,7 @@ const QuantisedKernels PHALANX_JOIN(kQuantised_, PHALANX_SET) = {
     {},
     {},
 #endif
+    &PHALANX_JOIN(kIntegers_, PHALANX_SET),
 };
 
 }  // namespace phalanx

@@ -238,7 +238,7 @@ def quantised_linear(
 ) -> None: ...
 
 # bits, group_size, scales (a `ScaleType`), offsets, zeros, numbers (a `NumberType`)
-_FormatParts = tuple[int, int, int, bool, bool, int]
+_FormatParts = tuple[int, int, int, bool, bool, int, bool]
 
 class QuantisedMatrix:
     address: int

@@ -1,0 +1,24 @@
+"""`rounded_inputs`: rows of a product as it reads them that quantises them, too."""
+
+from __future__ import annotations
+
+import torch
+
+INPUT_GROUP = 64  # inputs that share a scale, of a group of the weight; `kInputGroup` in integers.hpp
+
+
+def rounded_inputs(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """x [T, K] of any floating dtype -> [T, K] float32: integers from -127 to 127 times a scale, of every 64 inputs or
+    what is left of a group of the weight: a 127th of their largest magnitude. group_size: inputs of a group.
+    """
+    num_inputs = x.shape[1]
+    inputs = torch.arange(num_inputs, device=x.device)
+    of_input = inputs // group_size * -(-group_size // INPUT_GROUP) + inputs % group_size // INPUT_GROUP
+    num_groups = int(of_input[-1]) + 1 if num_inputs else 0
+    values = x.float()
+    largest = values.new_zeros(len(x), num_groups).scatter_reduce_(
+        1, of_input.expand(len(x), -1), values.abs(), "amax", include_self=True
+    )
+    factors = torch.where(largest > 1e-30, 127 / largest, torch.zeros(()))
+    scales = torch.where(largest > 1e-30, largest / 127, torch.zeros(()))
+    return (values * factors[:, of_input]).round_().mul_(scales[:, of_input])
