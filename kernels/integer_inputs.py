@@ -19,6 +19,7 @@ def rounded_inputs(x: torch.Tensor, group_size: int) -> torch.Tensor:
     largest = values.new_zeros(len(x), num_groups).scatter_reduce_(
         1, of_input.expand(len(x), -1), values.abs(), "amax", include_self=True
     )
-    factors = torch.where(largest > 1e-30, 127 / largest, torch.zeros(()))
+    # By a tensor: of a number PyTorch makes a product with the reciprocal, which is not rounded alike.
+    factors = torch.where(largest > 1e-30, torch.tensor(127.0) / largest, torch.zeros(()))
     scales = torch.where(largest > 1e-30, largest / 127, torch.zeros(()))
     return (values * factors[:, of_input]).round_().mul_(scales[:, of_input])

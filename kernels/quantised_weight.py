@@ -208,10 +208,12 @@ class QuantisedWeight:
         return y
 
     def _multiply_whole(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        weight = self._standing_for(slice(None))
         if not self.format.integer_inputs:
-            return F.linear(x, weight, bias)
-        y = F.linear(rounded_inputs(x, self.format.group_of(self._num_held)), weight.float())
+            return F.linear(x, self._standing_for(slice(None)), bias)
+        assert self._parts is not None
+        if self._order is not None:
+            x = torch.where(self._order >= 0, x[:, self._order], torch.zeros((), dtype=x.dtype))
+        y = F.linear(rounded_inputs(x, self.format.group_of(self._num_held)), dequantise(self._parts, self.format))
         return (y if bias is None else y + bias.float()).to(self.dtype)
 
     def _standing_for(self, rows: torch.Tensor | slice) -> torch.Tensor:

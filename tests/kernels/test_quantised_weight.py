@@ -103,7 +103,7 @@ def as_read(x: torch.Tensor, held: WeightFormat) -> torch.Tensor:
     read = []
     for part in parts:
         largest = part.abs().amax(1, keepdim=True)
-        q = (part * torch.where(largest > 0, 127 / largest, 0)).round()
+        q = (part * torch.where(largest > 0, torch.tensor(127.0) / largest, 0)).round()
         read.append(q.double() * (largest / 127).double())
     return torch.cat(read, 1)
 
