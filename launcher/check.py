@@ -131,7 +131,7 @@ def check(
     except LayoutError as error:
         problem = with_line(Problem("parallel", str(error)))
         return replace(report, exit_code=BAD_CONFIGURATION, errors=(*problems, problem), model=found.name)
-    faults, comm = review(config, plan, model, machine, entries)
+    faults, comm = review(config, plan, model, machine)
     errors = (*problems, *(with_line(fault.problem) for fault in faults))
     if problems:
         return replace(report, exit_code=BAD_CONFIGURATION, errors=errors, model=found.name)
@@ -149,14 +149,10 @@ def check(
 
 
 def review(
-    config: Config,
-    plan: RunPlan,
-    model: DecoderConfig,
-    machine: Machine,
-    entries: Mapping[str, TensorEntry] | None = None,
+    config: Config, plan: RunPlan, model: DecoderConfig, machine: Machine
 ) -> tuple[list[Fault], tuple[Decision, ...]]:
     """Everything that is known to stop a run before it is started, and the communicators it would take."""
-    faults = find_faults(config, plan, model, machine, entries)
+    faults = find_faults(config, plan, model, machine)
     try:
         return faults, _comm_decisions(plan, machine, config.cluster.elsewhere)
     except PhalanxError as error:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from phalanx.errors import ModelError
 from phalanx.launcher.schema import EngineSection
 from phalanx.models.config import DecoderConfig
-from phalanx.models.params import Param, kv_bytes_per_token, rank_params
+from phalanx.models.params import kv_bytes_per_token, rank_params
 from phalanx.models.quantization import scheme_of
-from phalanx.models.scheme import Scheme
 from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.layout import Layout, RankPlace
 
@@ -65,7 +63,7 @@ def plan_rank(
         if scheme is None:
             weight_bytes += param.num_elements * DTYPE_BYTES[dtype]
         else:
-            held = _quantised_bytes(scheme, param)
+            held = scheme.held_bytes(param)
             weight_bytes += held
             if param.slices[0].shape[1] < param.slices[0].width:
                 cut_bytes += held - scheme.share_bytes(param)
@@ -90,10 +88,3 @@ def plan_rank(
         work_bytes=work,
         cut_bytes=cut_bytes,
     )
-
-
-def _quantised_bytes(scheme: Scheme, param: Param) -> int:
-    try:
-        return scheme.held_bytes(param)
-    except ModelError:  # `run_faults` says so
-        return scheme.share_bytes(param)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from phalanx.errors import ModelError, Problem
+from phalanx.errors import Problem
 from phalanx.launcher.kv_pool import KVPool
 from phalanx.launcher.machine import Machine
 from phalanx.launcher.rank_plan import RankPlan
@@ -15,9 +15,6 @@ from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.schema import Config
 from phalanx.launcher.sizes import format_bytes
 from phalanx.models.config import DecoderConfig
-from phalanx.models.params import rank_params
-from phalanx.models.quantization import scheme_of
-from phalanx.models.tensor_entry import TensorEntry
 
 BAD_CONFIGURATION = 2
 CANNOT_RUN_HERE = 3
@@ -33,19 +30,11 @@ class Fault(NamedTuple):
     problem: Problem
 
 
-def find_faults(
-    config: Config,
-    plan: RunPlan,
-    model: DecoderConfig,
-    machine: Machine,
-    entries: Mapping[str, TensorEntry] | None = None,
-) -> list[Fault]:
-    """Everything that is known to stop `plan`, before anything is started; empty where nothing is. entries: of the
-    checkpoint, as far as they are known.
-    """
+def find_faults(config: Config, plan: RunPlan, model: DecoderConfig, machine: Machine) -> list[Fault]:
+    """Everything that is known to stop `plan`, before anything is started; empty where nothing is."""
     here = not config.cluster.elsewhere
     faults = [*_length_faults(config, model), *_stated_memory_faults(config, plan)]
-    faults += _quantization_faults(plan, model, entries or {})
+    faults += _quantization_faults(plan)
     if here:
         faults += [*_core_faults(config, plan, machine), *_gpu_faults(config, plan, machine)]
     if isinstance(config.engine.kv_cache, int):
@@ -65,18 +54,9 @@ def _length_faults(config: Config, model: DecoderConfig) -> Iterator[Fault]:
         )
 
 
-def _quantization_faults(plan: RunPlan, model: DecoderConfig, entries: Mapping[str, TensorEntry]) -> Iterator[Fault]:
-    asked = plan.quantization
-    if asked != "none" and plan.device == "cuda":
-        yield _bad("model.quantization", "weights are quantised on CPUs only", asked, "none on a GPU")
-    try:
-        for place in plan.layout.places():
-            for param in rank_params(model, plan.layout, place):
-                scheme = scheme_of(asked, param, entries, model)
-                if scheme is not None:
-                    scheme.of_cut(param)
-    except ModelError as error:
-        yield _bad("model.quantization", str(error), asked, "none or int8, or another layout")
+def _quantization_faults(plan: RunPlan) -> Iterator[Fault]:
+    if plan.quantization != "none" and plan.device == "cuda":
+        yield _bad("model.quantization", "weights are quantised on CPUs only", plan.quantization, "none on a GPU")
 
 
 def _stated_pool_faults(config: Config, plan: RunPlan) -> Iterator[Fault]:

@@ -433,7 +433,7 @@ def checked_plan(config: Config, source: ModelSource, entries: Mapping[str, Tens
     """
     machine = this_machine()
     plan = plan_run(config, source.config, machine, entries)
-    faults, _ = review(config, plan, source.config, machine, entries)
+    faults, _ = review(config, plan, source.config, machine)
     if faults:
         raise ConfigError([fault.problem for fault in faults], config.model.path)
     return plan

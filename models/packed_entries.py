@@ -95,7 +95,7 @@ class _Matrix(NamedTuple):
                     parts[part], names[part] = self._checked(suffix, found, shapes, encodings), suffix
                     return
             if needed:
-                raise self._wrong(_NAMES[form.layout][part][0], "is missing")
+                raise self._wrong(" or ".join(_NAMES[form.layout][part]), "is missing")
 
         by_rows = -(-num_outputs // form.rows_together)
         match form.layout:

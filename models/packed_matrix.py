@@ -51,12 +51,12 @@ class PackedMatrix:
                 q = self._within(_unpacked(words, bits), columns)
             case "gptq":
                 first = rows.start - self._region.rows.start
-                words = self._words()[:, first : first + rows.size].t().contiguous()
+                words = self._words()[:, first : first + rows.size].t()
                 q = self._within(_unpacked(words, bits), columns)
             case _:
                 wanted, whole = self._words_of(rows), self._words_of(self._region.rows)
                 words = self._words()[:, wanted.start - whole.start : wanted.stop - whole.start]
-                q = self._within(_awq_order(_unpacked(words.contiguous(), bits)), rows).t()
+                q = self._within(_awq_order(_unpacked(words, bits)), rows).t()
         if bits == 8:
             return (q ^ 0x80).view(torch.int8)
         return q.view(torch.int8) if self._scheme.zeros else q.view(torch.int8) - 8
@@ -112,7 +112,7 @@ class PackedMatrix:
             return (self._of_rows("zeros", rows, groups).view(torch.uint8)) ^ 0x80
         words = self._words_of(rows)
         if self._packing.layout == "packed":
-            return self._within(_unpacked(self._part("zeros", words, groups).t().contiguous(), bits), rows).t()
+            return self._within(_unpacked(self._part("zeros", words, groups).t(), bits), rows).t()
         zeros = _unpacked(self._part("zeros", groups, words), bits)
         if self._packing.layout == "awq":
             zeros = _awq_order(zeros)
@@ -147,8 +147,8 @@ class PackedMatrix:
 
 
 def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """[..., W] int32, contiguous, to [..., W * 32 / bits] uint8, from the lowest bits on."""
-    octets = words.view(torch.uint8)
+    """[..., W] int32 to [..., W * 32 / bits] uint8, from the lowest bits on."""
+    octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
         return octets
     return torch.stack([octets & 0xF, octets >> 4], -1).flatten(-2)

@@ -106,7 +106,7 @@ def quantised_slice(
         else:
             found = quantise(read_values(checkpoint, piece.tensor, some, around, torch.float32), weight_format(scheme))
         offsets = None if found.offsets is None else found.offsets[:, groups]
-        yield QuantisedRows(found.q[:, inside], found.scales[:, groups], offsets)
+        yield QuantisedRows(_in_order(found.q[:, inside], inputs), found.scales[:, groups], offsets)
 
 
 def read_values(
@@ -136,13 +136,16 @@ def _packed_rows(
 ) -> Iterator[QuantisedRows]:
     matrix = PackedMatrix(checkpoint, piece.tensor, region)
     groups = Interval(int(inputs.groups.min()), int(inputs.groups.max()) + 1)
-    of_held, order = inputs.groups - groups.start, inputs.order
+    of_held = inputs.groups - groups.start
     for some in _chunks(checkpoint, piece, region.rows):
-        q, heads = matrix.integers(some), matrix.heads(some, groups)
-        if order is not None:
-            q = q[:, order.clamp(min=0)]  # whatever is held where there is no input: it is multiplied by zero
+        q, heads = _in_order(matrix.integers(some), inputs), matrix.heads(some, groups)
         zeros = None if heads.zeros is None else heads.zeros[:, of_held]
         yield QuantisedRows(q, heads.scales[:, of_held], None, zeros)
+
+
+def _in_order(q: torch.Tensor, inputs: HeldInputs) -> torch.Tensor:
+    """As they are held. Where there is no input it is any number: it is multiplied by zero."""
+    return q if inputs.order is None else q[:, inputs.order.clamp(min=0)]
 
 
 def _region(checkpoint: Checkpoint, piece: TensorSlice) -> Region:

@@ -7,6 +7,8 @@ README_WEIGHTS.md of DeepSeek-V3, pack_quantized, int_quantized and float_quanti
 from __future__ import annotations
 
 import json
+import re
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,10 +222,11 @@ def quantise_model(plain: Path, form: Form, directory: Path) -> Path:
     stands_for: Parts = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
         stored[name] = stands_for[name] = tensor
-        if name.endswith("_proj.weight"):
+        module = re.fullmatch(r"(.*\.)(\w+_proj|w[123])\.weight", name)
+        if module is not None:
             # Projections of the same inputs have the same order, as they are quantised by the same statistics.
-            inputs = "of the norm" if any(part in name for part in ("q_proj", "k_proj", "v_proj")) else name[-15:]
-            g_idx = scattered(tensor.shape[1], len(inputs) if "gate" not in name and "up" not in name else 7)
+            inputs = module[1] + ("out" if module[2] in ("o_proj", "down_proj", "w2") else "in")
+            g_idx = scattered(tensor.shape[1], zlib.crc32(inputs.encode()))
             parts, whole = form.pack(tensor.float(), g_idx)
             stored |= {name.removesuffix("weight") + suffix: part for suffix, part in parts.items()}
             stands_for[name] = whole.float()

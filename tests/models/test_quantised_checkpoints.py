@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.models.test_decoder import LAYOUTS, SEQUENCES, WHOLE, errors, phalanx_logits
 from tests.quantised_checkpoints import FORMS, quantise_model
-from tests.tiny_models import Reference, TinyModel, make
+from tests.tiny_models import TINY_MODELS, Reference, TinyModel, make
 
+from phalanx.kernels import choose_packing
 from phalanx.models.resolve import ModelSource, resolve_model
 
 CPU = torch.device("cpu")
@@ -66,3 +69,44 @@ def test_logits_are_those_that_transformers_has_of_what_the_checkpoint_stands_fo
         found = phalanx_logits(model.source, LAYOUTS[layout], WHOLE, quantization=quantization)
         error = errors(found, model.logits)
         assert error.largest < 1e-4 * error.scale, layout
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq act-order", "fp8 blocks", "compressed W8A16"])
+def test_native_products_err_no_more_than_those_of_plain_weights(models: Models, name: str) -> None:
+    if not choose_packing(torch.bfloat16, CPU).usable:
+        pytest.skip("needs the native library and AVX2")
+    model = models(name)
+    plain = errors(phalanx_logits(model.exact, LAYOUTS["1x1"], WHOLE, torch.bfloat16), model.logits)
+    for layout in ("1x1", "tensor-3"):
+        found = phalanx_logits(model.source, LAYOUTS[layout], WHOLE, torch.bfloat16, quantization="stored")
+        assert errors(found, model.logits).mean < 1.2 * plain.mean
+
+
+@pytest.mark.parametrize("name", ["compressed W4A16 act-order", "fp8 blocks"])
+def test_experts_load_as_they_are_stored(name: str, tmp_path: Path) -> None:
+    """Each with an order of inputs of its own, and beside a router that is not quantised."""
+    plain = make(TINY_MODELS["mixtral"], tmp_path / "plain")
+    exact = quantise_model(plain, FORMS[name], tmp_path / "model")
+    network = Reference(exact)
+    expected = [network.logits(sequence) for sequence in SEQUENCES]
+    found = phalanx_logits(resolve_model(str(tmp_path / "model")), LAYOUTS["tensor-2"], WHOLE, quantization="stored")
+    error = errors(found, expected)
+    assert error.largest < 1e-4 * error.scale
+
+
+def test_a_product_of_matrices_that_are_stored_in_several_ways_is_held_plain(models: Models, tmp_path: Path) -> None:
+    """Keys left out by the quantiser beside queries and values that are not."""
+    model, directory = models("awq"), tmp_path / "model"
+    stored = load_file(Path(model.source.location) / "model.safetensors")
+    for layer in range(2):
+        module = f"model.layers.{layer}.self_attn.k_proj"
+        for part in ("qweight", "qzeros", "scales"):
+            del stored[f"{module}.{part}"]
+        stored[f"{module}.weight"] = load_file(Path(model.exact.location) / "model.safetensors")[f"{module}.weight"]
+    directory.mkdir()
+    for file in ("config.json", "tokenizer.json"):
+        (directory / file).write_bytes((Path(model.source.location) / file).read_bytes())
+    save_file(stored, directory / "model.safetensors")
+    found = phalanx_logits(resolve_model(str(directory)), LAYOUTS["tensor-2"], WHOLE, quantization="stored")
+    error = errors(found, model.logits)
+    assert error.largest < 1e-4 * error.scale
