@@ -63,13 +63,13 @@ def test_a_check_counts_what_ranks_hold(quantised: Any, name: str, tensor: int) 
     for place, rank in zip(report.plan.layout.places(), report.plan.ranks, strict=True):
         params = rank_params(source.config, report.plan.layout, place)
         with Checkpoint(source.entries()) as checkpoint:
-        loaded = load_params(params, checkpoint, torch.float32, CPU, quantization="stored")
+            loaded = load_params(params, checkpoint, torch.float32, CPU, quantization="stored")
         weights = [weight for weight in loaded.values() if isinstance(weight, QuantisedWeight)]
         assert len(weights) == 4 * SHAPE["num_hidden_layers"]
         held = sum(weight.format.num_bytes(weight.shape[0], weight.num_held) for weight in weights)
         plain = sum(weight.numel() * 2 for weight in loaded.values() if isinstance(weight, torch.Tensor))
         room = 0.1 if "act-order" in name and tensor > 1 else 0  # what scattered groups take is an estimate
-            assert rank.weight_bytes == pytest.approx(plain + held, rel=room, abs=0)
+        assert rank.weight_bytes == pytest.approx(plain + held, rel=room, abs=0)
 
 
 def test_a_check_says_what_cuts_in_groups_cost(quantised: Any) -> None:
