@@ -203,7 +203,7 @@ def _cut_costs(ranks: Sequence[RankPlan]) -> list[Decision]:
     extra, weights = sum(rank.cut_bytes for rank in ranks), sum(rank.weight_bytes for rank in ranks)
     if extra <= 0:
         return []
-    reason = f"{extra / weights:.1%} of the weights: scales held twice or more where cuts fall into groups of inputs"
+    reason = f"{extra / weights:.1%} of the weights: scales held twice, or room, where cuts fall into groups of inputs"
     return [Decision("cuts in groups", f"+{format_bytes(extra)}", reason)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from phalanx.errors import ModelError
@@ -55,9 +56,18 @@ def packed_entries(
         elif not _is_packed(module, form, found) and _is_plain(found.get(name)):
             form = None
         if form is not None:
-            matrix = _Matrix(module, shape, form, found)
-            found[name] = matrix.entry()
+            found[name] = _Matrix(module, shape, form, found).entry()
+            # GPTQ quantisers have written one for every matrix, of zeros where the model has none.
+            bias = found.get(f"{module}.bias")
+            if bias is not None and f"{module}.bias" not in expected and _holds_zeros(bias):
+                del found[f"{module}.bias"]
     return found
+
+
+def _holds_zeros(entry: TensorEntry) -> bool:
+    with Path(entry.file).open("rb") as file:
+        file.seek(entry.offset)
+        return not any(file.read(entry.num_bytes))
 
 
 def _is_plain(entry: TensorEntry | None) -> bool:
@@ -98,6 +108,8 @@ class _Matrix(NamedTuple):
                 raise self._wrong(" or ".join(_NAMES[form.layout][part]), "is missing")
 
         by_rows = -(-num_outputs // form.rows_together)
+        if form.symmetric and form.layout != "gptq":  # of GPTQ it is seen whether they are what they should be
+            self.entries.pop(f"{self.module}.{_NAMES[form.layout]['zeros'][0]}", None)
         match form.layout:
             case "awq" | "gptq":
                 by_awq = ((num_inputs, packed_outputs),)
@@ -106,7 +118,11 @@ class _Matrix(NamedTuple):
                 take("scales", ((groups, num_outputs),), tuple(_SCALE_TYPES), True)
             case "packed":
                 take("weight", ((num_outputs, packed_inputs),), ("I32",), True)
-                take("zeros", ((packed_outputs, groups),), ("I32",), not form.symmetric)
+                zeros = self.entries.get(f"{self.module}.weight_zero_point")
+                if zeros is not None and zeros.encoding == "I8":  # as its first versions have them
+                    take("zeros", self._scale_shapes(num_outputs, groups), ("I8",), True)
+                else:
+                    take("zeros", ((packed_outputs, groups),), ("I32",), not form.symmetric)
                 take("scales", self._scale_shapes(num_outputs, groups), tuple(_SCALE_TYPES), True)
             case "bytes":
                 shapes = self._scale_shapes(by_rows, groups)
@@ -115,8 +131,6 @@ class _Matrix(NamedTuple):
                 take("scales", shapes, tuple(_SCALE_TYPES), True)
         if "g_idx" in _NAMES[form.layout]:
             take("g_idx", ((num_inputs,),), ("I32", "I64"), form.scheme().act_order)
-        if form.symmetric and form.layout != "gptq":  # of GPTQ it is seen whether they are what they should be
-            parts.pop("zeros", None)
         scales = parts["scales"]
         for part in ("scales", "zeros"):
             if part in parts:

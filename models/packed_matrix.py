@@ -108,8 +108,8 @@ class PackedMatrix:
         if "zeros" not in self._packing.parts:
             return None
         bits, step = self._scheme.bits, self._packing.zero_step
-        if self._packing.layout == "bytes":
-            return (self._of_rows("zeros", rows, groups).view(torch.uint8)) ^ 0x80
+        if self._packing.parts["zeros"].encoding == "I8":
+            return (self._of_rows("zeros", rows, groups).to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
         words = self._words_of(rows)
         if self._packing.layout == "packed":
             return self._within(_unpacked(self._part("zeros", words, groups).t(), bits), rows).t()

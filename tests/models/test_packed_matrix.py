@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tests.quantised_checkpoints import FORMS, Form, Quantised, fp8, gptq, scattered
+from tests.quantised_checkpoints import FORMS, Form, Quantised, fp8, gptq, round_to_integers, scattered
 
 from phalanx.errors import ModelError
 from phalanx.kernels import QuantisedWeight
@@ -93,6 +93,22 @@ def test_the_shards_together_are_the_whole(name: str, data: st.DataObject) -> No
     # Integers up to 8 bits and scales of up to 16 are exact in float32; scales of 32 bits are rounded once.
     assert torch.equal(together, matrix.exact.float())
     assert torch.equal(read, matrix.exact.float())
+
+
+def test_zeros_of_a_byte_and_biases_of_zeros_are_read_too(tmp_path: Path) -> None:
+    """As the first versions of compressed-tensors and of GPTQ have written them."""
+    form = FORMS["compressed W4A16 act-order"]
+    w, g_idx = torch.randn(24, 64), scattered(64, 3)
+    matrix = form.pack(w, g_idx)
+    integers = round_to_integers(w, 4, g_idx=g_idx, dtype=torch.bfloat16)
+    matrix.parts["weight_zero_point"] = (integers.zeros - 8).to(torch.int8)
+    matrix.parts["bias"] = torch.zeros(24)
+    checkpoint = checkpoint_of({"m": matrix}, form.config, tmp_path)
+    piece = slice_of("m.weight", Interval(0, 24), Interval(0, 64), 64)
+    assert torch.equal(held(checkpoint, [piece]), matrix.exact.float())
+    assert list(checkpoint.entries) == ["m.weight"]
+    matrix.parts["bias"][5] = 1
+    assert "m.bias" in checkpoint_of({"m": matrix}, form.config, tmp_path).entries, "and is refused as unexpected"
 
 
 def test_matrices_of_one_product_with_unlike_orders_are_refused(tmp_path: Path) -> None:
