@@ -36,10 +36,12 @@ class HeldInputs(NamedTuple):
 
 
 def held_inputs(
-    checkpoint: Checkpoint, pieces: Sequence[TensorSlice], scheme: Scheme, held: WeightFormat
+    checkpoint: Checkpoint, pieces: Sequence[TensorSlice], scheme: Scheme, held: WeightFormat, *, stored: bool
 ) -> HeldInputs:
-    """Of a matrix that is stacked of `pieces`. Raises ModelError where their groups are scattered differently."""
-    found = [_held_inputs(checkpoint, piece, scheme, held) for piece in pieces]
+    """Of a matrix that is stacked of `pieces`. stored: whether the checkpoint has them in `scheme`. Raises ModelError
+    where their groups are scattered differently.
+    """
+    found = [_held_inputs(checkpoint, piece, scheme, held, stored=stored) for piece in pieces]
     for piece, each in zip(pieces, found, strict=True):
         if not _same(each.order, found[0].order) or not torch.equal(each.groups, found[0].groups):
             raise ModelError(
@@ -53,13 +55,15 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
-def _held_inputs(checkpoint: Checkpoint, piece: TensorSlice, scheme: Scheme, held: WeightFormat) -> HeldInputs:
+def _held_inputs(
+    checkpoint: Checkpoint, piece: TensorSlice, scheme: Scheme, held: WeightFormat, *, stored: bool
+) -> HeldInputs:
     region = _region(checkpoint, piece)
     columns = region.columns
     if scheme.group_size is None or held.group_size is None:
         return HeldInputs(torch.zeros(1, dtype=torch.int64))
     groups = torch.arange(columns.start, columns.stop) // scheme.group_size
-    if checkpoint.entry(piece.tensor).packing is not None:
+    if stored and checkpoint.entry(piece.tensor).packing is not None:
         scattered = PackedMatrix(checkpoint, piece.tensor, region).groups_of_inputs()
         if scattered is not None:
             groups = scattered[columns.slice]
@@ -121,7 +125,7 @@ def read_values(
     one_by_one = weight_format(scheme)._replace(group_size=None if scheme.group_size is None else 1)
     piece = TensorSlice(name, (), rows, columns)
     region = _region(checkpoint, piece)
-    inputs = _held_inputs(checkpoint, piece, scheme, one_by_one)
+    inputs = _held_inputs(checkpoint, piece, scheme, one_by_one, stored=True)
     result = torch.empty(region.rows.size, region.columns.size, dtype=dtype)
     first = 0
     for some in _packed_rows(checkpoint, piece, region, inputs):

@@ -49,8 +49,9 @@ def load_params(
     quantised = [(param, scheme) for param in params if (scheme := schemes[param.name]) is not None]
     formats = [weight_format(scheme.of_cut(param)) for param, scheme in quantised for _ in param.matrices]
     matrices = [(param, scheme, pieces) for param, scheme in quantised for pieces in param.matrices]
+    stored = quantization == "stored"
     inputs = {
-        pieces: held_inputs(checkpoint, pieces, scheme, held)
+        pieces: held_inputs(checkpoint, pieces, scheme, held, stored=stored)
         for (_, scheme, pieces), held in zip(matrices, formats, strict=True)
     }
     orders = [each.order for each in inputs.values()]
@@ -72,7 +73,6 @@ def load_params(
         for piece in pieces:
             if isinstance(weight, QuantisedWeight):
                 assert scheme is not None
-                stored = quantization == "stored"
                 for rows in quantised_slice(checkpoint, piece, scheme, inputs[pieces], stored=stored):
                     weight.put(first, rows)
                     first += len(rows.q)

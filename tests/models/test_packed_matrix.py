@@ -52,7 +52,7 @@ def held(checkpoint: Checkpoint, pieces: Sequence[TensorSlice]) -> torch.Tensor:
     assert packing is not None
     scheme = packing.scheme
     of_cut = weight_format(scheme.of_cut(Param("some", tuple(pieces), multiplied=True)))
-    inputs = held_inputs(checkpoint, pieces, scheme, of_cut)
+    inputs = held_inputs(checkpoint, pieces, scheme, of_cut, stored=True)
     num_rows, num_columns = sum(piece.shape[0] for piece in pieces), pieces[0].shape[1]
     weight = QuantisedWeight(num_rows, num_columns, of_cut, torch.float32, None, inputs.order)
     first = 0

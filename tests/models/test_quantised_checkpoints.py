@@ -110,3 +110,13 @@ def test_a_product_of_matrices_that_are_stored_in_several_ways_is_held_plain(mod
     found = phalanx_logits(resolve_model(str(directory)), LAYOUTS["tensor-2"], WHOLE, quantization="stored")
     error = errors(found, model.logits)
     assert error.largest < 1e-4 * error.scale
+
+
+def test_a_quantised_checkpoint_can_be_quantised_once_more(models: Models) -> None:
+    """Into groups of its own, not in the order of those that are stored."""
+    model = models("gptq act-order")
+    found, expected = (
+        phalanx_logits(source, LAYOUTS["tensor-2"], WHOLE, quantization="int4")
+        for source in (model.source, model.exact)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
