@@ -27,6 +27,7 @@ from phalanx.kernels.quantised_weight import (
     QuantisedRows,
     QuantisedWeight,
     WeightFormat,
+    dequantise,
     make_quantised,
     told_of_quantised,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "choose_packing",
     "columns_of_keys",
     "compiled_names",
+    "dequantise",
     "embedding",
     "expert_ffn",
     "fill_token_places",

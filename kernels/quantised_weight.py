@@ -92,7 +92,7 @@ class QuantisedWeight:
         self._order = order
         self._library = native_for(dtype)
         self._parts: QuantisedRows | None = None
-        num_held = self._num_held
+        num_held = self.num_held
         if self._library is None:
             groups = num_outputs, held.num_groups(num_held)
             self._parts = QuantisedRows(
@@ -116,7 +116,7 @@ class QuantisedWeight:
         self._address = self._matrix.address
 
     @property
-    def _num_held(self) -> int:
+    def num_held(self) -> int:
         """Inputs, with the room between them."""
         return self.shape[1] if self._order is None else len(self._order)
 
@@ -148,7 +148,7 @@ class QuantisedWeight:
         """
         num_rows, num_inputs = rows.q.shape
         groups, dtype = (num_rows, self.format.num_groups(num_inputs)), self.format.scale_dtype
-        if num_inputs != self._num_held or first < 0 or first + num_rows > self.shape[0] or rows.q.dtype != torch.int8:
+        if num_inputs != self.num_held or first < 0 or first + num_rows > self.shape[0] or rows.q.dtype != torch.int8:
             raise ValueError(f"{list(rows.q.shape)} {rows.q.dtype} from row {first} on do not fit {list(self.shape)}")
         if (rows.offsets is not None) != self.format.offsets:
             raise ValueError(f"offsets are {'missing' if self.format.offsets else 'none'} in {self.format}")

@@ -16,6 +16,7 @@ from phalanx.launcher.schema import Config
 from phalanx.launcher.yaml_document import read_yaml
 from phalanx.models.config import DecoderConfig
 from phalanx.models.params import rank_params
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.layout import StageRequest, build_layout
 
 
@@ -62,7 +63,9 @@ class CheckReport:
 
 
 class FoundModel(Protocol):
-    """What a check needs of `models.resolve.ModelSource`. kind: `shape` for a model without weights."""
+    """What a check needs of `models.resolve.ModelSource`. kind: `shape` for a model without weights. known_entries: of
+    its checkpoint, empty where it has not been fetched; raises ModelError for what is wrong with it.
+    """
 
     @property
     def name(self) -> str: ...
@@ -70,6 +73,7 @@ class FoundModel(Protocol):
     def kind(self) -> str: ...
     @property
     def config(self) -> DecoderConfig: ...
+    def known_entries(self) -> Mapping[str, TensorEntry]: ...
 
 
 ModelLookup = Callable[[str, str | None], FoundModel]
@@ -108,6 +112,12 @@ def check(
         exit_code = BAD_CONFIGURATION if problems else CANNOT_RUN_HERE
         return replace(report, exit_code=exit_code, errors=(*problems, problem))
     model = found.config
+    try:
+        entries = found.known_entries()
+    except ModelError as error:
+        problem = Problem("model.path", str(error), config.model.path)
+        exit_code = BAD_CONFIGURATION if problems else CANNOT_RUN_HERE
+        return replace(report, exit_code=exit_code, errors=(*problems, problem), model=found.name)
     machine = machine or this_machine()
     lines = {} if isinstance(source, Mapping) else read_yaml(Path(source)).lines
     overridden = {override.partition("=")[0].strip() for override in overrides}
@@ -117,7 +127,7 @@ def check(
         return problem if problem.path in overridden else replace(problem, line=line)
 
     try:
-        plan = plan_run(config, model, machine)
+        plan = plan_run(config, model, machine, entries)
     except LayoutError as error:
         problem = with_line(Problem("parallel", str(error)))
         return replace(report, exit_code=BAD_CONFIGURATION, errors=(*problems, problem), model=found.name)
@@ -227,6 +237,7 @@ def _rank_rows(plan: RunPlan) -> list[dict[str, Any]]:
                     "vocab_rows": list(stage.vocab[part]) if has_vocab else None,
                     "parameters": rank.parameters,
                     "weight_bytes": rank.weight_bytes,
+                    "cut_bytes": rank.cut_bytes,
                     "kv_bytes_per_token": rank.kv_bytes_per_token,
                     "kv_bytes": rank.kv_bytes,
                     "kv_room_tokens": None if rooms is None else rooms[rank.place.rank] * plan.page_size,

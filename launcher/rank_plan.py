@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from phalanx.errors import ModelError
 from phalanx.launcher.schema import EngineSection
 from phalanx.models.config import DecoderConfig
-from phalanx.models.params import Param, kv_bytes_per_token, rank_params
-from phalanx.models.quantization import Scheme, scheme_of
+from phalanx.models.params import kv_bytes_per_token, rank_params
+from phalanx.models.quantization import scheme_of
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.layout import Layout, RankPlace
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -20,7 +21,8 @@ _CUDA_CONTEXT_BYTES = 2**30  # context, kernels and communicator buffers of one 
 class RankPlan:
     """What one rank holds. kv_bytes: its pages, by estimate where it is to measure, 0 where nothing is known of them.
     weight_bytes: in the run's dtype, which is from above where a CPU's products hold them in 12 bits (`PackedWeight`);
-    of matrices that are quantised while they are loaded, integers and scales.
+    of quantised matrices integers and scales. cut_bytes: of these, what they take because cuts fall into groups: scales
+    that several ranks hold, or one rank several times, and room between inputs whose groups are scattered.
     work_bytes: an estimate, from above, of what a step's activations and logits take, and on a GPU a process by itself.
     All in bytes but `parameters`.
     """
@@ -31,6 +33,7 @@ class RankPlan:
     kv_bytes_per_token: int
     work_bytes: int
     kv_bytes: int = 0
+    cut_bytes: int = 0
 
     @property
     def base_bytes(self) -> int:
@@ -50,13 +53,20 @@ def plan_rank(
     dtype: str,
     device: str,
     quantization: str = "none",
+    entries: Mapping[str, TensorEntry] | None = None,
 ) -> RankPlan:
-    """What the rank at `place` holds beside its pages."""
+    """What the rank at `place` holds beside its pages. entries: of the checkpoint, as far as they are known."""
     params = rank_params(model, layout, place)
-    weight_bytes = sum(
-        param.num_elements * DTYPE_BYTES[dtype] if scheme is None else _quantised_bytes(scheme, param)
-        for param, scheme in ((param, scheme_of(quantization, param, {})) for param in params)
-    )
+    weight_bytes = cut_bytes = 0
+    for param in params:
+        scheme = scheme_of(quantization, param, entries or {}, model)
+        if scheme is None:
+            weight_bytes += param.num_elements * DTYPE_BYTES[dtype]
+        else:
+            held = scheme.held_bytes(param)
+            weight_bytes += held
+            if param.slices[0].shape[1] < param.slices[0].width:
+                cut_bytes += held - scheme.share_bytes(param)
     stage = layout.stages[place.stage]
     part, shape = place.tensor_rank, model.shape
     heads = stage.query_heads[part].size + 2 * stage.kv_heads[part].size
@@ -76,13 +86,5 @@ def plan_rank(
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes_per_token(model, layout, place, DTYPE_BYTES[dtype]),
         work_bytes=work,
+        cut_bytes=cut_bytes,
     )
-
-
-def _quantised_bytes(scheme: Scheme, param: Param) -> int:
-    try:
-        held = scheme.of_cut(param)
-    except ModelError:  # `run_faults` says so
-        held = scheme
-    num_outputs, num_inputs = param.shape[-2:]
-    return len(param.matrices) * held.num_bytes(num_outputs, num_inputs)

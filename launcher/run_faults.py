@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from phalanx.errors import ModelError, Problem
+from phalanx.errors import Problem
 from phalanx.launcher.kv_pool import KVPool
 from phalanx.launcher.machine import Machine
 from phalanx.launcher.rank_plan import RankPlan
@@ -15,8 +15,6 @@ from phalanx.launcher.run_plan import RunPlan
 from phalanx.launcher.schema import Config
 from phalanx.launcher.sizes import format_bytes
 from phalanx.models.config import DecoderConfig
-from phalanx.models.params import rank_params
-from phalanx.models.quantization import scheme_of
 
 BAD_CONFIGURATION = 2
 CANNOT_RUN_HERE = 3
@@ -36,7 +34,7 @@ def find_faults(config: Config, plan: RunPlan, model: DecoderConfig, machine: Ma
     """Everything that is known to stop `plan`, before anything is started; empty where nothing is."""
     here = not config.cluster.elsewhere
     faults = [*_length_faults(config, model), *_stated_memory_faults(config, plan)]
-    faults += _quantization_faults(config, plan, model)
+    faults += _quantization_faults(plan)
     if here:
         faults += [*_core_faults(config, plan, machine), *_gpu_faults(config, plan, machine)]
     if isinstance(config.engine.kv_cache, int):
@@ -56,18 +54,9 @@ def _length_faults(config: Config, model: DecoderConfig) -> Iterator[Fault]:
         )
 
 
-def _quantization_faults(config: Config, plan: RunPlan, model: DecoderConfig) -> Iterator[Fault]:
-    asked = config.model.quantization
-    if asked != "none" and plan.device == "cuda":
-        yield _bad("model.quantization", "weights are quantised on CPUs only", asked, "none on a GPU")
-    try:
-        for place in plan.layout.places():
-            for param in rank_params(model, plan.layout, place):
-                scheme = scheme_of(asked, param, {})
-                if scheme is not None:
-                    scheme.of_cut(param)
-    except ModelError as error:
-        yield _bad("model.quantization", str(error), asked, "int8, or another layout")
+def _quantization_faults(plan: RunPlan) -> Iterator[Fault]:
+    if plan.quantization != "none" and plan.device == "cuda":
+        yield _bad("model.quantization", "weights are quantised on CPUs only", plan.quantization, "none on a GPU")
 
 
 def _stated_pool_faults(config: Config, plan: RunPlan) -> Iterator[Fault]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,7 +11,9 @@ from phalanx.launcher.kv_pool import KVPool, plan_kv_pool
 from phalanx.launcher.machine import Machine
 from phalanx.launcher.rank_plan import RankPlan, plan_rank
 from phalanx.launcher.schema import Config
+from phalanx.launcher.sizes import format_bytes
 from phalanx.models.config import DecoderConfig
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.layout import Layout, RankPlace, build_layout
 
 NODE_SHARE = 0
@@ -32,7 +35,8 @@ class RunPlan:
     dtype: `float32`, `bfloat16` or `float16`. device: `cpu` or `cuda`. backend: of the communicators, or `auto`.
     cpus_per_rank, gpus_per_rank: what a rank takes. num_threads: compute threads of a rank, or NODE_SHARE.
     kv_pool: pages of the KV cache. max_length: most tokens of a sequence; where the pages are measured, less if they
-    hold less. ranks: of replica 0; the others are like it. decisions: for the start-up table.
+    hold less. ranks: of replica 0; the others are like it. decisions: for the start-up table. quantization: of the
+    weights, as `model.quantization`, but for `auto`.
     """
 
     layout: Layout
@@ -46,6 +50,7 @@ class RunPlan:
     max_length: int
     ranks: tuple[RankPlan, ...]
     decisions: tuple[Decision, ...]
+    quantization: str = "none"
 
     @property
     def page_size(self) -> int:
@@ -74,8 +79,11 @@ class RunPlan:
         return self.layout.num_ranks * self.layout.replicas
 
 
-def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
-    """Decides everything that `config` leaves open for `model`. Pure: `machine` is all it knows of where it runs.
+def plan_run(
+    config: Config, model: DecoderConfig, machine: Machine, entries: Mapping[str, TensorEntry] | None = None
+) -> RunPlan:
+    """Decides everything that `config` leaves open for `model`. Pure: `machine` is all it knows of where it runs, and
+    `entries` of the checkpoint, as far as they are known.
 
     It decides also where the outcome cannot run: `run_faults.find_faults` says so. Raises LayoutError where the model
     cannot be cut as asked.
@@ -89,8 +97,8 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
     shares_gpu = device == "cuda" and gpus < 1
     backend = "gloo" if config.comm.backend == "auto" and shares_gpu and layout.num_ranks > 1 else config.comm.backend
 
-    scheme = config.model.quantization
-    bare = [plan_rank(config.engine, model, layout, place, dtype, device, scheme) for place in layout.places()]
+    scheme, scheme_reason = _quantization(config, model, device)
+    bare = [plan_rank(config.engine, model, layout, place, dtype, device, scheme, entries) for place in layout.places()]
     pool, kv_choice, kv_reason = plan_kv_pool(config, model, machine, device, gpus, bare, layout.replicas)
     expected_tokens = (pool.expected_pages or 0) * pool.page_size
     ranks = tuple(replace(rank, kv_bytes=rank.kv_bytes_per_token * expected_tokens) for rank in bare)
@@ -100,7 +108,8 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
         Decision("placement", *_placement(config)),
         Decision("device", device, device_reason),
         Decision("dtype", dtype, dtype_reason),
-        *([] if scheme == "none" else [Decision("quantization", scheme, _QUANTIZATION_REASONS[scheme])]),
+        *([Decision("quantization", scheme, scheme_reason)] if scheme != "none" or model.quantization else []),
+        *_cut_costs(bare),
         Decision("layers", "+".join(str(stage.layers.size) for stage in layout.stages), _layers_reason(config)),
         Decision("CPUs per rank", f"{cpus:g}", cpus_reason),
         Decision("threads per rank", str(num_threads), "its whole cores, at least one")
@@ -127,6 +136,7 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
         max_length=max_length,
         ranks=ranks,
         decisions=tuple(decisions),
+        quantization=scheme,
     )
 
 
@@ -179,8 +189,27 @@ def _dtype(config: Config, model: DecoderConfig, device: str, machine: Machine) 
     return "float32", "this CPU has no bfloat16 instructions"
 
 
+def _quantization(config: Config, model: DecoderConfig, device: str) -> tuple[str, str]:
+    asked, stored = config.model.quantization, model.quantization
+    if asked == "auto" and stored is not None:
+        if device == "cpu":
+            return "stored", f"matrices of products stay as {stored.method} has stored them, by config.json"
+        return "none", f"what {stored.method} has stored is dequantised: quantised products run on CPUs"
+    chosen = "none" if asked == "auto" else asked
+    return chosen, _QUANTIZATION_REASONS[chosen]
+
+
+def _cut_costs(ranks: Sequence[RankPlan]) -> list[Decision]:
+    extra, weights = sum(rank.cut_bytes for rank in ranks), sum(rank.weight_bytes for rank in ranks)
+    if extra <= 0:
+        return []
+    reason = f"{extra / weights:.1%} of the weights: scales held twice, or room, where cuts fall into groups of inputs"
+    return [Decision("cuts in groups", f"+{format_bytes(extra)}", reason)]
+
+
 _QUANTIZATION_REASONS = {
-    "stored": "matrices of products stay in the blocks that the checkpoint has them in",
+    "none": "in model.dtype, dequantised while they are loaded",
+    "stored": "matrices of products stay as the checkpoint has them",
     "int8": "matrices of products in 8 bits, a scale an output, quantised while they are loaded",
     "int4": "matrices of layers in 4 bits, a scale and an offset for 32 inputs, the head in 8; while they are loaded",
 }

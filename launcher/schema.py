@@ -57,12 +57,14 @@ class ModelSection(Section):
         ge=1,
         description="Most tokens of a sequence, prompt and output. null: what the model and the KV cache allow.",
     )
-    quantization: Literal["none", "stored", "int8", "int4"] = Field(
-        default="none",
-        description="Of the matrices of products, head included; activations keep model.dtype. none: in model.dtype. "
-        "stored: as a GGUF file has them in Q8_0, Q4_0 and Q4_1, the others in model.dtype. int8: in 8 bits "
-        "with a scale an output; int4: layers in 4 bits with a scale and an offset for 32 inputs, the head in 8; both "
-        "quantised while they are loaded. On CPUs.",
+    quantization: Literal["auto", "none", "stored", "int8", "int4"] = Field(
+        default="auto",
+        description="Of the matrices of products, head included; activations keep model.dtype. none: in model.dtype, "
+        "dequantised where they are stored otherwise. stored: as the checkpoint has them: AWQ, GPTQ, FP8 and "
+        "compressed-tensors by its config.json, of a GGUF file Q8_0, Q4_0 and Q4_1, the others in model.dtype. int8: "
+        "in 8 bits with a scale an output; int4: layers in 4 bits with a scale and an offset for 32 inputs, the head "
+        "in 8; both quantised while they are loaded. On CPUs. auto: stored on CPUs where config.json has a "
+        "quantization_config, else none.",
     )
 
 

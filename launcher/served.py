@@ -39,6 +39,7 @@ from phalanx.launcher.specs import cluster_settings, rank_specs
 from phalanx.launcher.trace import TracedRank, TracedRun
 from phalanx.models.chat import render_chat
 from phalanx.models.resolve import ModelSource, resolve_model
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.models.tokenizer import Tokenizer
 from phalanx.parallel.layout import RankPlace
 
@@ -151,10 +152,11 @@ class Served:
         self._seeds = random.Random(config.engine.seed)
         self._router = Router(config.parallel.replicas)
         self._source = resolve_model(config.model.path, revision=config.model.revision)
-        self.plan = checked_plan(config, self._source)
+        entries = self._source.known_entries()
+        self.plan = checked_plan(config, self._source, entries)
         # The tokenizer is read while the ranks start.
         with ThreadPoolExecutor(1) as pool:
-            entries = self._source.entries()
+            entries = entries or self._source.entries()
             tokenizer = pool.submit(self._source.tokenizer)
             model_s = time.perf_counter() - started
             settings, layout = cluster_settings(config, self.plan, apart=ranks_apart), self.plan.layout
@@ -424,10 +426,13 @@ class Served:
         self._drivers = []
 
 
-def checked_plan(config: Config, source: ModelSource) -> RunPlan:
-    """The plan of a run, or everything that is known to stop it, before anything is started."""
+def checked_plan(config: Config, source: ModelSource, entries: Mapping[str, TensorEntry] | None = None) -> RunPlan:
+    """The plan of a run, or everything that is known to stop it, before anything is started.
+
+    entries: of the checkpoint, as far as they are known.
+    """
     machine = this_machine()
-    plan = plan_run(config, source.config, machine)
+    plan = plan_run(config, source.config, machine, entries)
     faults, _ = review(config, plan, source.config, machine)
     if faults:
         raise ConfigError([fault.problem for fault in faults], config.model.path)

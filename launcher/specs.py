@@ -85,7 +85,7 @@ def rank_specs(
                 cuda_graphs=config.engine.cuda_graphs,
                 torch_compile=config.engine.torch_compile,
                 profile=profile,
-                quantization=config.model.quantization,
+                quantization=plan.quantization,
             )
         )
     return specs

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from phalanx.errors import ModelError
-from phalanx.models.encodings import ENCODINGS
+from phalanx.models.encodings import ALL_ENCODINGS, ENCODINGS
 from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.split import Interval
 
@@ -25,8 +25,16 @@ Bytes = npt.NDArray[np.uint8]
 _CHUNK_VALUES = 1 << 18
 
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Of the encodings that are not quantised."""
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""Of the encodings without blocks."""
 
 
 class Checkpoint:
@@ -63,6 +71,19 @@ class Checkpoint:
         a slice outside of the tensor.
         """
         entry = self.entry(name)
+        if entry.packing is not None:
+            raise ValueError(f"{name} is packed: `read_values` reads what it stands for")
+        return self.read_part(name, entry, rows, columns, dtype)
+
+    def read_part(
+        self,
+        name: str,
+        entry: TensorEntry,
+        rows: Interval | None = None,
+        columns: Interval | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """The same of a tensor that need not be among the checkpoint's by itself. name: for errors."""
         if len(entry.shape) == 1:  # a vector is read as a matrix of one row
             if columns is not None:
                 raise IndexError(f"{name} is a vector of {entry.shape[0]}; slice it by rows")
@@ -111,7 +132,7 @@ class Checkpoint:
         columns: Interval | None,
         dtype: torch.dtype | None,
     ) -> torch.Tensor:
-        encoding, stored = ENCODINGS[entry.encoding], DTYPES.get(entry.encoding)
+        encoding, stored = ALL_ENCODINGS[entry.encoding], DTYPES.get(entry.encoding)
         rows = rows or Interval(0, shape[0])
         columns = columns or Interval(0, shape[1])
         first_block = columns.start // encoding.block_values

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from phalanx.models.stored_quantization import StoredQuantization
 from phalanx.parallel.shape import ModelShape
 
 
@@ -36,7 +37,7 @@ class DecoderConfig:
     token's experts are made to add up to 1. sliding_window: positions a token sees back, itself included, or None for
     all.
     dtype: as stored, one of `float32`, `float16`, `bfloat16`. bos_token_id, eos_token_ids: from the model's own
-    files.
+    files. quantization: how a safetensors checkpoint has its matrices quantised, or None.
     """
 
     family: str
@@ -54,3 +55,4 @@ class DecoderConfig:
     dtype: str = "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantization: StoredQuantization | None = None

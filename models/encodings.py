@@ -35,3 +35,14 @@ ENCODINGS: Mapping[str, Encoding] = {
     "Q5_K": Encoding(256, 176),
     "Q6_K": Encoding(256, 210),
 }
+
+ALL_ENCODINGS: Mapping[str, Encoding] = {
+    **ENCODINGS,
+    "I8": Encoding(1, 1),
+    "I32": Encoding(1, 4),
+    "I64": Encoding(1, 8),
+    "F8_E4M3": Encoding(1, 1),
+}
+"""With those of the parts of matrices that a safetensors file holds quantised, by its names of dtypes."""
+
+PLAIN_ENCODINGS = ("F32", "F16", "BF16")

@@ -11,6 +11,7 @@ from phalanx.errors import ModelError
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.families import FAMILIES, Family, family_of
 from phalanx.models.fields import Fields, checked_shape
+from phalanx.models.stored_quantization import StoredQuantization, stored_quantization
 from phalanx.parallel.shape import ModelShape
 
 _MAX_JSON_BYTES = 64 << 20
@@ -37,10 +38,8 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "num_local_experts": (None, 0),
     "decoder_sparse_step": (None, 1),
     "mlp_only_layers": (None, []),
-    "quantization_config": (None,),
 }
 _EXPERT_KEYS = ("num_experts", "num_local_experts")
-_REMEDIES = {"quantization_config": "unquantised safetensors (float32, float16, bfloat16), or the model's GGUF file"}
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -83,7 +82,7 @@ def decoder_config(
     mixture = family.mixture
     for key, neutral in _NEUTRAL.items():
         if values.get(key) not in neutral and not (mixture is not None and key in _EXPERT_KEYS):
-            wanted = _REMEDIES.get(key) or " or ".join("absent" if value is None else repr(value) for value in neutral)
+            wanted = " or ".join("absent" if value is None else repr(value) for value in neutral)
             raise fields.refusal(key, wanted)
     num_query_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
@@ -119,7 +118,17 @@ def decoder_config(
         dtype=_dtype(fields),
         bos_token_id=fields.token_id("bos_token_id"),
         eos_token_ids=generated.token_ids("eos_token_id") or fields.token_ids("eos_token_id"),
+        quantization=_quantization(fields),
     )
+
+
+def _quantization(fields: Fields) -> StoredQuantization | None:
+    found = fields.get("quantization_config")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise fields.refusal("quantization_config", "an object")
+    return stored_quantization(Fields(found, f"{fields.source}: quantization_config"))
 
 
 def _family(values: Mapping[str, Any], source: str) -> Family:

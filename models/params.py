@@ -14,12 +14,15 @@ from phalanx.parallel.split import Interval
 
 
 class TensorSlice(NamedTuple):
-    """Part of a checkpoint's tensor, by canonical name. shape: of the part. rows, columns: None for all of them."""
+    """Part of a checkpoint's tensor, by canonical name. shape: of the part. rows, columns: None for all of them.
+    width: columns of the tensor, of which `columns` are some.
+    """
 
     tensor: str
     shape: tuple[int, ...]
     rows: Interval | None = None
     columns: Interval | None = None
+    width: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ def _layer_params(config: DecoderConfig, stage: Stage, tensor_rank: int, layer: 
     if config.qk_norm:
         yield _vector(f"{name}.q_norm", f"{attention}.q_norm.weight", head_dim)
         yield _vector(f"{name}.k_norm", f"{attention}.k_norm.weight", head_dim)
-    yield _columns(f"{name}.o", hidden, queries, f"{attention}.o_proj.weight")
+    yield _columns(f"{name}.o", hidden, queries, config.shape.num_query_heads * head_dim, f"{attention}.o_proj.weight")
     if config.o_bias:
         yield _vector(f"{name}.o_bias", f"{attention}.o_proj.bias", hidden)
     yield _vector(f"{name}.ffn_norm", f"{source}.post_attention_layernorm.weight", hidden)
@@ -114,7 +117,7 @@ def _layer_params(config: DecoderConfig, stage: Stage, tensor_rank: int, layer: 
     gate_up = ((f"{ffn_name}.{part}_proj.weight", ffn, hidden) for ffn_name in names for part in ("gate", "up"))
     yield replace(_rows(f"{name}.gate_up", *gate_up), num_experts=num_experts)
     down = (f"{ffn_name}.down_proj.weight" for ffn_name in names)
-    yield replace(_columns(f"{name}.down", hidden, ffn, *down), num_experts=num_experts)
+    yield replace(_columns(f"{name}.down", hidden, ffn, config.shape.ffn_size, *down), num_experts=num_experts)
     if config.ffn_bias:
         yield _rows(f"{name}.gate_up_bias", *((f"{mlp}.{part}_proj.bias", ffn, None) for part in ("gate", "up")))
         yield _vector(f"{name}.down_bias", f"{mlp}.down_proj.bias", hidden)
@@ -126,9 +129,9 @@ def _rows(name: str, *pieces: tuple[str, Interval, int | None]) -> Param:
     return Param(name, tuple(slices), multiplied=pieces[0][2] is not None)
 
 
-def _columns(name: str, num_rows: int, columns: Interval, *tensors: str) -> Param:
-    """The same columns of matrices of `num_rows` rows, stacked."""
-    slices = (TensorSlice(tensor, (num_rows, columns.size), None, columns) for tensor in tensors)
+def _columns(name: str, num_rows: int, columns: Interval, width: int, *tensors: str) -> Param:
+    """The same columns of matrices [num_rows, width], stacked."""
+    slices = (TensorSlice(tensor, (num_rows, columns.size), None, columns, width) for tensor in tensors)
     return Param(name, tuple(slices), multiplied=True)
 
 

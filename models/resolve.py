@@ -54,6 +54,10 @@ class ModelSource:
                 )
         raise self._without("weights")
 
+    def known_entries(self) -> dict[str, TensorEntry]:
+        """The same without fetching anything: none of a model on the hub, and none of a shape."""
+        return {} if self.hub is not None or self.kind == "shape" else self.entries()
+
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ModelError where there is none, or it is of an unknown kind."""
         match self.kind:

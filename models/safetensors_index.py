@@ -10,10 +10,11 @@ from typing import Any
 
 from phalanx.errors import ModelError
 from phalanx.models.config import DecoderConfig
-from phalanx.models.encodings import ENCODINGS
+from phalanx.models.encodings import ALL_ENCODINGS, PLAIN_ENCODINGS
 from phalanx.models.families import expected_tensors, stored_name
 from phalanx.models.hf_config import read_json
 from phalanx.models.inventory import check_inventory
+from phalanx.models.packed_entries import packed_entries
 from phalanx.models.tensor_entry import TensorEntry
 
 SINGLE_FILE = "model.safetensors"
@@ -28,7 +29,8 @@ _HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 def safetensors_entries(directory: Path, config: DecoderConfig) -> dict[str, TensorEntry]:
     """Every tensor that `config` needs, by canonical name, from `model.safetensors` or the shards of its index.
 
-    A head stored beside a tied embedding, and stored rotary frequencies, are passed over as transformers does.
+    A matrix that a quantiser has stored as several tensors is one entry with a `Packing`. A head stored beside a tied
+    embedding, and stored rotary frequencies, are passed over as transformers does.
     Raises ModelError, naming file and tensor, for one that is missing, misshapen, duplicated, unexpected, of an
     unsupported dtype, or cut off by the end of its file, and for files that are missing or damaged.
     """
@@ -49,11 +51,18 @@ def safetensors_entries(directory: Path, config: DecoderConfig) -> dict[str, Ten
             f"{directory}: no {SINGLE_FILE} and no {INDEX_FILE}; {beside}. Save the model with save_pretrained of"
             " transformers"
         )
-    redundant = {"lm_head.weight"} if config.tie_embeddings else set()
-    entries = {name: entry for name, entry in entries.items() if name not in redundant and not _HARMLESS.search(name)}
+    redundant = "lm_head." if config.tie_embeddings else "\0"
+    entries = {
+        name: entry for name, entry in entries.items() if not name.startswith(redundant) and not _HARMLESS.search(name)
+    }
+    if config.quantization is not None:
+        entries = packed_entries(entries, expected, config.quantization)
     for name, entry in entries.items():
-        if name in expected and entry.encoding not in ENCODINGS:
-            raise ModelError(f"{entry.file}: tensor {name} has dtype {entry.encoding}; supported: F32, F16, BF16")
+        if name in expected and entry.packing is None and entry.encoding not in PLAIN_ENCODINGS:
+            raise ModelError(
+                f"{entry.file}: tensor {name} has dtype {entry.encoding}; supported: {', '.join(PLAIN_ENCODINGS)}, and"
+                " others where config.json has a quantization_config that describes them"
+            )
     check_inventory(entries, expected, str(index if index.is_file() and not single.is_file() else single))
     return {names[stored]: entry for stored, entry in entries.items()}
 
@@ -105,7 +114,7 @@ def _entry(path: Path, name: str, about: Any, data_start: int) -> TensorEntry:
             raise ModelError(
                 f"{path}: tensor {name} is described as {str(about)[:200]}, not by dtype, shape and data_offsets"
             )
-    encoding = ENCODINGS.get(dtype)
+    encoding = ALL_ENCODINGS.get(dtype)
     if start < 0 or stop < start or (encoding is not None and encoding.num_bytes(entry.shape) != entry.num_bytes):
         raise ModelError(
             f"{path}: tensor {name}, {dtype} {shape}, cannot lie in bytes {start} to {stop} of the data: the file is"

@@ -12,8 +12,9 @@ import torch
 from phalanx.kernels import Experts, PackedExperts, PackedWeight, QuantisedWeight, Weight, make_packed, make_quantised
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.params import Param, TensorSlice
-from phalanx.models.quantised_slice import quantised_slice, weight_format
-from phalanx.models.quantization import Scheme, scheme_of
+from phalanx.models.quantised_slice import held_inputs, quantised_slice, read_values, weight_format
+from phalanx.models.quantization import scheme_of
+from phalanx.models.scheme import Scheme
 
 
 def load_params(
@@ -45,9 +46,16 @@ def load_params(
 
     if packed:
         place([param for param in params if param.multiplied and schemes[param.name] is None], make_packed)
-    quantised = [(param, scheme.of_cut(param)) for param in params if (scheme := schemes[param.name]) is not None]
-    formats = [weight_format(scheme) for param, scheme in quantised for _ in param.matrices]
-    place([param for param, _ in quantised], lambda shapes: make_quantised(shapes, formats, dtype))
+    quantised = [(param, scheme) for param in params if (scheme := schemes[param.name]) is not None]
+    formats = [weight_format(scheme.of_cut(param)) for param, scheme in quantised for _ in param.matrices]
+    matrices = [(param, scheme, pieces) for param, scheme in quantised for pieces in param.matrices]
+    stored = quantization == "stored"
+    inputs = {
+        pieces: held_inputs(checkpoint, pieces, scheme, held, stored=stored)
+        for (_, scheme, pieces), held in zip(matrices, formats, strict=True)
+    }
+    orders = [each.order for each in inputs.values()]
+    place([param for param, _ in quantised], lambda shapes: make_quantised(shapes, formats, dtype, orders))
 
     def load(param: Param) -> Weight | Experts:
         held = places.get(param.name)
@@ -65,11 +73,11 @@ def load_params(
         for piece in pieces:
             if isinstance(weight, QuantisedWeight):
                 assert scheme is not None
-                for rows in quantised_slice(checkpoint, piece, scheme, weight.format, stored=quantization == "stored"):
+                for rows in quantised_slice(checkpoint, piece, scheme, inputs[pieces], stored=stored):
                     weight.put(first, rows)
                     first += len(rows.q)
                 continue
-            read = checkpoint.read(piece.tensor, piece.rows, piece.columns, dtype)
+            read = read_values(checkpoint, piece.tensor, piece.rows, piece.columns, dtype)
             if isinstance(weight, PackedWeight):
                 weight.put(first, read)
             else:

@@ -189,8 +189,13 @@ namespace {
 // Rows of x as the weight has its inputs.
 void put_in_order(uint16_t* to, const uint16_t* x, size_t x_stride, const std::vector<int32_t>& order, size_t num_rows) {
   const size_t num_inputs = order.size();
-  for (size_t row = 0; row < num_rows; row++, x += x_stride, to += num_inputs) {
-    for (size_t k = 0; k < num_inputs; k++) to[k] = order[k] < 0 ? 0 : x[order[k]];
+  const auto put = [&](size_t row) {
+    for (size_t k = 0; k < num_inputs; k++) to[row * num_inputs + k] = order[k] < 0 ? 0 : x[row * x_stride + order[k]];
+  };
+  if (num_rows * num_inputs <= kPackedAlone) {
+    for (size_t row = 0; row < num_rows; row++) put(row);
+  } else {
+    parallel_for(int(num_rows), [&](int row) { put(size_t(row)); });
   }
 }
 

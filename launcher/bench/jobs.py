@@ -50,7 +50,7 @@ def plan_jobs(config: Config, options: BenchOptions) -> list[Job]:
     Raises ConfigError and ModelError as a start would, RequestError where a request is longer than sequences may be.
     """
     source = resolve_model(config.model.path, revision=config.model.revision)
-    plan, vocab_size = checked_plan(config, source), source.config.shape.vocab_size
+    plan, vocab_size = checked_plan(config, source, source.known_entries()), source.config.shape.vocab_size
     jobs = []
     for name in dict.fromkeys(options.workloads):
         shapes = workload(name, vocab_size=vocab_size, seed=options.seed, open_loop=options.open_loop)

@@ -134,7 +134,7 @@ def test_products_are_those_of_float64_but_for_rounding(
     x = torch.randn(num_rows, num_inputs, generator=generator).bfloat16()
     bias = torch.randn(num_outputs, generator=generator).bfloat16()
     y = weight_of(rows, held).multiply(x, bias, chosen)
-    # Scales are at most 1.1, offsets few above 3; four bits are added up as 128 more than they are, eight without zeros.
+    # Scales are at most 1.1, offsets few above 3; four bits are added up as 128 more than they are.
     assert_right(y, as_read(x, held), exact_matrix(rows, held), bias, 1.1 * (448 if held.e4m3 else 256) + 4)
 
 

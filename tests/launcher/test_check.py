@@ -16,6 +16,7 @@ from phalanx.errors import ModelError
 from phalanx.launcher.check import CheckReport, check
 from phalanx.launcher.machine import Gpu, Machine, this_machine
 from phalanx.models.config import DecoderConfig, RopeConfig
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.shape import ModelShape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -37,6 +38,9 @@ class Found:
     name: str
     config: DecoderConfig
     kind: str = "safetensors"
+
+    def known_entries(self) -> dict[str, TensorEntry]:
+        return {}
 
 
 def look_up(path: str, revision: str | None) -> Found:

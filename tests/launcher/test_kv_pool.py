@@ -12,6 +12,7 @@ from phalanx.launcher.kv_pool import KVPool
 from phalanx.launcher.machine import Gpu, Machine
 from phalanx.launcher.run_plan import RunPlan
 from phalanx.models.config import DecoderConfig, RopeConfig
+from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.shape import ModelShape
 
 MIB, GIB = 2**20, 2**30
@@ -33,6 +34,9 @@ class Found:
     name: str
     config: DecoderConfig
     kind: str = "safetensors"
+
+    def known_entries(self) -> dict[str, TensorEntry]:
+        return {}
 
 
 def checked(*overrides: str, machine: Machine = LAPTOP) -> CheckReport:

@@ -177,7 +177,11 @@ def test_the_data_type_is_read_under_both_names(key: str, name: str) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; supported: 1"),
         ({"clip_qkv": 8.0}, "clip_qkv is 8.0"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .*supported: unquantised"),
+        (
+            {"quantization_config": {"quant_method": "bnb"}},
+            "quantization_config: quant_method is 'bnb'; supported: awq, gptq",
+        ),
+        ({"quantization_config": 4}, "quantization_config is 4; supported: an object"),
         ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'; supported: float32, float16, bfloat16"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size is '64'; supported: a whole number"),
