@@ -139,7 +139,8 @@ class Rank:
             step_tokens=self._widest_step,
             step_rows=self._most_drawn,
             page_size=spec.page_size,
-            page_bytes=spec.page_size * kv_bytes_per_token(spec.config, spec.layout, place, self._dtype.itemsize),
+            page_bytes=spec.page_size
+            * kv_bytes_per_token(spec.config, spec.layout, place, self._dtype.itemsize, spec.kv_cache_dtype),
             least_pages=1 if measure is None else measure.least_pages,
             share=None if measure is None else measure.share,
         )
@@ -165,6 +166,7 @@ class Rank:
                 spec.config.shape.head_dim,
                 self._dtype,
                 self._device,
+                spec.kv_cache_dtype,
             )
         self.runner = StepRunner(
             self._decoder,

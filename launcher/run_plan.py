@@ -109,7 +109,9 @@ def plan_run(config: Config, model: DecoderConfig, machine: Machine) -> RunPlan:
     ]
     if device == "cuda":
         decisions.append(Decision("GPUs per rank", f"{gpus:g}", gpus_reason))
+    kv_dtype = config.engine.kv_cache_dtype
     decisions += [
+        *([] if kv_dtype == "auto" else [Decision("KV cache dtype", kv_dtype, _KV_DTYPE_REASON)]),
         Decision("KV cache", kv_choice, kv_reason),
         Decision("longest sequence", f"{max_length} tokens", length_reason),
     ]
@@ -179,6 +181,7 @@ def _dtype(config: Config, model: DecoderConfig, device: str, machine: Machine) 
     return "float32", "this CPU has no bfloat16 instructions"
 
 
+_KV_DTYPE_REASON = "as configured: a byte a number, and a scale in 2 for each head of each token"
 _QUANTIZATION_REASONS = {
     "stored": "matrices of products stay in the blocks that the checkpoint has them in",
     "int8": "matrices of products in 8 bits, a scale an output, quantised while they are loaded",

@@ -133,19 +133,26 @@ size_t attention_scratch(int head_dim, int most_rows, int num_rows) {
   return Buffers<T>(nullptr, head_dim, size_t(most_rows), size_t(num_rows)).num_floats;
 }
 
+// Of 8-bit pages: the scale of each key of a block and of its value.
+struct BlockScales {
+  float keys[kKeyBlock], values[kKeyBlock];
+};
+
 inline V capped(V score, float softcap) {
   return multiply(all(softcap), tanh_of(divide(score, all(softcap))));
 }
 
 // Turns a row of scores into weights. seen: the columns [first, last) of num_columns, a multiple of kWidth, count. The
-// state is that of the row; returns what its values so far are to be multiplied with.
-template <typename U>
-inline float weigh(const Attention& attention, float* scores, U* weights, size_t first, size_t last, size_t num_columns,
-                   float& largest, float& total) {
+// state is that of the row; returns what its values so far are to be multiplied with. scales: of 8-bit pages.
+template <bool kScaled, typename U>
+inline float weigh(const Attention& attention, const BlockScales& scales, float* scores, U* weights, size_t first,
+                   size_t last, size_t num_columns, float& largest, float& total) {
   const V scale = all(attention.scale);
   V top = all(kNothingSeen);
   for (size_t i = 0; i < num_columns; i += kWidth) {
-    V score = multiply(load(scores + i), scale);
+    V score = load(scores + i);
+    if constexpr (kScaled) score = multiply(score, load(scales.keys + i));
+    score = multiply(score, scale);
     if (attention.softcap > 0) score = capped(score, attention.softcap);
     store(scores + i, score);
     if (first <= i && i + kWidth <= last) top = most(top, score);
@@ -168,16 +175,17 @@ inline float weigh(const Attention& attention, float* scores, U* weights, size_t
 #if defined(__AVX512BF16__)
   if constexpr (!std::is_same<U, float>::value) {
     for (; i < num_columns; i += kWidth) {
-      const __m256bh halves = _mm512_cvtneps_pbh(exponential(subtract(load(scores + i), shift)));
+      const V weight = exponential(subtract(load(scores + i), shift));
+      const __m256bh halves = _mm512_cvtneps_pbh(kScaled ? multiply(weight, load(scales.values + i)) : weight);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + i / 2), (__m256i)halves);
-      sum = add(sum, _mm512_cvtpbh_ps(halves));
+      sum = add(sum, kScaled ? weight : _mm512_cvtpbh_ps(halves));
     }
   } else
 #endif
   {
     for (; i < num_columns; i += kWidth) {
       const V weight = exponential(subtract(load(scores + i), shift));
-      store(weights + i, weight);
+      store(weights + i, kScaled ? multiply(weight, load(scales.values + i)) : weight);
       sum = add(sum, weight);
     }
   }
@@ -219,9 +227,10 @@ struct Span {
         first(greater(start / kKeyBlock * kKeyBlock, part.first_split * kSplit)) {}
 };
 
-// Where the keys and values of a block lie: of each position, in elements from the start of the caches.
+// Where the keys and values of a block lie: of each position, in elements from the start of the caches. scales: the same
+// for those of 8-bit pages.
 struct Block {
-  int64_t places[kKeyBlock];
+  int64_t places[kKeyBlock], scales[kKeyBlock];
   size_t count;
 
   // At position `key`. What the span does not hold is not there; any place that it holds stands for that.
@@ -232,19 +241,44 @@ struct Block {
     int64_t slot = (key + int64_t(skipped)) % attention.page_size;
     for (size_t i = skipped; i < count; i++) {
       places[i] = part.pages[page] * attention.page_stride + slot * attention.slot_stride;
+      scales[i] = part.pages[page] * attention.scales_stride + slot;
       if (++slot == attention.page_size) slot = 0, page++;
     }
-    for (size_t i = 0; i < skipped; i++) places[i] = places[skipped];
-    for (size_t i = count; i < size_t(kKeyBlock); i++) places[i] = places[count - 1];
+    for (size_t i = 0; i < skipped; i++) places[i] = places[skipped], scales[i] = scales[skipped];
+    for (size_t i = count; i < size_t(kKeyBlock); i++) places[i] = places[count - 1], scales[i] = scales[count - 1];
+  }
+
+  // Scales of a KV head.
+  void find_scales(const Attention& attention, int kv_head, BlockScales& found) const {
+    const int64_t head = int64_t(kv_head) * attention.page_size;
+    const auto widen = [](float* to, uint16_t from) {
+      const uint32_t bits = uint32_t(from) << 16;
+      std::memcpy(to, &bits, sizeof bits);
+    };
+    for (size_t i = 0; i < size_t(kKeyBlock); i++) {
+      widen(found.keys + i, attention.key_scales[head + scales[i]]);
+      widen(found.values + i, attention.value_scales[head + scales[i]]);
+    }
+  }
+
+  // Brings those into the second cache.
+  void fetch_scales(const Attention& attention, int kv_head) const {
+    const int64_t head = int64_t(kv_head) * attention.page_size;
+    for (size_t i = 0; i < count; i++) {
+      if (i % 32 != 0 && scales[i] == scales[i - 1] + 1) continue;  // of the same line, or nearly
+      __builtin_prefetch(attention.key_scales + head + scales[i], 0, 2);
+      __builtin_prefetch(attention.value_scales + head + scales[i], 0, 2);
+    }
   }
 };
 
-// Takes the keys of one block, from position `key` on, into the state of a group.
-template <typename T>
+// Takes the keys of one block, from position `key` on, into the state of a group. C: what the pages hold.
+template <typename T, typename C>
 inline void attend_block(const Attention& attention, const AttentionPart& part, const HeadGroup& group,
                          const Buffers<T>& at, const typename Buffers<T>::U* queries, const Block& block, int64_t key,
                          const State& state, Fetch& next_keys, Fetch& next_values) {
   constexpr size_t kPerUnit = Buffers<T>::kPerUnit;
+  constexpr bool kScaled = !std::is_same<T, C>::value;
   const size_t size = size_t(group.size), head_dim = size_t(attention.head_dim), count = block.count;
   const int64_t head = int64_t(group.kv_head) * attention.head_stride;
   // Rows that see any of these keys.
@@ -255,8 +289,8 @@ inline void attend_block(const Attention& attention, const AttentionPart& part, 
   }
   const size_t first_row = size_t(first_token) * size, num_rows = size_t(last_token - first_token) * size;
   const size_t num_columns = rounded_up(count, kWidth);
-  const auto* const keys = static_cast<const T*>(attention.keys) + head;
-  const auto* const values = static_cast<const T*>(attention.values) + head;
+  const auto* const keys = static_cast<const C*>(attention.keys) + head;
+  const auto* const values = static_cast<const C*>(attention.values) + head;
   const auto* const query = queries + first_row * at.num_units;
   float* const sums = state.values + first_row * at.width;
   const bool direct = num_rows <= kMostDirectRows && head_dim % kDirectStep == 0;
@@ -270,13 +304,15 @@ inline void attend_block(const Attention& attention, const AttentionPart& part, 
     product_all(query, at.num_units, at.keys, kKeyBlock, (head_dim + kPerUnit - 1) / kPerUnit, at.scores, kKeyBlock,
                 nullptr, num_rows, num_columns);
   }
+  BlockScales scales;
+  if constexpr (kScaled) block.find_scales(attention, group.kv_head, scales);
   for (size_t row = 0; row < num_rows; row++) {
     const int64_t position = part.position + int64_t((first_row + row) / size);
     const int64_t first = greater(first_seen(position, attention.window) - key, 0);
     const int64_t last = lesser(position + 1 - key, int64_t(count));
-    at.factors[row] = weigh(attention, at.scores + row * kKeyBlock, at.weights + row * (kKeyBlock / kPerUnit),
-                            size_t(first), size_t(last), num_columns, state.largest[first_row + row],
-                            state.total[first_row + row]);
+    at.factors[row] = weigh<kScaled>(attention, scales, at.scores + row * kKeyBlock,
+                                     at.weights + row * (kKeyBlock / kPerUnit), size_t(first), size_t(last), num_columns,
+                                     state.largest[first_row + row], state.total[first_row + row]);
   }
   if (direct) {
     with_rows(num_rows, [&](auto rows) {
@@ -302,7 +338,7 @@ inline void each_group(const AttentionPart& part, Each&& each) {
   }
 }
 
-template <typename T>
+template <typename T, typename C>
 void attend(const Attention& attention, const AttentionPart& part, const AttentionPart* after, float* scratch) {
   size_t num_rows = 0, most_rows = 0;
   each_group(part, [&](const HeadGroup&, size_t, size_t of_group) {
@@ -314,9 +350,9 @@ void attend(const Attention& attention, const AttentionPart& part, const Attenti
   // Of the part's heads in a position.
   const int64_t first_head = int64_t(part.groups[0].kv_head) * attention.head_stride;
   const int64_t last_head = int64_t(part.groups[part.num_groups - 1].kv_head) * attention.head_stride;
-  const T *first_key = static_cast<const T*>(attention.keys) + first_head;
-  const T *first_value = static_cast<const T*>(attention.values) + first_head;
-  const size_t num_bytes = size_t(last_head - first_head + attention.head_dim) * sizeof(T);
+  const C *first_key = static_cast<const C*>(attention.keys) + first_head;
+  const C *first_value = static_cast<const C*>(attention.values) + first_head;
+  const size_t num_bytes = size_t(last_head - first_head + attention.head_dim) * sizeof(C);
   Block blocks[2];
   blocks[0].find(attention, part, span, span.first);
   each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
@@ -344,10 +380,13 @@ void attend(const Attention& attention, const AttentionPart& part, const Attenti
     if (next < span.stop || after != nullptr) {
       next_keys = Fetch(first_key, later.places, later.count, num_bytes);
       next_values = Fetch(first_value, later.places, later.count, num_bytes);
+      if constexpr (!std::is_same<T, C>::value) {
+        each_group(part, [&](const HeadGroup& group, size_t, size_t) { later.fetch_scales(attention, group.kv_head); });
+      }
     }
     each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
       const auto* queries = at.queries + first_row * at.num_units;
-      attend_block(attention, part, group, at, queries, blocks[turn], key, state->rows(first_row, of_group), next_keys,
+      attend_block<T, C>(attention, part, group, at, queries, blocks[turn], key, state->rows(first_row, of_group), next_keys,
                    next_values);
     });
     next_keys.rest();

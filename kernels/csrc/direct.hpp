@@ -27,11 +27,11 @@ inline void value_units(V (&units)[kColumns], const float*, const T* value, cons
 #if defined(__AVX512BF16__)
 inline __m512bh units_in(const BF16Pair*, Lanes lanes) { return (__m512bh)lanes; }
 
-template <size_t kColumns>
-inline void value_units(__m512bh (&units)[kColumns], const BF16Pair*, const BF16* value, const BF16* after) {
+template <size_t kColumns, typename C>
+inline void value_units(__m512bh (&units)[kColumns], const BF16Pair*, const C* value, const C* after) {
   for (size_t column = 0; column < kColumns; column += 2) {
-    const __m512i first = _mm512_loadu_si512(value + column * kWidth);
-    const __m512i second = after == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(after + column * kWidth);
+    const __m512i first = numbers_at(value + column * kWidth);
+    const __m512i second = after == nullptr ? _mm512_setzero_si512() : numbers_at(after + column * kWidth);
     units[column] = (__m512bh)in_turns(first, second, false);
     units[column + 1] = (__m512bh)in_turns(first, second, true);
   }

@@ -5,7 +5,7 @@
 // Each number of a result is a sum in the order of its steps, however many rows and columns are computed beside it.
 #pragma once
 #include "operators.hpp"
-#include "vector_math.hpp"
+#include "pages.hpp"
 
 namespace phalanx {
 namespace {
@@ -169,11 +169,11 @@ inline void put(void* to, Lanes v) { std::memcpy(to, &v, sizeof v); }
 #endif
 
 // kWidth units from numbers that lie one after another.
-inline Lanes units_from(const float*, const float* from) { return lanes_of(load(from)); }
-inline Lanes units_from(const float*, const BF16* from) { return lanes_of(load(from)); }
-inline Lanes units_from(const float*, const F16* from) { return lanes_of(load(from)); }
+template <typename C>
+inline Lanes units_from(const float*, const C* from) { return lanes_of(load(from)); }
 #if defined(__AVX512BF16__)
-inline Lanes units_from(const BF16Pair*, const BF16* from) { return _mm512_loadu_si512(from); }
+template <typename C>
+inline Lanes units_from(const BF16Pair*, const C* from) { return numbers_at(from); }
 #endif
 
 // Units of a row of numbers, the last ones padded with zeros: to [units of head_dim, rounded up to kWidth].
@@ -270,15 +270,16 @@ inline Lanes in_turns(__m512i first, __m512i second, bool high) {
                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
   return _mm512_permutex2var_epi16(first, places, second);
 }
-inline void pack_values(BF16Pair* to, size_t width, const BF16* values, const int64_t* places, size_t num_values,
+template <typename C>
+inline void pack_values(BF16Pair* to, size_t width, const C* values, const int64_t* places, size_t num_values,
                         size_t head_dim) {
   for (size_t value = 0; value < num_values; value += 2, to += width) {
     const bool both = value + 1 < num_values;
-    const BF16 *one = values + places[value], *other = values + places[both ? value + 1 : value];
+    const C *one = values + places[value], *other = values + places[both ? value + 1 : value];
     for (size_t i = 0; i < head_dim; i += 2 * kWidth) {
       const __mmask32 there = head_dim - i < 2 * kWidth ? (1u << (head_dim - i)) - 1 : ~0u;
-      const __m512i first = _mm512_maskz_loadu_epi16(there, one + i);
-      const __m512i second = _mm512_maskz_loadu_epi16(both ? there : 0, other + i);
+      const __m512i first = numbers_at(one + i, there);
+      const __m512i second = numbers_at(other + i, both ? there : 0);
       put(to + i, in_turns(first, second, false));
       if (i + kWidth < width) put(to + i + kWidth, in_turns(first, second, true));
     }
