@@ -48,8 +48,9 @@ class ModelSection(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Of weights, activations and, unless `engine.kv_cache_dtype` says otherwise, of the KV cache. auto: on "
-        "GPUs float16 where the checkpoint is stored so, else bfloat16; on CPUs bfloat16 where they have instructions for it, else float32.",
+        description="Of weights, activations and, but for `engine.kv_cache_dtype`, the KV cache. auto: "
+        "on GPUs float16 where the checkpoint is stored so, else bfloat16; on CPUs bfloat16 where they have "
+        "instructions for it, else float32.",
     )
     revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub id.")
     max_length: int | None = Field(

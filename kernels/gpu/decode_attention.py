@@ -248,7 +248,8 @@ def decode_attention(
     query: [T, N, D]. key_cache, value_cache: [pages, page_size, K, D] in its dtype, or int8 or e4m3 with key_scales and
     value_scales [pages, K, page_size] bfloat16, by which they are multiplied, contiguous. sequences, pages: of a
     `DevicePlan`, one new token each. counters: at least [S * K] int32, zero. head_table, group: of `HeadGroups`.
-    window, logit_softcap: 0 for none. longest: most positions that a sequence attends to, of which the launch's grid is made.
+    window, logit_softcap: 0 for none. longest: most positions that a sequence attends to, of which the launch's grid is
+    made.
     """
     query = with_heads_together(query)
     _launch(

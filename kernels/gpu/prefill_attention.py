@@ -186,8 +186,10 @@ class _Shape(NamedTuple):
     num_stages: int
 
 
-def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: int) -> _Shape:
-    """num_rows: of the longest chunk. As large as registers and shared memory hold without spills."""
+def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: int, integers: bool) -> _Shape:
+    """num_rows: of the longest chunk. integers: whether that is what the caches hold. As large as registers and shared
+    memory hold without spills.
+    """
     if query.dtype == torch.float32:
         shape = _Shape(32, 32, 4, 2)
     elif num_rows <= 64:
@@ -195,7 +197,7 @@ def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: 
     elif arch >= 90:
         shape = _Shape(128, 64, 8, 3) if head_dim <= 128 else _Shape(128, 32, 8, 2)
     else:
-        shape = _Shape(128, 32, 8, 3) if head_dim <= 128 else _Shape(64, 32, 8, 2)
+        shape = _Shape(128, 32, 8, 2 if integers else 3) if head_dim <= 128 else _Shape(64, 32, 8, 2)
     return shape._replace(block_m=max(shape.block_m, triton.next_power_of_2(group)))
 
 
@@ -243,7 +245,7 @@ def prefill_attention(
     values: torch.Tensor | TensorDescriptor
     keys, float8_bits = as_read(key_cache, arch)
     values, _ = as_read(value_cache, arch)
-    shape = _shape(query, head_dim, group, most_new * group, arch)
+    shape = _shape(query, head_dim, group, most_new * group, arch, key_cache.dtype == torch.int8)
     tma = False
     if arch >= 90 and page_size % shape.block_n == 0 and query.dtype != torch.float32:
         described = _descriptor(keys, shape.block_n), _descriptor(values, shape.block_n)
