@@ -25,17 +25,23 @@ PAGE_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
 """As `kernels/csrc/operators.hpp` counts them; caches of the model's own dtype are PLAIN_PAGES."""
 
 
+LEAST_FLOAT8 = 2.0**-6
+"""Below, an e4m3 would be subnormal, which costs readers more than the bits are worth."""
+
+
 def quantise_kv(x_TKD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys or values [T, K, D] -> (q [T, K, D] of `dtype`, scales [T, K] bfloat16), so that x is nearly q * scale.
 
-    scale: max |x| / limit, rounded up; q: x / scale, rounded to nearest. dtype: int8 or float8_e4m3fn, else ValueError.
+    scale: max |x| / limit, rounded up; q: x / scale, rounded to nearest, but zero where it is below 2^-6, the least
+    number of e4m3 that is not subnormal: that is 2^-14 of the largest, which itself is only known to 2^-4. dtype: int8 or float8_e4m3fn, else ValueError.
     A head that holds what is no finite number is NaN as a whole when it is read.
     """
     limit = limit_of(dtype)
     exact = x_TKD.float().abs().amax(-1).clamp_min(LEAST) / limit
     scales = ((exact.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
     q = x_TKD.float() * scales.float().reciprocal().unsqueeze(-1)
-    return (q.round() if dtype == torch.int8 else q).to(dtype), scales
+    q = q.round() if dtype == torch.int8 else q.masked_fill(q.abs() < LEAST_FLOAT8, 0.0)
+    return q.to(dtype), scales
 
 
 def dequantise_kv(q_KD: torch.Tensor, scales_K: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

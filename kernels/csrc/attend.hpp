@@ -31,6 +31,10 @@ struct UnitOf<BF16> {
 };
 #endif
 
+// Of what is multiplied as that.
+template <typename T, typename C>
+using LiftOf = std::conditional_t<std::is_same<typename UnitOf<T>::type, float>::value, Lift<T>, Lift<C>>;
+
 // Largest score, sum of weights and weighted sum of values of num_rows rows, [num_rows, width].
 struct State {
   float *largest, *total, *values;
@@ -194,11 +198,11 @@ inline float weigh(const Attention& attention, const BlockScales& scales, float*
   return factor[0];
 }
 
-// The output of a group of the part.
-template <typename T>
+// The output of a group of the part. L: how values were lifted.
+template <typename T, typename L>
 inline void write_output(const Attention& attention, const AttentionPart& part, const HeadGroup& group, const State& state) {
   for (size_t row = 0; row < state.num_rows; row++) {
-    const V by = all(1.0f / state.total[row]);
+    const V by = all(L::kBehind / state.total[row]);
     const float* values = state.values + row * state.width;
     const size_t token = row / size_t(group.size), place = row % size_t(group.size);
     T* to = static_cast<T*>(attention.out) + (part.row + int64_t(token)) * attention.out_stride +
@@ -248,17 +252,27 @@ struct Block {
     for (size_t i = count; i < size_t(kKeyBlock); i++) places[i] = places[count - 1], scales[i] = scales[count - 1];
   }
 
-  // Scales of a KV head.
+  // Scales of a KV head, with what is missing behind scores, and what weights are lifted by.
+  template <typename L>
   void find_scales(const Attention& attention, int kv_head, BlockScales& found) const {
     const int64_t head = int64_t(kv_head) * attention.page_size;
-    const auto widen = [](float* to, uint16_t from) {
-      const uint32_t bits = uint32_t(from) << 16;
-      std::memcpy(to, &bits, sizeof bits);
+    const auto find = [&](float* to, const uint16_t* from, float by) {
+      const BF16* const of_head = reinterpret_cast<const BF16*>(from) + head;
+      for (size_t i = 0; i < size_t(kKeyBlock); i += kWidth) {
+        V found;
+        // Side by side: among fewer than a page's, a step to another page, or none, would show in the last.
+        if (attention.page_size >= int64_t(kWidth) && scales[i + kWidth - 1] == scales[i] + int64_t(kWidth) - 1) {
+          found = load(of_head + scales[i]);
+        } else {
+          BF16 each[kWidth];
+          for (size_t j = 0; j < kWidth; j++) each[j] = of_head[scales[i + j]];
+          found = load(each);
+        }
+        store(to + i, multiply(found, all(by)));
+      }
     };
-    for (size_t i = 0; i < size_t(kKeyBlock); i++) {
-      widen(found.keys + i, attention.key_scales[head + scales[i]]);
-      widen(found.values + i, attention.value_scales[head + scales[i]]);
-    }
+    find(found.keys, attention.key_scales, L::kBehind);
+    find(found.values, attention.value_scales, L::kBefore);
   }
 
   // Brings those into the second cache.
@@ -305,7 +319,7 @@ inline void attend_block(const Attention& attention, const AttentionPart& part, 
                 nullptr, num_rows, num_columns);
   }
   BlockScales scales;
-  if constexpr (kScaled) block.find_scales(attention, group.kv_head, scales);
+  if constexpr (kScaled) block.find_scales<LiftOf<T, C>>(attention, group.kv_head, scales);
   for (size_t row = 0; row < num_rows; row++) {
     const int64_t position = part.position + int64_t((first_row + row) / size);
     const int64_t first = greater(first_seen(position, attention.window) - key, 0);
@@ -360,7 +374,7 @@ void attend(const Attention& attention, const AttentionPart& part, const Attenti
       const int64_t token = part.row + int64_t(row) / group.size;
       const T* query = static_cast<const T*>(attention.query) + token * attention.query_stride +
                        int64_t(group.heads[row % size_t(group.size)]) * attention.head_dim;
-      pack_row(at.queries + (first_row + row) * at.num_units, query, size_t(attention.head_dim));
+      pack_row<LiftOf<T, C>>(at.queries + (first_row + row) * at.num_units, query, size_t(attention.head_dim));
     }
   });
   State whole(at.whole, num_rows, at.width), split(at.split, num_rows, at.width);
@@ -401,14 +415,14 @@ void attend(const Attention& attention, const AttentionPart& part, const Attenti
   each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
     const State rows = whole.rows(first_row, of_group);
     if (part.partial == nullptr) {
-      write_output<T>(attention, part, group, rows);
+      write_output<T, LiftOf<T, C>>(attention, part, group, rows);
     } else {
       State(part.partial + State::num_floats(first_row, at.width), of_group, at.width).copy(rows);
     }
   });
 }
 
-template <typename T>
+template <typename T, typename C>
 void join_splits(const Attention& attention, const AttentionPart& part) {
   const size_t width = width_of(attention.head_dim);
   each_group(part, [&](const HeadGroup& group, size_t first_row, size_t num_rows) {
@@ -417,7 +431,7 @@ void join_splits(const Attention& attention, const AttentionPart& part) {
     for (int64_t number = part.first_split + 1; number < part.last_split; number++) {
       whole.join(State(at += part.partial_stride, num_rows, width));
     }
-    write_output<T>(attention, part, group, whole);
+    write_output<T, LiftOf<T, C>>(attention, part, group, whole);
   });
 }
 

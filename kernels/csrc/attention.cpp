@@ -195,7 +195,7 @@ void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dty
   for (const AttentionPart& part : whole) {
     AttentionPart joined = *piece;
     joined.last_split = part.last_split;
-    operators.join_splits[dtype](attention, joined);
+    operators.join_splits[pages][dtype](attention, joined);
     piece += part.last_split - part.first_split;
   }
 }

@@ -21,7 +21,7 @@ const Operators PHALANX_TABLE(PHALANX_SET) = {
     {gated<BF16, gelu_times>, gated<F16, gelu_times>, gated<float, gelu_times>},
     PHALANX_PAGES(rope_and_write_kv),
     PHALANX_PAGES(attend),
-    PHALANX_FLOATS(join_splits),
+    PHALANX_PAGES(join_splits),
     PHALANX_FLOATS(attention_scratch),
     partial_floats,
     argmax,

@@ -100,7 +100,7 @@ struct Operators {
   Gated gelu_mul[kNumFloats];
   RopeWriteRows rope_and_write_kv[kNumPages][kNumFloats];
   Attend attend[kNumPages][kNumFloats];
-  JoinSplits join_splits[kNumFloats];
+  JoinSplits join_splits[kNumPages][kNumFloats];
   AttentionScratch attention_scratch[kNumFloats];
   AttentionPartial attention_partial;
   ArgMax argmax;

@@ -1,7 +1,7 @@
 // Pages of 8 bits: what a head of a token is written as and read back from. A head is numbers times one scale, a
 // bfloat16; int8 and e4m3 (4 bits of exponent, 3 of mantissa: Micikevicius et al. 2022, arXiv 2209.05433) are both exact
-// in bfloat16, so that what is read is multiplied as numbers of the model are, and the scale comes behind the sum. Part of
-// `operator_kernels.cpp`, compiled once for each instruction set.
+// in bfloat16, so that what is read is multiplied as numbers of the model are, and the scale comes behind the sum. Of e4m3
+// no subnormal number is written: `kernels/kv_format.py`. Part of `operator_kernels.cpp`, compiled once for each set.
 #pragma once
 #include "vector_math.hpp"
 
@@ -48,61 +48,45 @@ inline V load(const E4M3* from) {
 }
 #endif
 
+// How many times too small numbers are as bfloat16, so that queries and weights are lifted by the one, and what they come
+// to by the other: what neither makes too small or too large for a float32.
+template <typename C>
+struct Lift {
+  static constexpr float kBefore = 1, kBehind = 1;
+};
 #if defined(__AVX512BF16__)
-// The bytes of the bfloat16 of each magnitude, low and high: looked up, 64 at a time.
-struct Halves {
-  alignas(64) uint8_t low[128], high[128];
+// With its bits where a bfloat16 has them an e4m3 that is not subnormal, of which none is written, is 2^120 too small.
+template <>
+struct Lift<E4M3> {
+  static constexpr float kBefore = 0x1p64f, kBehind = 0x1p56f;
 };
-
-// count / 2^shift, count below 256.
-constexpr uint16_t bfloat16_of(unsigned count, int shift) {
-  if (count == 0) return 0;
-  int exponent = 7;
-  while (count < 128) count <<= 1, exponent--;
-  return uint16_t(unsigned(exponent - shift + 127) << 7 | (count & 0x7F));
-}
-constexpr uint16_t magnitude(const I8*, unsigned code) { return bfloat16_of(code, 0); }
-constexpr uint16_t magnitude(const E4M3*, unsigned code) {
-  return code < 8 ? bfloat16_of(code, 9) : bfloat16_of(8 + (code & 7), 10 - int(code >> 3));
-}
-template <typename C>
-constexpr Halves halves() {
-  Halves found{};
-  for (unsigned code = 0; code < 128; code++) {
-    const uint16_t bits = magnitude(static_cast<const C*>(nullptr), code);
-    found.low[code] = uint8_t(bits);
-    found.high[code] = uint8_t(bits >> 8);
-  }
-  return found;
-}
-template <typename C>
-constexpr Halves kHalves = halves<C>();
-
-inline __m512i magnitudes(const I8*, __m512i codes) { return _mm512_abs_epi8(codes); }
-inline __m512i magnitudes(const E4M3*, __m512i codes) { return codes; }
-
-// Each of 32 bytes twice.
-struct Twice {
-  alignas(64) uint8_t place[64];
-};
-constexpr Twice twice_each() {
-  Twice found{};
-  for (unsigned i = 0; i < 64; i++) found.place[i] = uint8_t(i / 2);
-  return found;
-}
-constexpr Twice kTwice = twice_each();
 
 // 32 codes as bfloat16.
-template <typename C>
-inline __m512i widened(const C* kind, __m256i codes) {
-  const __m512i twice = _mm512_permutexvar_epi8(_mm512_load_si512(kTwice.place), _mm512_castsi256_si512(codes));
-  constexpr __mmask64 kLow = 0x5555555555555555;
-  const auto looked_up = [index = magnitudes(kind, twice)](const uint8_t (&table)[128]) {
-    return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
-  };
-  const __m512i found = _mm512_mask_mov_epi8(looked_up(kHalves<C>.high), kLow, looked_up(kHalves<C>.low));
-  // And the sign.
-  return _mm512_ternarylogic_epi32(found, twice, _mm512_set1_epi16(short(0x8000)), 0xF8);
+inline __m512i widened(const I8*, __m256i codes) {
+  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+inline __m512i widened(const E4M3*, __m256i codes) {
+  return _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 4), _mm512_set1_epi16(short(0x87F0)));
+}
+
+// Of each lane's four codes, the first and third byte and the second and fourth, as pairs of bfloat16.
+inline void widened(const E4M3*, __m512i codes, __m512i& even, __m512i& odd) {
+  const __m512i kept = _mm512_set1_epi16(short(0x87F0));
+  even = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(codes, 8), 4), kept);
+  odd = _mm512_and_si512(_mm512_srai_epi16(codes, 4), kept);
+}
+// Two registers of small whole numbers as pairs: as floats they have no bits below a bfloat16's.
+inline __m512i paired(__m512i first, __m512i second) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(first)), 16);
+  const __m512i high = _mm512_castps_si512(_mm512_cvtepi32_ps(second));
+  return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(int(0xFFFF0000)), 0xF8);
+}
+inline void widened(const I8*, __m512i codes, __m512i& even, __m512i& odd) {
+  const auto byte = [codes](unsigned above) { return _mm512_srai_epi32(_mm512_slli_epi32(codes, above), 24); };
+  even = paired(byte(24), byte(8));
+  odd = paired(byte(16), _mm512_srai_epi32(codes, 24));
 }
 
 // 32 numbers as bfloat16, of those that the mask has; zeros elsewhere.
@@ -122,15 +106,13 @@ inline __m512i numbers_at(const C* from) {
 inline I8 code_of(const I8*, float x) { return {uint8_t(int8_t(int32_t(__builtin_rintf(x))))}; }
 inline E4M3 code_of(const E4M3*, float x) {
   const float size = __builtin_fabsf(x);
-  uint32_t bits, sign, steps;
+  uint32_t bits, sign;
   std::memcpy(&bits, &size, sizeof bits);
   std::memcpy(&sign, &x, sizeof sign);
-  // Below 2^-6, the least normal number, in steps of 2^-9; above with a bias of 127 made into one of 7.
-  const float counted = size * 512.0f + 8388608.0f;
-  std::memcpy(&steps, &counted, sizeof steps);
+  // A bias of 127 is made into one of 7; what is below 2^-6, the least normal number, becomes zero.
   const uint32_t normal = (bits - (120u << 23) + 0x7FFFF + ((bits >> 20) & 1)) >> 20;
-  const uint32_t code = size < 0.015625f ? steps & 0xFF : normal;
-  return {uint8_t((bits > 0x43E80000 ? 0x7F : code) | (sign >> 24 & 0x80))};  // not-a-number from 464 on
+  const uint32_t code = bits > 0x43E80000 ? 0x7F : normal;  // not-a-number from 464 on
+  return {uint8_t((size < 0.015625f ? 0 : code) | (sign >> 24 & 0x80))};
 }
 
 // `scale` is the bfloat16 at or above the largest magnitude through the format's, `to` the numbers through it.

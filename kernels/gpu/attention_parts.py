@@ -58,16 +58,17 @@ def narrowed(x, dtype: tl.constexpr, FLOAT8_BITS: tl.constexpr):
     """x, float32, as a cache holds it, of 8 bits or more. FLOAT8_BITS: as bytes of e4m3, to nearest even, the largest
     beyond the range. Whole numbers too are nearest even: of less than 2^22, where float32 has no room behind the point.
 
-    With a bias of 127 made into one of 7, the bits of a float32 above its 20th are those of e4m3; what is below 2^-6,
-    its least normal number, is counted in steps of 2^-9 instead, rounded by adding 2^23.
+    With a bias of 127 made into one of 7, the bits of a float32 above its 20th are those of e4m3. What is below 2^-6,
+    its least normal number, is zero, as `quantise_kv` has it.
     """
+    if dtype == tl.float8e4nv:
+        x = tl.where(tl.abs(x) < 0.015625, 0.0, x)
     if FLOAT8_BITS:
         size = tl.minimum(tl.abs(x), 448.0)
-        steps = ((size * 512.0 + 8388608.0) - 8388608.0).to(tl.uint32)
         bits = size.to(tl.uint32, bitcast=True) - (120 << 23)
         normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
         sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
-        x = tl.where(size < 0.015625, steps, normal) | sign
+        x = tl.where(size < 0.015625, 0, normal) | sign
     elif dtype == tl.int8:
         x = tl.minimum(tl.maximum((x + 12582912.0) - 12582912.0, -127.0), 127.0)
     return x.to(dtype)

@@ -27,8 +27,8 @@ def made(cache_dtype: torch.dtype, num_pages: int, page_size: int, num_kv: int, 
     size=st.sampled_from([1e-20, 1.0, 300.0, 1e20]),
 )
 def test_a_head_is_within_the_rounding_of_its_format(cache_dtype: torch.dtype, dtype: torch.dtype, size: float) -> None:
-    """int8: half a step of a 127th of the largest; e4m3: 2^-4 of the number, or half of 2^-9 of a 448th of the largest.
-    The scale is rounded up by 2^-7 at most.
+    """int8: half a step of a 127th of the largest; e4m3: 2^-4 of the number, or all of it below 2^-6 of a 448th of the
+    largest. The scale is rounded up by 2^-7 at most.
     """
     x = (torch.randn(20, 3, 64) * size).to(dtype)
     q, scales = quantise_kv(x, cache_dtype)
@@ -37,7 +37,7 @@ def test_a_head_is_within_the_rounding_of_its_format(cache_dtype: torch.dtype, d
     if cache_dtype == torch.int8:
         bound = largest / 127 / 2
     else:
-        bound = torch.maximum(x.double().abs() * 2.0**-4, largest / 448 * 2.0**-10)
+        bound = torch.maximum(x.double().abs() * 2.0**-4, largest / 448 * 2.0**-6)
     error = (dequantise_kv(q, scales, torch.float64) - x.double()).abs()
     assert (error <= bound * (1 + 1e-6)).all()
     assert (q.double().abs().amax(-1) >= {torch.int8: 126, torch.float8_e4m3fn: 416}[cache_dtype]).all()
