@@ -6,8 +6,9 @@ over 3 KV heads of 64), pages of 16 tokens, scattered.
 Operator and reference take turns, and the ratio is of their medians. What the plan costs stands beside them: it is made
 once a step, the operator runs once a layer.
 
-Pages in 8 bits against pages in bfloat16: decodes at long contexts, over as many caches in turns as leave nothing of one in
-the processor's caches when its turn comes again; formats take turns from cache to cache, and ratios are of their medians.
+Pages in 8 bits against pages in bfloat16: decodes at long contexts, over as many caches in turns as leave nothing of
+one in the processor's caches when its turn comes again; formats take turns from cache to cache, and ratios are of their
+medians.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ Shapes: T tokens, K KV heads, D head dimension.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from phalanx.kernels.quantised_rows import LEAST, limit_of
@@ -20,21 +22,29 @@ KVScales = tuple[torch.Tensor, torch.Tensor]
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """As `engine.kv_cache_dtype` calls them."""
 
-PLAIN_PAGES = 0
-PAGE_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
-"""As `kernels/csrc/operators.hpp` counts them; caches of the model's own dtype are PLAIN_PAGES."""
-
-
 LEAST_FLOAT8 = 2.0**-6
 """Below, an e4m3 would be subnormal, which costs readers more than the bits are worth."""
+
+_PAGE_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}  # as `kernels/csrc/operators.hpp` counts them
+
+
+class NativeScales(NamedTuple):
+    """As native operators are told of them: addresses, elements from a page's to the next page's, and what the pages
+    hold. All 0 where they hold what the model computes in.
+    """
+
+    keys: int = 0
+    values: int = 0
+    stride: int = 0
+    pages: int = 0
 
 
 def quantise_kv(x_TKD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys or values [T, K, D] -> (q [T, K, D] of `dtype`, scales [T, K] bfloat16), so that x is nearly q * scale.
 
     scale: max |x| / limit, rounded up; q: x / scale, rounded to nearest, but zero where it is below 2^-6, the least
-    number of e4m3 that is not subnormal: that is 2^-14 of the largest, which itself is only known to 2^-4. dtype: int8 or float8_e4m3fn, else ValueError.
-    A head that holds what is no finite number is NaN as a whole when it is read.
+    number of e4m3 that is not subnormal: that is 2^-14 of the largest, which itself is only known to 2^-4. dtype: int8
+    or float8_e4m3fn, else ValueError. Where a head holds what is no finite number, so does what is read.
     """
     limit = limit_of(dtype)
     exact = x_TKD.float().abs().amax(-1).clamp_min(LEAST) / limit
@@ -61,13 +71,22 @@ def as_bytes(cache: torch.Tensor) -> torch.Tensor:
 
 def head_bytes(cache: torch.Tensor) -> int:
     """Of a head of a token in a cache [.., D], its scale included."""
-    return cache.shape[-1] * cache.itemsize + (torch.bfloat16.itemsize if cache.dtype in PAGE_CODES else 0)
+    return cache.shape[-1] * cache.itemsize + (torch.bfloat16.itemsize if cache.dtype in _PAGE_CODES else 0)
 
 
-def needs_scales(cache: torch.Tensor, kv_scales: KVScales | None) -> bool:
-    """Whether the cache is in 8 bits. Raises TypeError where it is and there are no scales, or the other way round."""
-    quantised = cache.dtype in PAGE_CODES
+def check_scales(cache: torch.Tensor, kv_scales: KVScales | None) -> None:
+    """Raises TypeError where the cache is in 8 bits and there are no scales, or the other way round."""
+    quantised = cache.dtype in _PAGE_CODES
     if quantised != (kv_scales is not None):
         has = "has no" if quantised else "takes none, but has"
         raise TypeError(f"a KV cache of {cache.dtype} {has} scales; 8-bit caches have them, others do not")
-    return quantised
+
+
+def native_scales(cache: torch.Tensor, kv_scales: KVScales | None) -> NativeScales | None:
+    """None where native operators do not apply to scales that lie so."""
+    if kv_scales is None:
+        return NativeScales()
+    keys, values = kv_scales
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        return None
+    return NativeScales(keys.data_ptr(), values.data_ptr(), keys.stride(0), _PAGE_CODES[cache.dtype])

@@ -26,12 +26,11 @@ from phalanx.kernels.device_plan import DevicePlan, PlanRoom, plan_on_device
 from phalanx.kernels.gathered_attention import GatherPlan, gathered_attention, plan_gathers
 from phalanx.kernels.head_groups import HeadGroups
 from phalanx.kernels.kv_format import (
-    PAGE_CODES,
-    PLAIN_PAGES,
     KVScales,
     as_bytes,
+    check_scales,
     dequantise_kv,
-    needs_scales,
+    native_scales,
     scales_of_slots,
 )
 
@@ -108,7 +107,7 @@ def paged_attention_reference(
     Returns [T, query_heads, head_dim].
     """
     outputs = []
-    needs_scales(key_cache, kv_scales)
+    check_scales(key_cache, kv_scales)
     key_scales, value_scales = kv_scales or (None, None)
 
     def tokens(cache: torch.Tensor, scales: torch.Tensor | None, pages: torch.Tensor) -> torch.Tensor:
@@ -203,7 +202,7 @@ def paged_attention(
     query_TND and the caches share a dtype, or these are in 8 bits with kv_scales; all may be strided. What a cache
     holds where no sequence has written, NaN included, does not reach the output. Returns [T, N, D].
     """
-    quantised = needs_scales(key_cache, kv_scales)
+    check_scales(key_cache, kv_scales)
     if isinstance(plan, DevicePlan):
         return triton_gpu.find_triton().operators.paged_attention(  # type: ignore[no-any-return]
             query_TND,
@@ -219,9 +218,8 @@ def paged_attention(
         code = native_cpu.code_of(query_TND)
         page_stride, slot_stride, head_stride, step = key_cache.stride()
         alike = value_cache.stride() == key_cache.stride()
-        if kv_scales is not None:
-            alike = alike and all(scales.is_contiguous() for scales in kv_scales)
-        if code is not None and heads.native is not None and alike and step == 1:
+        scales = native_scales(key_cache, kv_scales)
+        if code is not None and heads.native is not None and alike and step == 1 and scales is not None:
             if query_TND.stride()[1:] != (query_TND.shape[2], 1):
                 query_TND = query_TND.contiguous()
             num_tokens, num_heads, head_dim = query_TND.shape
@@ -232,19 +230,20 @@ def paged_attention(
                 query_TND.data_ptr(),
                 key_cache.data_ptr(),
                 value_cache.data_ptr(),
-                *((0, 0) if kv_scales is None else (scales.data_ptr() for scales in kv_scales)),
+                scales.keys,
+                scales.values,
                 query_TND.stride(0),
                 num_heads * head_dim,
                 key_cache.shape[1],
                 page_stride,
                 slot_stride,
                 head_stride,
-                0 if kv_scales is None else kv_scales[0].stride(0),
+                scales.stride,
                 head_dim,
                 scale,
                 logit_softcap or 0.0,
                 code,
-                PAGE_CODES[key_cache.dtype] if quantised else PLAIN_PAGES,
+                scales.pages,
             )
             return out_TND
         plan = plan.gathers

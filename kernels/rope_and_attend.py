@@ -10,7 +10,7 @@ import torch
 from phalanx.kernels import triton_gpu
 from phalanx.kernels.device_plan import DevicePlan
 from phalanx.kernels.head_groups import HeadGroups
-from phalanx.kernels.kv_format import KVScales, needs_scales
+from phalanx.kernels.kv_format import KVScales, check_scales
 from phalanx.kernels.paged_attention import AttentionPlan, paged_attention
 from phalanx.kernels.rope_and_write_kv import rope_and_write_kv
 
@@ -36,7 +36,7 @@ def rope_and_attend(
     The arguments are those of the two; slots are the places of the plan's tokens.
     """
     if isinstance(plan, DevicePlan) and plan.most_new == 1:
-        needs_scales(key_cache, kv_scales)
+        check_scales(key_cache, kv_scales)
         return triton_gpu.find_triton().operators.rope_and_attend(  # type: ignore[no-any-return]
             qkv,
             table,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from phalanx.kernels import native_cpu, triton_gpu
-from phalanx.kernels.kv_format import PAGE_CODES, PLAIN_PAGES, KVScales, as_bytes, needs_scales, quantise_kv
+from phalanx.kernels.kv_format import KVScales, as_bytes, check_scales, native_scales, quantise_kv
 from phalanx.kernels.rms_norm import rms_norm
 from phalanx.kernels.rope import rope
 
@@ -26,7 +26,7 @@ def write_kv(
     key_cache, value_cache: [pages, page_size, kv_heads, head_dim], whose first two dimensions can be viewed as one; of
     the dtype of keys and values, or in 8 bits with kv_scales, as `quantise_kv` makes them.
     """
-    needs_scales(key_cache, kv_scales)
+    check_scales(key_cache, kv_scales)
     page_size = key_cache.shape[1]
     key_scales, value_scales = kv_scales or (None, None)
     for x_TKD, cache, scales in ((keys, key_cache, key_scales), (values, value_cache, value_scales)):
@@ -56,7 +56,7 @@ def rope_and_write_kv(
     value_cache, kv_scales: as for `write_kv`. q_norm, k_norm: [D], for an `rms_norm` of each head before it is rotated,
     with `eps`. All of one dtype, but slots, int64, and caches in 8 bits.
     """
-    quantised = needs_scales(key_cache, kv_scales)
+    check_scales(key_cache, kv_scales)
     gpu = triton_gpu.operators_for(qkv)
     if gpu is not None:
         return gpu.rope_and_write_kv(  # type: ignore[no-any-return]
@@ -67,10 +67,9 @@ def rope_and_write_kv(
     num_queries = qkv.shape[1] // head_dim - 2 * num_kv
     code = native_cpu.code_of(qkv)
     strides = key_cache.stride()
+    scales = native_scales(key_cache, kv_scales)
     alike = value_cache.stride() == strides and strides[3] == 1
-    if kv_scales is not None:
-        alike = alike and all(scales.is_contiguous() for scales in kv_scales)
-    if code is None or not qkv.is_contiguous() or not alike:
+    if code is None or not qkv.is_contiguous() or not alike or scales is None:
         heads = qkv.view(num_tokens, -1, head_dim)
         q_TND, k_TKD, v_TKD = torch.split(heads, [num_queries, num_kv, num_kv], dim=1)
         if q_norm is not None:
@@ -89,7 +88,8 @@ def rope_and_write_kv(
         eps,
         key_cache.data_ptr(),
         value_cache.data_ptr(),
-        *((0, 0) if kv_scales is None else (scales.data_ptr() for scales in kv_scales)),
+        scales.keys,
+        scales.values,
         slots.data_ptr(),
         key_cache.shape[1],
         *strides[:3],
@@ -98,6 +98,6 @@ def rope_and_write_kv(
         num_kv,
         head_dim,
         code,
-        PAGE_CODES[key_cache.dtype] if quantised else PLAIN_PAGES,
+        scales.pages,
     )
     return qkv.view(num_tokens, -1, head_dim)[:, :num_queries]

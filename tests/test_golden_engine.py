@@ -26,7 +26,7 @@ PAGE_SIZE = 4
 LONGEST = 120
 NUM_PAGES = LONGEST // PAGE_SIZE + 6
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "1x1": {},
     "2x1": {"tensor": 2},
     "1x2": {"pipeline": 2},

@@ -166,18 +166,17 @@ def test_tokens_of_chunks_are_written_in_8_bits(cache_dtype: torch.dtype, target
     qkv[2, 4], qkv[3, 7, 5] = 0.0, 3e4
     cos, sin = torch.randn(2, 6, 1, 40).bfloat16()
     slots = torch.tensor([3, 17, 5, 0, 9, -1])
-    found, right = (
-        [torch.zeros(2, 5, 4, 3, 40).to(cache_dtype).to(place), torch.zeros(2, 5, 3, 4).bfloat16().to(place)]
-        for place in (device, torch.device("cpu"))
-    )  # fmt: skip
-    k = rotated(qkv[:, 3:6], cos, sin, None).bfloat16()
-    write_kv(k[:5], qkv[:5, 6:], *right[0], slots[:5], (right[1][0], right[1][1]))
+    k_TKD, v_TKD = rotated(qkv[:, 3:6], cos, sin, None).bfloat16(), qkv[:, 6:]
+    keys, values = torch.zeros(2, 5, 4, 3, 40).to(cache_dtype)
+    key_scales, value_scales = torch.zeros(2, 5, 3, 4).bfloat16()
+    found = [each.clone().to(device) for each in (keys, values, key_scales, value_scales)]
+    write_kv(k_TKD[:5], v_TKD[:5], keys, values, slots[:5], (key_scales, value_scales))
     with assumed(target):
         gpu.rope_and_write_kv(
-            qkv.flatten(1).to(device), cos.to(device), sin.to(device), *found[0], slots.to(device), None, None, 0.0,
-            *found[1],
+            qkv.flatten(1).to(device), cos.to(device), sin.to(device), *found[:2], slots.to(device), None, None, 0.0,
+            *found[2:],
         )  # fmt: skip
-    assert_the_same_pages(tuple(found[0]), (found[1][0], found[1][1]), list(right[0]), (right[1][0], right[1][1]))
+    assert_the_same_pages((found[0], found[1]), (found[2], found[3]), [keys, values], (key_scales, value_scales))
 
 
 @pytest.mark.parametrize("lengths", [[(20, 1), (3, 1)], [(20, 1), (3, 5)]], ids=["decodes", "mixed"])
