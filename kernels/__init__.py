@@ -8,7 +8,7 @@ from phalanx.kernels.device_plan import DevicePlan, PlanRoom
 from phalanx.kernels.embedding import embedding
 from phalanx.kernels.gated_mul import gelu_mul, gelu_mul_quantised, silu_mul, silu_mul_quantised
 from phalanx.kernels.head_groups import HeadGroups, group_heads
-from phalanx.kernels.kv_format import KV_DTYPES, KVScales, dequantise_kv, quantise_kv
+from phalanx.kernels.kv_format import KV_DTYPES, KVScales, dequantise_kv, quantise_kv, told_of_kv
 from phalanx.kernels.largest import argmax, argmax_keys, columns_of_keys, top
 from phalanx.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from phalanx.kernels.linear import gated_linear, linear, linear_add
@@ -109,6 +109,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_quantised",
     "token_places",
+    "told_of_kv",
     "told_of_quantised",
     "top",
     "use_compiler",

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from phalanx.kernels import triton_gpu
 from phalanx.kernels.quantised_rows import LEAST, limit_of
+from phalanx.native import find_native
 
 KVScales = tuple[torch.Tensor, torch.Tensor]
 """Of a cache of keys and of one of values, [pages, K, page_size] bfloat16 each: a head's lie side by side in a page."""
@@ -80,6 +82,17 @@ def check_scales(cache: torch.Tensor, kv_scales: KVScales | None) -> None:
     if quantised != (kv_scales is not None):
         has = "has no" if quantised else "takes none, but has"
         raise TypeError(f"a KV cache of {cache.dtype} {has} scales; 8-bit caches have them, others do not")
+
+
+def told_of_kv(kv_cache_dtype: str, device: torch.device) -> str:
+    """For the start-up table: what reads and writes pages in 8 bits."""
+    if device.type == "cpu":
+        found = find_native()
+        serves, told = found.library is not None, found.told
+    else:
+        serves, told = triton_gpu.applies_on(device), triton_gpu.find_triton().told
+    way = "attended to as they are" if serves else "widened to float32 by PyTorch, which is slow"
+    return f"{kv_cache_dtype}, {way}: {told}"
 
 
 def native_scales(cache: torch.Tensor, kv_scales: KVScales | None) -> NativeScales | None:

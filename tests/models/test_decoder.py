@@ -250,8 +250,8 @@ def test_float32_logits_are_those_of_transformers(models: Models, name: str, lay
 def test_logits_from_a_cache_in_8_bits_are_within_its_rounding(
     models: Models, layout: str, kv_cache_dtype: str, mean: float, largest: float
 ) -> None:
-    """Those of attention in float64 over the same numbers of the cache, but for an odd one that is rounded the other way
-    there; and those of transformers as far as the format allows, over random weights.
+    """Those of attention in float64 over the same numbers of the cache, but for an odd one that is rounded the other
+    way there; and those of transformers as far as the format allows, over random weights.
     """
     model = models("smollm2")
     found = phalanx_logits(model.source, LAYOUTS[layout], CHUNKED, kv_cache_dtype=kv_cache_dtype)
