@@ -15,6 +15,8 @@ FIELDS = tl.constexpr(device_plan.FIELDS)
 LOG2_E = 1.4426950408889634
 FLOAT8 = torch.float8_e4m3fn
 _LEAST_AMAX = tl.constexpr(quantised_rows.LEAST)
+LIFT = tl.constexpr(64.0)
+"""Of weights times their values' scales, which in float16 would else be subnormal; with this they do not overflow."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

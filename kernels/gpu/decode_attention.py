@@ -20,6 +20,7 @@ import triton.language as tl
 from phalanx.kernels.gpu.attention_parts import (
     FIELDS,
     FLOAT8,
+    LIFT,
     as_read,
     bent,
     exponents,
@@ -99,6 +100,7 @@ def _decode_kernel(
                 tl.store(value_scales + at_scale, v_scale.to(tl.bfloat16))
                 k *= 1 / k_scale
                 v *= 1 / v_scale
+                v_scale *= LIFT
             k = narrowed(k, key_cache.dtype.element_ty, FLOAT8_BITS)
             v = narrowed(v, value_cache.dtype.element_ty, FLOAT8_BITS)
             k_place = key_cache + page * k_page_stride + slot * k_slot_stride + kv * k_head_stride
@@ -126,7 +128,7 @@ def _decode_kernel(
         scores = tl.where(inside[None, :], bent(products, scale, softcap, SOFTCAP), -float("inf"))
         weights, m, total, acc = softmax_step(scores, m, total, acc)
         if value_scales is not None:
-            weights *= scales_at(value_scales, page, kv, n % PAGE_SIZE, inside, NUM_KV, PAGE_SIZE)[None, :]
+            weights *= scales_at(value_scales, page, kv, n % PAGE_SIZE, inside, NUM_KV, PAGE_SIZE)[None, :] * LIFT
         acc = tl.dot(weights.to(dtype), widened(v, dtype, FLOAT8_BITS), acc, input_precision="ieee")
 
     last = num_splits == 1
@@ -159,6 +161,8 @@ def _decode_kernel(
                 m = m_new
     if last:
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
+        if value_scales is not None:
+            result *= 1 / LIFT
         place = out + (row * NUM_HEADS + head) * HEAD_DIM + d[None, :]
         tl.store(place, result.to(out.dtype.element_ty), mask=(head >= 0) & inside_d)
 

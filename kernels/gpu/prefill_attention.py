@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from phalanx.kernels.gpu.attention_parts import (
     FIELDS,
     FLOAT8,
+    LIFT,
     as_read,
     bent,
     exponents,
@@ -102,7 +103,7 @@ def _attend(
             scores = tl.where(seen, scores, -float("inf"))
         weights, m, total, acc = softmax_step(scores, m, total, acc)
         if value_scales is not None:
-            weights *= _scales(value_scales, page_table, kv, block, least, length, NUM_KV, PAGE_SIZE, BLOCK_N)
+            weights *= _scales(value_scales, page_table, kv, block, least, length, NUM_KV, PAGE_SIZE, BLOCK_N) * LIFT
         v = _tile(
             value_cache, v_page_stride, v_slot_stride, v_head_stride, page_table, kv, block, least, length, q.dtype,
             FLOAT8_BITS, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, MASKED, True,
@@ -173,6 +174,8 @@ def _prefill_kernel(
     )  # fmt: skip
 
     result = acc / tl.where(total == 0, 1.0, total)[:, None]
+    if value_scales is not None:
+        result *= 1 / LIFT
     place = out + ((first_row + token) * NUM_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
     tl.store(place, result.to(out.dtype.element_ty), mask=present)
 
