@@ -1,18 +1,22 @@
 """Paged attention of a step against its reference, which loops over the sequences: heads of SmolLM2-135M (9 query heads
 over 3 KV heads of 64), pages of 16 tokens, scattered.
 
-    python benchmarks/attention.py [--rounds 9] [--threads N] [--json FILE]
+    python benchmarks/attention.py [--rounds 9] [--threads N] [--only operator|pages] [--json FILE]
 
 Operator and reference take turns, and the ratio is of their medians. What the plan costs stands beside them: it is made
 once a step, the operator runs once a layer.
+
+Pages in 8 bits against pages in bfloat16: decodes at long contexts, over as many caches in turns as leave nothing of
+one in the processor's caches when its turn comes again; formats take turns from cache to cache, and ratios are of their
+medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +26,18 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from phalanx.kernels import AttentionPlan, group_heads, paged_attention, paged_attention_reference, plan_attention
+from phalanx.kernels import (
+    KV_DTYPES,
+    AttentionPlan,
+    group_heads,
+    paged_attention,
+    paged_attention_reference,
+    plan_attention,
+    write_kv,
+)
+from phalanx.launcher.bench.report import processor
+from phalanx.models.batch import KVCache
+from phalanx.native import resize_pool
 
 NUM_QUERY_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 9, 3, 64, 16
 SCALE = HEAD_DIM**-0.5
@@ -43,6 +58,59 @@ class Reading(NamedTuple):
     operator_us: float
     reference_us: float
     plan_us: float
+
+
+class PageLoad(NamedTuple):
+    """Decodes of so many sequences, each with `context` tokens."""
+
+    sequences: int
+    context: int
+    queries: int
+    keys: int
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        return f"decode {self.sequences} at {self.context}, {self.queries} over {self.keys} heads of {self.head_dim}"
+
+
+PAGE_LOADS = (
+    PageLoad(1, 4096, 9, 3, 64),
+    PageLoad(1, 16384, 9, 3, 64),
+    PageLoad(8, 4096, 9, 3, 64),
+    PageLoad(1, 4096, 32, 8, 64),
+    PageLoad(1, 4096, 32, 8, 128),
+)
+CACHED_BYTES = 256 * 2**20  # beyond what a processor keeps
+
+
+def read_pages(load: PageLoad, rounds: int) -> dict[str, float]:
+    """Medians of a call by the format of the pages, in µs."""
+    pages_each = -(-load.context // PAGE_SIZE)
+    num_pages = load.sequences * pages_each
+    page_tables = torch.randperm(num_pages).view(load.sequences, pages_each)
+    lengths = [load.context] * load.sequences
+    plan = plan_attention(page_tables, [1] * load.sequences, lengths, page_size=PAGE_SIZE, window=None, device=CPU)
+    heads = group_heads([head * load.keys // load.queries for head in range(load.queries)], load.keys, CPU)
+    query = torch.randn(load.sequences, load.queries, load.head_dim).bfloat16()
+    cache_bytes = 2 * num_pages * PAGE_SIZE * load.keys * load.head_dim  # of the smaller ones
+    num_layers = max(2, -(-CACHED_BYTES // cache_bytes))
+    slots = torch.arange(num_pages * PAGE_SIZE)
+    caches = {}
+    for name in ("auto", *KV_DTYPES):
+        shape = (num_layers, num_pages, PAGE_SIZE, load.keys, load.head_dim)
+        caches[name] = KVCache(*shape, torch.bfloat16, CPU, name)
+        for layer in caches[name]:
+            k, v = torch.randn(2, len(slots), load.keys, load.head_dim).bfloat16()
+            write_kv(k, v, layer.keys, layer.values, slots, layer.scales)
+    taken: dict[str, list[float]] = {name: [] for name in caches}
+    for _ in range(rounds):
+        for layers in zip(*caches.values(), strict=True):
+            for name, layer in zip(caches, layers, strict=True):
+                started = time.perf_counter()
+                paged_attention(query, layer.keys, layer.values, plan, heads, scale=SCALE, kv_scales=layer.scales)
+                taken[name].append((time.perf_counter() - started) * 1e6)
+    return {name: statistics.median(each) for name, each in taken.items()}
 
 
 def loads() -> list[Load]:
@@ -113,13 +181,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine: they wait for each other")
+    parser.add_argument("--only", choices=("operator", "pages"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    resize_pool(arguments.threads)
 
     readings: dict[str, dict[str, Reading]] = {}
+    pages: dict[str, dict[str, float]] = {}
     console = Console(stderr=True)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in () if arguments.only == "pages" else (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         readings[name] = {}
         table = Table(Column("load", no_wrap=True), "operator µs", "reference µs", "ratio", "plan µs", box=None)
@@ -134,22 +205,32 @@ def main() -> None:
                 f"{reading.plan_us:.0f}",
             )
         Console().print(name, table, "")
+    if arguments.only != "operator":
+        columns = [f"{name}, times as fast" for name in KV_DTYPES]
+        table = Table(Column("pages", no_wrap=True), "bfloat16 µs", *columns, box=None)
+        for page_load in PAGE_LOADS:
+            with console.status(page_load.name):
+                times = pages[page_load.name] = read_pages(page_load, arguments.rounds)
+            ratios = [f"{times['auto'] / times[name]:.2f}" for name in KV_DTYPES]
+            table.add_row(page_load.name, f"{times['auto']:.0f}", *ratios)
+        Console().print(table)
     if arguments.json is not None:
         report = {
             "benchmark": "attention",
-            "command": f"benchmarks/attention.py --rounds {arguments.rounds} --threads {arguments.threads}",
+            "command": " ".join(["benchmarks/attention.py", *sys.argv[1:]]),
             "heads": {"query": NUM_QUERY_HEADS, "kv": NUM_KV_HEADS, "head_dim": HEAD_DIM},
             "page_size": PAGE_SIZE,
             "rounds": arguments.rounds,
             "machine": {
                 "threads": arguments.threads,
-                "processor": platform.machine(),
+                "processor": processor(),
                 "torch": torch.__version__,
             },
             "readings": {
                 dtype: {load: reading._asdict() for load, reading in of_dtype.items()}
                 for dtype, of_dtype in readings.items()
             },
+            "pages_us": pages,
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -1,9 +1,11 @@
-"""What quantised weights cost and gain, scheme by scheme.
+"""What quantised weights, and a KV cache in 8 bits, cost and gain.
 
-    python benchmarks/quantised.py [--model smollm2-135m] [--windows 8] [--rounds 5] [--scale 1.0] [--json FILE]
+    python benchmarks/quantised.py [--model smollm2-135m] [--windows 8] [--rounds 5] [--scale 1.0] [--quality-only]
+        [--json FILE]
 
 Quality: on windows of 512 tokens of the texts of Python's own `help`, against the same model in float32: perplexity,
 the Kullback-Leibler divergence of the distribution of the next token, and how often the likeliest token is the same.
+The cache in 8 bits is read by every token of a window, beside weights in bfloat16.
 Speed: engines of one rank and two threads take turns at W1 and W2 in bfloat16, in an order that is reversed from round
 to round; ratios are medians over the rounds.
 """
@@ -34,7 +36,7 @@ from benchmarks.tensor import Reading, engine_of, gain, measure  # noqa: E402
 
 from phalanx.comm.group import GroupSpec  # noqa: E402
 from phalanx.comm.single import SingleCommunicator  # noqa: E402
-from phalanx.kernels import choose_packing, plan_attention  # noqa: E402
+from phalanx.kernels import KV_DTYPES, choose_packing, plan_attention  # noqa: E402
 from phalanx.launcher.bench.report import processor  # noqa: E402
 from phalanx.launcher.machine import this_machine  # noqa: E402
 from phalanx.models.batch import Batch, KVCache, Part  # noqa: E402
@@ -52,6 +54,14 @@ PAGE_SIZE = 16
 SCHEMES = ("none", "stored", "int8", "int4")
 
 
+class Case(NamedTuple):
+    """quantization, kv_cache_dtype: as the settings of that name."""
+
+    quantization: str = "none"
+    dtype: torch.dtype = torch.bfloat16
+    kv_cache_dtype: str = "auto"
+
+
 class Quality(NamedTuple):
     """perplexity: of the text. divergence: mean Kullback-Leibler divergence from the reference, in nats. same: share of
     positions whose likeliest token is the reference's. weight_bytes: of the model.
@@ -66,21 +76,33 @@ class Quality(NamedTuple):
 class Model:
     """A whole model on one rank."""
 
-    def __init__(self, source: ModelSource, quantization: str, dtype: torch.dtype) -> None:
-        config = source.config
+    def __init__(self, source: ModelSource, case: Case) -> None:
+        config, dtype = source.config, case.dtype
         layout = build_layout(config.shape, [StageRequest(1)])
         [place] = layout.places()
         comm = SingleCommunicator(GroupSpec(0, 1))
         packed = choose_packing(dtype, CPU).usable
         with Checkpoint(source.entries()) as checkpoint:
             weights = load_params(
-                rank_params(config, layout, place), checkpoint, dtype, CPU, packed=packed, quantization=quantization
+                rank_params(config, layout, place),
+                checkpoint,
+                dtype,
+                CPU,
+                packed=packed,
+                quantization=case.quantization,
             )
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         self._decoder = Decoder(config, layout.stages[0], 0, comm, weights)
         shape = config.shape
         self._cache = KVCache(
-            shape.num_layers, WINDOW // PAGE_SIZE, PAGE_SIZE, shape.num_kv_heads, shape.head_dim, dtype, CPU
+            shape.num_layers,
+            WINDOW // PAGE_SIZE,
+            PAGE_SIZE,
+            shape.num_kv_heads,
+            shape.head_dim,
+            dtype,
+            CPU,
+            case.kv_cache_dtype,
         )
         table = torch.arange(WINDOW // PAGE_SIZE).unsqueeze(0)
         attention = plan_attention(
@@ -104,12 +126,15 @@ def windows(source: ModelSource, count: int) -> Iterator[torch.Tensor]:
 
 
 def read_quality(source: ModelSource, count: int, console: Console) -> dict[str, Quality]:
-    cases = {"float32": ("none", torch.float32)} | {name: (name, torch.bfloat16) for name in SCHEMES}
+    cases = {"float32": Case(dtype=torch.float32)} | {name: Case(name) for name in SCHEMES}
+    for kv_cache_dtype in KV_DTYPES:
+        cases[f"KV {kv_cache_dtype}"] = Case(kv_cache_dtype=kv_cache_dtype)
+        cases[f"KV {kv_cache_dtype}, float32"] = Case(dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
     texts = list(windows(source, count))
     reference: list[torch.Tensor] = []
     found: dict[str, Quality] = {}
-    for name, (quantization, dtype) in cases.items():
-        model = Model(source, quantization, dtype)
+    for name, case in cases.items():
+        model = Model(source, case)
         told = [model.logprobs(tokens) for tokens in texts]
         reference = reference or told
         losses = [-each[:-1].gather(1, tokens[1:, None]) for each, tokens in zip(told, texts, strict=True)]
@@ -143,14 +168,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="times all lengths of W1 and W2 in tokens")
+    parser.add_argument("--quality-only", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     console = Console(stderr=True)
     resize_pool(2)
     torch.set_num_threads(2)
     quality = read_quality(resolve_model(arguments.model), arguments.windows, console)
-    speed = read_speed(arguments.model, arguments.rounds, arguments.scale, console)
-    gains = {name: gain(speed[name], speed["none"]) for name in SCHEMES}
+    speed: dict[str, list[Reading]] = {}
+    if not arguments.quality_only:
+        speed = read_speed(arguments.model, arguments.rounds, arguments.scale, console)
+    gains = {name: gain(taken, speed["none"]) for name, taken in speed.items()}
     table = Table(
         "weights", "MiB", "perplexity", "divergence", "same token", "W1, ms a token", "W2, tokens/s", "times", box=None
     )

@@ -72,7 +72,7 @@ class RankSpec:
     tokens of a step. max_length: most tokens of a sequence. trace: whether every step and transfer is handed over.
     cores: that the process is held to. cuda_graphs: whether a GPU's steps may be captured. torch_compile: whether
     PyTorch's operators are compiled. profile: how steps are profiled that ask for it, None where none does.
-    quantization: of the weights, as `model.quantization`.
+    quantization: of the weights, as `model.quantization`. kv_cache_dtype: as `engine.kv_cache_dtype`.
     """
 
     replica: int
@@ -98,6 +98,7 @@ class RankSpec:
     torch_compile: bool = False
     profile: ProfileSettings | None = None
     quantization: str = "none"
+    kv_cache_dtype: str = "auto"
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):

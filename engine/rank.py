@@ -36,7 +36,7 @@ from phalanx.engine.sampler import Sampler
 from phalanx.engine.step_profiler import Seen, StepProfiler
 from phalanx.engine.tables import SlotTables
 from phalanx.engine.trial import WARMUP, try_largest_steps
-from phalanx.kernels import Graphs, choose_packing, compiled_names, told_of_quantised, use_compiler
+from phalanx.kernels import Graphs, choose_packing, compiled_names, told_of_kv, told_of_quantised, use_compiler
 from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
@@ -111,6 +111,8 @@ class Rank:
             graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)
             self._graphs = None if graphs is None else BookedGraphs(graphs, self._memory)
             self.choices["decode steps"] = told
+        if spec.kv_cache_dtype != "auto":
+            self.choices["KV pages"] = told_of_kv(spec.kv_cache_dtype, self._device)
         weights = load_params(
             self._params,
             checkpoint,
@@ -139,7 +141,8 @@ class Rank:
             step_tokens=self._widest_step,
             step_rows=self._most_drawn,
             page_size=spec.page_size,
-            page_bytes=spec.page_size * kv_bytes_per_token(spec.config, spec.layout, place, self._dtype.itemsize),
+            page_bytes=spec.page_size
+            * kv_bytes_per_token(spec.config, spec.layout, place, self._dtype.itemsize, spec.kv_cache_dtype),
             least_pages=1 if measure is None else measure.least_pages,
             share=None if measure is None else measure.share,
         )
@@ -165,6 +168,7 @@ class Rank:
                 spec.config.shape.head_dim,
                 self._dtype,
                 self._device,
+                spec.kv_cache_dtype,
             )
         self.runner = StepRunner(
             self._decoder,

@@ -8,6 +8,7 @@ from phalanx.kernels.device_plan import DevicePlan, PlanRoom
 from phalanx.kernels.embedding import embedding
 from phalanx.kernels.gated_mul import gelu_mul, gelu_mul_quantised, silu_mul, silu_mul_quantised
 from phalanx.kernels.head_groups import HeadGroups, group_heads
+from phalanx.kernels.kv_format import KV_DTYPES, KVScales, dequantise_kv, quantise_kv, told_of_kv
 from phalanx.kernels.largest import argmax, argmax_keys, columns_of_keys, top
 from phalanx.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from phalanx.kernels.linear import gated_linear, linear, linear_add
@@ -42,6 +43,7 @@ from phalanx.kernels.token_places import fill_token_places, planned_places, toke
 from phalanx.kernels.widen import widen
 
 __all__ = [
+    "KV_DTYPES",
     "Arena",
     "AttentionPlan",
     "CudaGraphs",
@@ -50,6 +52,7 @@ __all__ = [
     "Graph",
     "Graphs",
     "HeadGroups",
+    "KVScales",
     "NotRecordableError",
     "PackedExperts",
     "PackedWeight",
@@ -72,6 +75,7 @@ __all__ = [
     "columns_of_keys",
     "compiled_names",
     "dequantise",
+    "dequantise_kv",
     "embedding",
     "expert_ffn",
     "fill_token_places",
@@ -93,6 +97,7 @@ __all__ = [
     "plan_room",
     "planned_places",
     "quantise",
+    "quantise_kv",
     "quantise_rows",
     "rms_norm",
     "rms_norm_quantised",
@@ -106,6 +111,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_quantised",
     "token_places",
+    "told_of_kv",
     "told_of_quantised",
     "top",
     "use_compiler",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from phalanx.kernels.head_groups import HeadGroups
+from phalanx.kernels.kv_format import KVScales, as_bytes, dequantise_kv, scales_of_slots
 
 # Gathered keys and values of a block should still be in a core's cache when they are read: on a CPU with 1 MiB of L2,
 # 32 contexts of 1024 tokens take 1.5 times as long in one block. In blocks of 1024 the calls weigh more than is saved.
@@ -97,32 +98,42 @@ def gathered_attention(
     *,
     scale: float,
     logit_softcap: float | None,
+    kv_scales: KVScales | None = None,
 ) -> torch.Tensor:
-    """As `paged_attention`."""
-    out_TND = query_TND.new_empty(query_TND.shape)
+    """As `paged_attention`. Of caches in 8 bits everything is computed in float32 at least, as which they are exact."""
+    dtype = query_TND.dtype
+    if kv_scales is not None:
+        query_TND = query_TND.to(torch.promote_types(dtype, torch.float32))
+    key_scales, value_scales = kv_scales or (None, None)
+    out_TND = query_TND.new_empty(query_TND.shape, dtype=dtype)
+
+    def gathered(
+        pages: torch.Tensor, span: slice, num_sequences: int = 1, blank: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        for cache, scales in ((key_cache, key_scales), (value_cache, value_scales)):
+            yield _gather(cache, scales, query_TND.dtype, pages, span, num_sequences, blank)
+
     for block in plan.decodes:
         # The G query heads of a KV head are the rows of one small matrix, so that its keys are not copied G times.
         q_BPD = heads.arrange(query_TND[block.rows])
         out_BKGD = _attention(
             q_BPD.reshape(block.num_sequences, heads.num_kv_heads, -1, q_BPD.shape[-1]),
-            _gather(key_cache, block.pages, block.span, block.num_sequences, block.blank),
-            _gather(value_cache, block.pages, block.span, block.num_sequences, block.blank),
+            *gathered(block.pages, block.span, block.num_sequences, block.blank),
             attn_mask=None if block.mask is None else block.mask.to(query_TND.dtype),
             scale=scale,
             logit_softcap=logit_softcap,
         )
-        out_TND[block.rows] = heads.restore(out_BKGD.flatten(1, 2))
+        out_TND[block.rows] = heads.restore(out_BKGD.flatten(1, 2)).to(dtype)
     for chunk in plan.chunks:
         out_1PTD = _attention(
             heads.arrange(query_TND[chunk.rows]).transpose(0, 1).unsqueeze(0),
-            _gather(key_cache, chunk.pages, chunk.span),
-            _gather(value_cache, chunk.pages, chunk.span),
+            *gathered(chunk.pages, chunk.span),
             attn_mask=None if chunk.mask is None else chunk.mask.to(query_TND.dtype),
             is_causal=chunk.mask is None,
             scale=scale,
             logit_softcap=logit_softcap,
         )
-        out_TND[chunk.rows] = heads.restore(out_1PTD.squeeze(0).transpose(0, 1))
+        out_TND[chunk.rows] = heads.restore(out_1PTD.squeeze(0).transpose(0, 1)).to(dtype)
     return out_TND
 
 
@@ -222,10 +233,20 @@ def _additive(seen: torch.Tensor) -> torch.Tensor:
 
 
 def _gather(
-    cache: torch.Tensor, pages: torch.Tensor, span: slice, num_sequences: int = 1, blank: torch.Tensor | None = None
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    dtype: torch.dtype,
+    pages: torch.Tensor,
+    span: slice,
+    num_sequences: int,
+    blank: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The positions `span` of each sequence's pages: [pages, page_size, K, D] -> [B, K, L, D], a strided view."""
-    tokens = cache.index_select(0, pages).flatten(0, 1)
+    """The positions `span` of each sequence's pages: [pages, page_size, K, D] -> [B, K, L, D] of `dtype`, a strided
+    view.
+    """
+    tokens = as_bytes(cache).index_select(0, pages).view(cache.dtype).flatten(0, 1)
+    if scales is not None:
+        tokens = dequantise_kv(tokens, scales_of_slots(scales.index_select(0, pages)).flatten(0, 1), dtype)
     if blank is not None:
         tokens.index_fill_(0, blank, 0.0)  # a weight of 0 does not silence NaN
     return tokens.view(num_sequences, -1, *cache.shape[2:])[:, span].transpose(1, 2)

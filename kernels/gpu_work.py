@@ -10,6 +10,7 @@ import torch
 
 from phalanx.kernels import watch
 from phalanx.kernels.device_plan import DevicePlan
+from phalanx.kernels.kv_format import head_bytes
 from phalanx.kernels.watch import Work, product_work
 
 # How often an operator moves its first argument, or as much: rows in 8 bits are half as wide as in 16.
@@ -93,8 +94,8 @@ def _attended(name: str, num_queries: int, keys: torch.Tensor, plan: DevicePlan,
         num_read += length - first
         seen = (position + 1 for position in range(before, length))
         num_pairs += sum(seen if plan.window is None else (min(each, plan.window) for each in seen))
-    moved = 2.0 * num_read * num_kv * keys.itemsize + 2.0 * plan.num_tokens * num_queries * itemsize
-    return Work(name, (plan.num_tokens, num_read), moved * head_dim, 4.0 * num_pairs * num_queries * head_dim)
+    moved = num_read * num_kv * head_bytes(keys) + plan.num_tokens * num_queries * head_dim * itemsize
+    return Work(name, (plan.num_tokens, num_read), 2.0 * moved, 4.0 * num_pairs * num_queries * head_dim)
 
 
 def _experts(

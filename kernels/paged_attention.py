@@ -25,6 +25,14 @@ from phalanx.kernels import native_cpu, triton_gpu
 from phalanx.kernels.device_plan import DevicePlan, PlanRoom, plan_on_device
 from phalanx.kernels.gathered_attention import GatherPlan, gathered_attention, plan_gathers
 from phalanx.kernels.head_groups import HeadGroups
+from phalanx.kernels.kv_format import (
+    KVScales,
+    as_bytes,
+    check_scales,
+    dequantise_kv,
+    native_scales,
+    scales_of_slots,
+)
 
 if TYPE_CHECKING:
     from phalanx._native import AttentionSteps
@@ -86,6 +94,7 @@ def paged_attention_reference(
     scale: float,
     window: int | None = None,
     logit_softcap: float | None = None,
+    kv_scales: KVScales | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence's new tokens over all of its tokens so far, the new ones included.
 
@@ -94,16 +103,25 @@ def paged_attention_reference(
     order, then anything. query_lengths: new tokens of each sequence. context_lengths: all of its tokens. kv_of_query:
     [query_heads] int64, the KV head of each query head; groups may be unequal, since a rank may hold part of one.
     window: a token sees this many positions back, itself included, or all. logit_softcap: scores are bent to
-    tanh(score / cap) * cap, or not.
+    tanh(score / cap) * cap, or not. kv_scales: of caches in 8 bits, whose numbers they are multiplied by.
     Returns [T, query_heads, head_dim].
     """
     outputs = []
+    check_scales(key_cache, kv_scales)
+    key_scales, value_scales = kv_scales or (None, None)
+
+    def tokens(cache: torch.Tensor, scales: torch.Tensor | None, pages: torch.Tensor) -> torch.Tensor:
+        found = as_bytes(cache)[pages].view(cache.dtype).flatten(0, 1)
+        if scales is None:
+            return found
+        return dequantise_kv(found, scales_of_slots(scales)[pages].flatten(0, 1), query.dtype)
+
     page_size = key_cache.shape[1]
     queries = torch.split(query, list(query_lengths))
     for new_TND, table, length in zip(queries, page_tables, context_lengths, strict=True):
         pages = table[: -(-length // page_size)]
-        k_LND = key_cache[pages].flatten(0, 1)[:length].index_select(1, kv_of_query)
-        v_LND = value_cache[pages].flatten(0, 1)[:length].index_select(1, kv_of_query)
+        k_LND = tokens(key_cache, key_scales, pages)[:length].index_select(1, kv_of_query)
+        v_LND = tokens(value_cache, value_scales, pages)[:length].index_select(1, kv_of_query)
         key_position = torch.arange(length, device=query.device)
         query_position = key_position[length - len(new_TND) :, None]
         seen = key_position <= query_position
@@ -177,14 +195,14 @@ def paged_attention(
     *,
     scale: float,
     logit_softcap: float | None = None,
-    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    kv_scales: KVScales | None = None,
 ) -> torch.Tensor:
     """`paged_attention_reference` of the sequences of `plan`, to rounding.
 
-    query_TND and the caches share a dtype; all may be strided. What a cache holds where no sequence has written, NaN
-    included, does not reach the output. On GPUs the caches may be float8_e4m3fn with kv_scales, of keys and of values,
-    [K] float32 each, by which they are multiplied. Returns [T, N, D].
+    query_TND and the caches share a dtype, or these are in 8 bits with kv_scales; all may be strided. What a cache
+    holds where no sequence has written, NaN included, does not reach the output. Returns [T, N, D].
     """
+    check_scales(key_cache, kv_scales)
     if isinstance(plan, DevicePlan):
         return triton_gpu.find_triton().operators.paged_attention(  # type: ignore[no-any-return]
             query_TND,
@@ -196,13 +214,12 @@ def paged_attention(
             logit_softcap=logit_softcap,
             kv_scales=kv_scales,
         )
-    if kv_scales is not None:
-        raise TypeError("caches of 8-bit floats are for GPUs with Triton; keep the KV cache in the model's dtype")
     if isinstance(plan, PagePlan):
         code = native_cpu.code_of(query_TND)
         page_stride, slot_stride, head_stride, step = key_cache.stride()
         alike = value_cache.stride() == key_cache.stride()
-        if code is not None and heads.native is not None and alike and step == 1:
+        scales = native_scales(key_cache, kv_scales)
+        if code is not None and heads.native is not None and alike and step == 1 and scales is not None:
             if query_TND.stride()[1:] != (query_TND.shape[2], 1):
                 query_TND = query_TND.contiguous()
             num_tokens, num_heads, head_dim = query_TND.shape
@@ -213,17 +230,23 @@ def paged_attention(
                 query_TND.data_ptr(),
                 key_cache.data_ptr(),
                 value_cache.data_ptr(),
+                scales.keys,
+                scales.values,
                 query_TND.stride(0),
                 num_heads * head_dim,
                 key_cache.shape[1],
                 page_stride,
                 slot_stride,
                 head_stride,
+                scales.stride,
                 head_dim,
                 scale,
                 logit_softcap or 0.0,
                 code,
+                scales.pages,
             )
             return out_TND
         plan = plan.gathers
-    return gathered_attention(query_TND, key_cache, value_cache, plan, heads, scale=scale, logit_softcap=logit_softcap)
+    return gathered_attention(
+        query_TND, key_cache, value_cache, plan, heads, scale=scale, logit_softcap=logit_softcap, kv_scales=kv_scales
+    )

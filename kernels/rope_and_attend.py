@@ -10,6 +10,7 @@ import torch
 from phalanx.kernels import triton_gpu
 from phalanx.kernels.device_plan import DevicePlan
 from phalanx.kernels.head_groups import HeadGroups
+from phalanx.kernels.kv_format import KVScales, check_scales
 from phalanx.kernels.paged_attention import AttentionPlan, paged_attention
 from phalanx.kernels.rope_and_write_kv import rope_and_write_kv
 
@@ -28,12 +29,14 @@ def rope_and_attend(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    kv_scales: KVScales | None = None,
 ) -> torch.Tensor:
     """qkv [T, (N + 2 K) * D], which may be overwritten -> [T, N, D]. The new keys and values are in the caches then.
 
     The arguments are those of the two; slots are the places of the plan's tokens.
     """
     if isinstance(plan, DevicePlan) and plan.most_new == 1:
+        check_scales(key_cache, kv_scales)
         return triton_gpu.find_triton().operators.rope_and_attend(  # type: ignore[no-any-return]
             qkv,
             table,
@@ -46,7 +49,18 @@ def rope_and_attend(
             q_norm=q_norm,
             k_norm=k_norm,
             eps=eps,
-            kv_scales=None,
+            kv_scales=kv_scales,
         )
-    query_TND = rope_and_write_kv(qkv, table, key_cache, value_cache, slots, q_norm=q_norm, k_norm=k_norm, eps=eps)
-    return paged_attention(query_TND, key_cache, value_cache, plan, heads, scale=scale, logit_softcap=logit_softcap)
+    query_TND = rope_and_write_kv(
+        qkv, table, key_cache, value_cache, slots, q_norm=q_norm, k_norm=k_norm, eps=eps, kv_scales=kv_scales
+    )
+    return paged_attention(
+        query_TND,
+        key_cache,
+        value_cache,
+        plan,
+        heads,
+        scale=scale,
+        logit_softcap=logit_softcap,
+        kv_scales=kv_scales,
+    )

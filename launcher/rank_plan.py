@@ -84,7 +84,7 @@ def plan_rank(
         place=place,
         parameters=sum(param.num_elements for param in params),
         weight_bytes=weight_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(model, layout, place, DTYPE_BYTES[dtype]),
+        kv_bytes_per_token=kv_bytes_per_token(model, layout, place, DTYPE_BYTES[dtype], engine.kv_cache_dtype),
         work_bytes=work,
         cut_bytes=cut_bytes,
     )

@@ -118,7 +118,9 @@ def plan_run(
     ]
     if device == "cuda":
         decisions.append(Decision("GPUs per rank", f"{gpus:g}", gpus_reason))
+    kv_dtype = config.engine.kv_cache_dtype
     decisions += [
+        *([] if kv_dtype == "auto" else [Decision("KV cache dtype", kv_dtype, _KV_DTYPE_REASON)]),
         Decision("KV cache", kv_choice, kv_reason),
         Decision("longest sequence", f"{max_length} tokens", length_reason),
     ]
@@ -207,6 +209,7 @@ def _cut_costs(ranks: Sequence[RankPlan]) -> list[Decision]:
     return [Decision("cuts in groups", f"+{format_bytes(extra)}", reason)]
 
 
+_KV_DTYPE_REASON = "as configured: a byte a number, and a scale in 2 for each head of each token"
 _QUANTIZATION_REASONS = {
     "none": "in model.dtype, dequantised while they are loaded",
     "stored": "matrices of products stay as the checkpoint has them",

@@ -86,6 +86,7 @@ def rank_specs(
                 torch_compile=config.engine.torch_compile,
                 profile=profile,
                 quantization=plan.quantization,
+                kv_cache_dtype=config.engine.kv_cache_dtype,
             )
         )
     return specs

@@ -33,7 +33,7 @@ from phalanx.kernels import (
     widen,
 )
 from phalanx.kernels.names import profiled
-from phalanx.models.batch import Batch, KVCache, Part
+from phalanx.models.batch import Batch, KVCache, LayerPages, Part
 from phalanx.models.captured import CapturedSteps
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.recorded import Passed, RecordedSteps
@@ -75,15 +75,13 @@ class Attention:
             self.qkv.weight.device,
         )
 
-    def __call__(
-        self, x_TH: torch.Tensor, table: RopeTable, part: Part, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor, table: RopeTable, part: Part, pages: LayerPages) -> torch.Tensor:
         """What goes into the row-parallel product `o`, [T, N * D]."""
         out_TND = rope_and_attend(
             self.qkv(x_TH),
             table,
-            keys,
-            values,
+            pages.keys,
+            pages.values,
             part.slots,
             part.attention,
             self.heads,
@@ -91,6 +89,7 @@ class Attention:
             q_norm=self.q_norm,
             k_norm=self.k_norm,
             eps=self.norm_eps,
+            kv_scales=pages.scales,
         )
         return out_TND.flatten(1)
 
@@ -248,14 +247,14 @@ class Decoder:
         dtype = self.layers[0].attention_norm.dtype
         tables = [rope_table(part.positions, self.frequencies, dtype) for part in parts]
         norms = [*(layer.attention_norm for layer in self.layers[1:]), last_norm]
-        layers = zip(self.layers, cache.keys, cache.values, norms, strict=False)
-        for number, (layer, keys, values, next_norm) in enumerate(layers, start=self._first_layer):
+        layers = zip(self.layers, cache, norms, strict=False)
+        for number, (layer, pages, next_norm) in enumerate(layers, start=self._first_layer):
             self._comm.ledger.layer = number
             if arena is not None:
                 arena.turn()
             attention, ffn = layer.attention, layer.ffn
             for stream, part, table in zip(streams, parts, tables, strict=True):
-                attended_TI = attention(stream.normed(), table, part, keys, values)
+                attended_TI = attention(stream.normed(), table, part, pages)
                 stream.add(attention.o, attended_TI, layer.ffn_norm)
             for stream in streams:
                 stream.add(ffn.out, ffn(stream.normed()), next_norm)

@@ -12,6 +12,8 @@ from phalanx.models.families import ffn_names
 from phalanx.parallel.layout import Layout, RankPlace, Stage
 from phalanx.parallel.split import Interval
 
+KV_SCALE_BYTES = 2  # of a head of a token in 8 bits, beside a byte a number; see `kernels/kv_format.py`
+
 
 class TensorSlice(NamedTuple):
     """Part of a checkpoint's tensor, by canonical name. shape: of the part. rows, columns: None for all of them.
@@ -67,10 +69,18 @@ def rank_params(config: DecoderConfig, layout: Layout, place: RankPlace) -> list
     return list(_params(config, stage, place.tensor_rank))
 
 
-def kv_bytes_per_token(config: DecoderConfig, layout: Layout, place: RankPlace, dtype_bytes: int) -> int:
-    """Bytes that one token takes in the rank's KV cache, over all of its layers."""
+def kv_bytes_per_token(
+    config: DecoderConfig, layout: Layout, place: RankPlace, dtype_bytes: int, kv_cache_dtype: str = "auto"
+) -> int:
+    """Bytes that one token takes in the rank's KV cache, over all of its layers.
+
+    dtype_bytes: of a number of the model. kv_cache_dtype: as `engine.kv_cache_dtype`.
+    """
     stage = layout.stages[place.stage]
-    return 2 * stage.layers.size * stage.kv_heads[place.tensor_rank].size * config.shape.head_dim * dtype_bytes
+    head_bytes = config.shape.head_dim * dtype_bytes
+    if kv_cache_dtype != "auto":
+        head_bytes = config.shape.head_dim + KV_SCALE_BYTES
+    return 2 * stage.layers.size * stage.kv_heads[place.tensor_rank].size * head_bytes
 
 
 def _params(config: DecoderConfig, stage: Stage, tensor_rank: int) -> Iterator[Param]:

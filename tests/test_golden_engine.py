@@ -26,7 +26,7 @@ PAGE_SIZE = 4
 LONGEST = 120
 NUM_PAGES = LONGEST // PAGE_SIZE + 6
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "1x1": {},
     "2x1": {"tensor": 2},
     "1x2": {"pipeline": 2},
@@ -85,15 +85,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(TINY_MODELS["smollm2"], tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def alone(model: Path) -> list[RequestOutput]:
+def one_by_one(model: Path, kv_cache_dtype: str = "auto") -> list[RequestOutput]:
     """Each request by itself, on one rank, with nothing kept between them."""
     with LLM(
         model={"path": str(model), "dtype": "float32"},
         cluster={"ray": "none", "device": "cpu"},
-        engine={"max_sequences": 2, "prefix_cache": False, "kv_cache": "4MiB"},
+        engine={"max_sequences": 2, "prefix_cache": False, "kv_cache": "4MiB", "kv_cache_dtype": kv_cache_dtype},
     ) as llm:
         return [llm.generate([load.prompt], load.params)[0] for load in LOADS]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> list[RequestOutput]:
+    return one_by_one(model)
 
 
 def test_one_by_one_greedy_tokens_are_those_of_transformers(model: Path, alone: list[RequestOutput]) -> None:
@@ -105,11 +109,12 @@ def test_one_by_one_greedy_tokens_are_those_of_transformers(model: Path, alone: 
             assert list(output.token_ids) == expected
 
 
-def kv_bytes(model: Path, parallel: dict[str, Any]) -> int:
+def kv_bytes(model: Path, parallel: dict[str, Any], kv_cache_dtype: str) -> int:
     """Memory a rank for `NUM_PAGES` pages."""
     config = resolve_model(str(model)).config
     layout = build_layout(config.shape, ParallelSection(**parallel).stage_requests())
-    return NUM_PAGES * PAGE_SIZE * max(kv_bytes_per_token(config, layout, place, 4) for place in layout.places())
+    costs = [kv_bytes_per_token(config, layout, place, 4, kv_cache_dtype) for place in layout.places()]
+    return NUM_PAGES * PAGE_SIZE * max(costs)
 
 
 async def send(engine: AsyncEngine, load: Load, name: str) -> list[Sequence[int]]:
@@ -141,6 +146,20 @@ async def run(config: dict[str, Any]) -> list[list[Sequence[int]]]:
 def test_tokens_under_random_load_are_those_of_one_request_at_a_time(
     parallel: dict[str, Any], model: Path, alone: list[RequestOutput]
 ) -> None:
+    assert_the_same_tokens(parallel, model, alone)
+
+
+@pytest.mark.parametrize(("layout", "kv_cache_dtype"), [("2x2", "int8"), ("ragged-3-1", "fp8")])
+def test_tokens_from_a_cache_in_8_bits_are_those_of_one_request_at_a_time(
+    layout: str, kv_cache_dtype: str, model: Path
+) -> None:
+    """Pages that are shared, given up and computed again; KV heads that two ranks hold."""
+    assert_the_same_tokens(LAYOUTS[layout], model, one_by_one(model, kv_cache_dtype), kv_cache_dtype)
+
+
+def assert_the_same_tokens(
+    parallel: dict[str, Any], model: Path, alone: list[RequestOutput], kv_cache_dtype: str = "auto"
+) -> None:
     config = {
         "model": {"path": str(model), "dtype": "float32", "max_length": min(MAX_POSITION, LONGEST)},
         "cluster": {"ray": "none", "device": "cpu"},
@@ -149,7 +168,8 @@ def test_tokens_under_random_load_are_those_of_one_request_at_a_time(
             "max_sequences": 6,
             "max_batch_tokens": 40,
             "page_size": PAGE_SIZE,
-            "kv_cache": kv_bytes(model, parallel),
+            "kv_cache": kv_bytes(model, parallel, kv_cache_dtype),
+            "kv_cache_dtype": kv_cache_dtype,
         },
     }
     heard = asyncio.run(run(config))

@@ -31,6 +31,10 @@ struct UnitOf<BF16> {
 };
 #endif
 
+// Of what is multiplied as that.
+template <typename T, typename C>
+using LiftOf = std::conditional_t<std::is_same<typename UnitOf<T>::type, float>::value, Lift<T>, Lift<C>>;
+
 // Largest score, sum of weights and weighted sum of values of num_rows rows, [num_rows, width].
 struct State {
   float *largest, *total, *values;
@@ -133,19 +137,26 @@ size_t attention_scratch(int head_dim, int most_rows, int num_rows) {
   return Buffers<T>(nullptr, head_dim, size_t(most_rows), size_t(num_rows)).num_floats;
 }
 
+// Of 8-bit pages: the scale of each key of a block and of its value.
+struct BlockScales {
+  float keys[kKeyBlock], values[kKeyBlock];
+};
+
 inline V capped(V score, float softcap) {
   return multiply(all(softcap), tanh_of(divide(score, all(softcap))));
 }
 
 // Turns a row of scores into weights. seen: the columns [first, last) of num_columns, a multiple of kWidth, count. The
-// state is that of the row; returns what its values so far are to be multiplied with.
-template <typename U>
-inline float weigh(const Attention& attention, float* scores, U* weights, size_t first, size_t last, size_t num_columns,
-                   float& largest, float& total) {
+// state is that of the row; returns what its values so far are to be multiplied with. scales: of 8-bit pages.
+template <bool kScaled, typename U>
+inline float weigh(const Attention& attention, const BlockScales& scales, float* scores, U* weights, size_t first,
+                   size_t last, size_t num_columns, float& largest, float& total) {
   const V scale = all(attention.scale);
   V top = all(kNothingSeen);
   for (size_t i = 0; i < num_columns; i += kWidth) {
-    V score = multiply(load(scores + i), scale);
+    V score = load(scores + i);
+    if constexpr (kScaled) score = multiply(score, load(scales.keys + i));
+    score = multiply(score, scale);
     if (attention.softcap > 0) score = capped(score, attention.softcap);
     store(scores + i, score);
     if (first <= i && i + kWidth <= last) top = most(top, score);
@@ -168,16 +179,17 @@ inline float weigh(const Attention& attention, float* scores, U* weights, size_t
 #if defined(__AVX512BF16__)
   if constexpr (!std::is_same<U, float>::value) {
     for (; i < num_columns; i += kWidth) {
-      const __m256bh halves = _mm512_cvtneps_pbh(exponential(subtract(load(scores + i), shift)));
+      const V weight = exponential(subtract(load(scores + i), shift));
+      const __m256bh halves = _mm512_cvtneps_pbh(kScaled ? multiply(weight, load(scales.values + i)) : weight);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + i / 2), (__m256i)halves);
-      sum = add(sum, _mm512_cvtpbh_ps(halves));
+      sum = add(sum, kScaled ? weight : _mm512_cvtpbh_ps(halves));
     }
   } else
 #endif
   {
     for (; i < num_columns; i += kWidth) {
       const V weight = exponential(subtract(load(scores + i), shift));
-      store(weights + i, weight);
+      store(weights + i, kScaled ? multiply(weight, load(scales.values + i)) : weight);
       sum = add(sum, weight);
     }
   }
@@ -186,11 +198,11 @@ inline float weigh(const Attention& attention, float* scores, U* weights, size_t
   return factor[0];
 }
 
-// The output of a group of the part.
-template <typename T>
+// The output of a group of the part. L: how values were lifted.
+template <typename T, typename L>
 inline void write_output(const Attention& attention, const AttentionPart& part, const HeadGroup& group, const State& state) {
   for (size_t row = 0; row < state.num_rows; row++) {
-    const V by = all(1.0f / state.total[row]);
+    const V by = all(L::kBehind / state.total[row]);
     const float* values = state.values + row * state.width;
     const size_t token = row / size_t(group.size), place = row % size_t(group.size);
     T* to = static_cast<T*>(attention.out) + (part.row + int64_t(token)) * attention.out_stride +
@@ -219,9 +231,10 @@ struct Span {
         first(greater(start / kKeyBlock * kKeyBlock, part.first_split * kSplit)) {}
 };
 
-// Where the keys and values of a block lie: of each position, in elements from the start of the caches.
+// Where the keys and values of a block lie: of each position, in elements from the start of the caches. scales: the same
+// for those of 8-bit pages.
 struct Block {
-  int64_t places[kKeyBlock];
+  int64_t places[kKeyBlock], scales[kKeyBlock];
   size_t count;
 
   // At position `key`. What the span does not hold is not there; any place that it holds stands for that.
@@ -232,19 +245,54 @@ struct Block {
     int64_t slot = (key + int64_t(skipped)) % attention.page_size;
     for (size_t i = skipped; i < count; i++) {
       places[i] = part.pages[page] * attention.page_stride + slot * attention.slot_stride;
+      scales[i] = part.pages[page] * attention.scales_stride + slot;
       if (++slot == attention.page_size) slot = 0, page++;
     }
-    for (size_t i = 0; i < skipped; i++) places[i] = places[skipped];
-    for (size_t i = count; i < size_t(kKeyBlock); i++) places[i] = places[count - 1];
+    for (size_t i = 0; i < skipped; i++) places[i] = places[skipped], scales[i] = scales[skipped];
+    for (size_t i = count; i < size_t(kKeyBlock); i++) places[i] = places[count - 1], scales[i] = scales[count - 1];
+  }
+
+  // Scales of a KV head, with what is missing behind scores, and what weights are lifted by.
+  template <typename L>
+  void find_scales(const Attention& attention, int kv_head, BlockScales& found) const {
+    const int64_t head = int64_t(kv_head) * attention.page_size;
+    const auto find = [&](float* to, const uint16_t* from, float by) {
+      const BF16* const of_head = reinterpret_cast<const BF16*>(from) + head;
+      for (size_t i = 0; i < size_t(kKeyBlock); i += kWidth) {
+        V found;
+        // Side by side: among fewer than a page's, a step to another page, or none, would show in the last.
+        if (attention.page_size >= int64_t(kWidth) && scales[i + kWidth - 1] == scales[i] + int64_t(kWidth) - 1) {
+          found = load(of_head + scales[i]);
+        } else {
+          BF16 each[kWidth];
+          for (size_t j = 0; j < kWidth; j++) each[j] = of_head[scales[i + j]];
+          found = load(each);
+        }
+        store(to + i, multiply(found, all(by)));
+      }
+    };
+    find(found.keys, attention.key_scales, L::kBehind);
+    find(found.values, attention.value_scales, L::kBefore);
+  }
+
+  // Brings those into the second cache.
+  void fetch_scales(const Attention& attention, int kv_head) const {
+    const int64_t head = int64_t(kv_head) * attention.page_size;
+    for (size_t i = 0; i < count; i++) {
+      if (i % 32 != 0 && scales[i] == scales[i - 1] + 1) continue;  // of the same line, or nearly
+      __builtin_prefetch(attention.key_scales + head + scales[i], 0, 2);
+      __builtin_prefetch(attention.value_scales + head + scales[i], 0, 2);
+    }
   }
 };
 
-// Takes the keys of one block, from position `key` on, into the state of a group.
-template <typename T>
+// Takes the keys of one block, from position `key` on, into the state of a group. C: what the pages hold.
+template <typename T, typename C>
 inline void attend_block(const Attention& attention, const AttentionPart& part, const HeadGroup& group,
                          const Buffers<T>& at, const typename Buffers<T>::U* queries, const Block& block, int64_t key,
                          const State& state, Fetch& next_keys, Fetch& next_values) {
   constexpr size_t kPerUnit = Buffers<T>::kPerUnit;
+  constexpr bool kScaled = !std::is_same<T, C>::value;
   const size_t size = size_t(group.size), head_dim = size_t(attention.head_dim), count = block.count;
   const int64_t head = int64_t(group.kv_head) * attention.head_stride;
   // Rows that see any of these keys.
@@ -255,8 +303,8 @@ inline void attend_block(const Attention& attention, const AttentionPart& part, 
   }
   const size_t first_row = size_t(first_token) * size, num_rows = size_t(last_token - first_token) * size;
   const size_t num_columns = rounded_up(count, kWidth);
-  const auto* const keys = static_cast<const T*>(attention.keys) + head;
-  const auto* const values = static_cast<const T*>(attention.values) + head;
+  const auto* const keys = static_cast<const C*>(attention.keys) + head;
+  const auto* const values = static_cast<const C*>(attention.values) + head;
   const auto* const query = queries + first_row * at.num_units;
   float* const sums = state.values + first_row * at.width;
   const bool direct = num_rows <= kMostDirectRows && head_dim % kDirectStep == 0;
@@ -270,13 +318,15 @@ inline void attend_block(const Attention& attention, const AttentionPart& part, 
     product_all(query, at.num_units, at.keys, kKeyBlock, (head_dim + kPerUnit - 1) / kPerUnit, at.scores, kKeyBlock,
                 nullptr, num_rows, num_columns);
   }
+  BlockScales scales;
+  if constexpr (kScaled) block.find_scales<LiftOf<T, C>>(attention, group.kv_head, scales);
   for (size_t row = 0; row < num_rows; row++) {
     const int64_t position = part.position + int64_t((first_row + row) / size);
     const int64_t first = greater(first_seen(position, attention.window) - key, 0);
     const int64_t last = lesser(position + 1 - key, int64_t(count));
-    at.factors[row] = weigh(attention, at.scores + row * kKeyBlock, at.weights + row * (kKeyBlock / kPerUnit),
-                            size_t(first), size_t(last), num_columns, state.largest[first_row + row],
-                            state.total[first_row + row]);
+    at.factors[row] = weigh<kScaled>(attention, scales, at.scores + row * kKeyBlock,
+                                     at.weights + row * (kKeyBlock / kPerUnit), size_t(first), size_t(last), num_columns,
+                                     state.largest[first_row + row], state.total[first_row + row]);
   }
   if (direct) {
     with_rows(num_rows, [&](auto rows) {
@@ -302,7 +352,7 @@ inline void each_group(const AttentionPart& part, Each&& each) {
   }
 }
 
-template <typename T>
+template <typename T, typename C>
 void attend(const Attention& attention, const AttentionPart& part, const AttentionPart* after, float* scratch) {
   size_t num_rows = 0, most_rows = 0;
   each_group(part, [&](const HeadGroup&, size_t, size_t of_group) {
@@ -314,9 +364,9 @@ void attend(const Attention& attention, const AttentionPart& part, const Attenti
   // Of the part's heads in a position.
   const int64_t first_head = int64_t(part.groups[0].kv_head) * attention.head_stride;
   const int64_t last_head = int64_t(part.groups[part.num_groups - 1].kv_head) * attention.head_stride;
-  const T *first_key = static_cast<const T*>(attention.keys) + first_head;
-  const T *first_value = static_cast<const T*>(attention.values) + first_head;
-  const size_t num_bytes = size_t(last_head - first_head + attention.head_dim) * sizeof(T);
+  const C *first_key = static_cast<const C*>(attention.keys) + first_head;
+  const C *first_value = static_cast<const C*>(attention.values) + first_head;
+  const size_t num_bytes = size_t(last_head - first_head + attention.head_dim) * sizeof(C);
   Block blocks[2];
   blocks[0].find(attention, part, span, span.first);
   each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
@@ -324,7 +374,7 @@ void attend(const Attention& attention, const AttentionPart& part, const Attenti
       const int64_t token = part.row + int64_t(row) / group.size;
       const T* query = static_cast<const T*>(attention.query) + token * attention.query_stride +
                        int64_t(group.heads[row % size_t(group.size)]) * attention.head_dim;
-      pack_row(at.queries + (first_row + row) * at.num_units, query, size_t(attention.head_dim));
+      pack_row<LiftOf<T, C>>(at.queries + (first_row + row) * at.num_units, query, size_t(attention.head_dim));
     }
   });
   State whole(at.whole, num_rows, at.width), split(at.split, num_rows, at.width);
@@ -344,10 +394,13 @@ void attend(const Attention& attention, const AttentionPart& part, const Attenti
     if (next < span.stop || after != nullptr) {
       next_keys = Fetch(first_key, later.places, later.count, num_bytes);
       next_values = Fetch(first_value, later.places, later.count, num_bytes);
+      if constexpr (!std::is_same<T, C>::value) {
+        each_group(part, [&](const HeadGroup& group, size_t, size_t) { later.fetch_scales(attention, group.kv_head); });
+      }
     }
     each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
       const auto* queries = at.queries + first_row * at.num_units;
-      attend_block(attention, part, group, at, queries, blocks[turn], key, state->rows(first_row, of_group), next_keys,
+      attend_block<T, C>(attention, part, group, at, queries, blocks[turn], key, state->rows(first_row, of_group), next_keys,
                    next_values);
     });
     next_keys.rest();
@@ -362,14 +415,14 @@ void attend(const Attention& attention, const AttentionPart& part, const Attenti
   each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
     const State rows = whole.rows(first_row, of_group);
     if (part.partial == nullptr) {
-      write_output<T>(attention, part, group, rows);
+      write_output<T, LiftOf<T, C>>(attention, part, group, rows);
     } else {
       State(part.partial + State::num_floats(first_row, at.width), of_group, at.width).copy(rows);
     }
   });
 }
 
-template <typename T>
+template <typename T, typename C>
 void join_splits(const Attention& attention, const AttentionPart& part) {
   const size_t width = width_of(attention.head_dim);
   each_group(part, [&](const HeadGroup& group, size_t first_row, size_t num_rows) {
@@ -378,7 +431,7 @@ void join_splits(const Attention& attention, const AttentionPart& part) {
     for (int64_t number = part.first_split + 1; number < part.last_split; number++) {
       whole.join(State(at += part.partial_stride, num_rows, width));
     }
-    write_output<T>(attention, part, group, whole);
+    write_output<T, LiftOf<T, C>>(attention, part, group, whole);
   });
 }
 

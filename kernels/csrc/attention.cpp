@@ -81,7 +81,7 @@ std::vector<AttentionPart> AttentionSteps::parts(int64_t tokens_of_part) const {
   return found;
 }
 
-Work AttentionSteps::work(const HeadLists& heads, size_t head_dim, size_t item) const {
+Work AttentionSteps::work(const HeadLists& heads, size_t head_dim, int dtype, int pages) const {
   size_t num_new = 0, num_read = 0, num_pairs = 0;  // tokens, positions, scores of a head
   for (const Sequence& sequence : sequences_) {
     const int64_t before = sequence.length - sequence.num_new;
@@ -92,11 +92,13 @@ Work AttentionSteps::work(const HeadLists& heads, size_t head_dim, size_t item) 
     }
   }
   const size_t num_queries = heads.num_heads(), num_keys = heads.groups().size();
-  return {"paged_attention", {num_new, num_read},
-          2.0 * (num_read * num_keys + num_new * num_queries) * head_dim * item, 4.0 * num_pairs * num_queries * head_dim};
+  const size_t read = num_read * num_keys * head_bytes(pages, head_dim, dtype);
+  const size_t moved = num_new * num_queries * head_dim * item_bytes(dtype);
+  return {"paged_attention", {num_new, num_read}, 2.0 * (read + moved), 4.0 * num_pairs * num_queries * head_dim};
 }
 
-void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dtype, const Operators& operators) const {
+void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dtype, int pages,
+                            const Operators& operators) const {
   attention.window = window_;
   const HeadGroup* const groups = heads.groups().data();
   const int num_groups = int(heads.groups().size()), num_heads = heads.num_heads();
@@ -137,7 +139,7 @@ void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dty
     }
   }
 
-  const Attend attend = operators.attend[dtype];
+  const Attend attend = operators.attend[pages][dtype];
   const AttentionScratch num_scratch = operators.attention_scratch[dtype];
   const auto with_groups = [&](AttentionPart piece, int first_group, int last_group) {
     int before = 0;
@@ -193,7 +195,7 @@ void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dty
   for (const AttentionPart& part : whole) {
     AttentionPart joined = *piece;
     joined.last_split = part.last_split;
-    operators.join_splits[dtype](attention, joined);
+    operators.join_splits[pages][dtype](attention, joined);
     piece += part.last_split - part.first_split;
   }
 }

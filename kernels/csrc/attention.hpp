@@ -47,10 +47,10 @@ class AttentionSteps {
   AttentionSteps(const int64_t* tables, int64_t table_stride, const std::vector<int64_t>& table,
                  const std::vector<int64_t>& num_new, const std::vector<int64_t>& lengths, int64_t window);
 
-  // dtype: of queries, caches and output. attention: all but its window.
-  void attend(Attention attention, const HeadLists& heads, int dtype, const Operators& operators) const;
+  // dtype: of queries, output and, where they are kPlain, pages. attention: all but its window.
+  void attend(Attention attention, const HeadLists& heads, int dtype, int pages, const Operators& operators) const;
   // Of that: keys and values once, queries and output; a product for each score and one for its value.
-  Work work(const HeadLists& heads, size_t head_dim, size_t item) const;
+  Work work(const HeadLists& heads, size_t head_dim, int dtype, int pages) const;
 
  private:
   struct Sequence {

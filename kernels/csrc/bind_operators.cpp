@@ -83,26 +83,30 @@ void gated_mul(uintptr_t out, uintptr_t gate_up, size_t num_rows, size_t width, 
 }
 
 void rope_and_write_kv(uintptr_t heads, uintptr_t cos, uintptr_t sin, uintptr_t query_norm, uintptr_t key_norm,
-                       float eps, uintptr_t keys, uintptr_t values, uintptr_t slots, int64_t page_size,
-                       int64_t page_stride, int64_t slot_stride, int64_t head_stride, size_t num_rows,
-                       size_t num_queries, size_t num_keys, size_t head_dim, int dtype, size_t instructions) {
-  const RopeWrite work{at(heads),  at(cos),     at(sin),     at(query_norm), at(key_norm), eps,      at(keys), at(values), at<int64_t>(slots),
-                       page_size, page_stride, slot_stride, head_stride,    num_queries,  num_keys, head_dim};
+                       float eps, uintptr_t keys, uintptr_t values, uintptr_t key_scales, uintptr_t value_scales,
+                       uintptr_t slots, int64_t page_size, int64_t page_stride, int64_t slot_stride,
+                       int64_t head_stride, size_t num_rows, size_t num_queries, size_t num_keys, size_t head_dim,
+                       int dtype, int pages, size_t instructions) {
+  const RopeWrite work{at(heads), at(cos), at(sin), at(query_norm), at(key_norm), eps, at(keys), at(values),
+                       at<uint16_t>(key_scales), at<uint16_t>(value_scales), at<int64_t>(slots), page_size,
+                       page_stride, slot_stride, head_stride, num_queries, num_keys, head_dim};
   const size_t width = (num_queries + 2 * num_keys) * head_dim;
   perform(on_rows("rope_and_write_kv", num_rows, width, 2, item_bytes(dtype)),
-          [=, rows = operators_of(instructions).rope_and_write_kv[dtype]] {
+          [=, rows = operators_of(instructions).rope_and_write_kv[pages][dtype]] {
     over_rows(num_rows, width, [&](size_t first, size_t last) { rows(work, first, last); });
   });
 }
 
 void attend(const AttentionSteps& steps, const HeadLists& heads, uintptr_t out, uintptr_t query, uintptr_t keys,
-            uintptr_t values, int64_t query_stride, int64_t out_stride, int64_t page_size, int64_t page_stride,
-            int64_t slot_stride, int64_t head_stride, int head_dim, float scale, float softcap, int dtype,
-            size_t instructions) {
+            uintptr_t values, uintptr_t key_scales, uintptr_t value_scales, int64_t query_stride, int64_t out_stride,
+            int64_t page_size, int64_t page_stride, int64_t slot_stride, int64_t head_stride, int64_t scales_stride,
+            int head_dim, float scale, float softcap, int dtype, int pages, size_t instructions) {
   Attention attention{};
   attention.query = at(query);
   attention.keys = at(keys);
   attention.values = at(values);
+  attention.key_scales = at<const uint16_t>(key_scales);
+  attention.value_scales = at<const uint16_t>(value_scales);
   attention.out = at(out);
   attention.query_stride = query_stride;
   attention.out_stride = out_stride;
@@ -110,12 +114,13 @@ void attend(const AttentionSteps& steps, const HeadLists& heads, uintptr_t out, 
   attention.page_stride = page_stride;
   attention.slot_stride = slot_stride;
   attention.head_stride = head_stride;
+  attention.scales_stride = scales_stride;
   attention.head_dim = head_dim;
   attention.scale = scale;
   attention.softcap = softcap;
-  perform([=, &steps, &heads] { return steps.work(heads, head_dim, item_bytes(dtype)); },
+  perform([=, &steps, &heads] { return steps.work(heads, head_dim, dtype, pages); },
           [=, &steps, &heads, &operators = operators_of(instructions)] {
-            steps.attend(attention, heads, dtype, operators);
+            steps.attend(attention, heads, dtype, pages, operators);
           });
 }
 
@@ -130,9 +135,9 @@ void bind_operators(nb::module_& module) {
   module.def("gated_mul", &gated_mul, "out"_a, "gate_up"_a, "num_rows"_a, "width"_a, "gelu"_a, "dtype"_a,
              "instructions"_a = 0, unlocked);
   module.def("rope_and_write_kv", &rope_and_write_kv, "heads"_a, "cos"_a, "sin"_a, "query_norm"_a, "key_norm"_a,
-             "eps"_a, "keys"_a, "values"_a, "slots"_a, "page_size"_a, "page_stride"_a, "slot_stride"_a,
-             "head_stride"_a, "num_rows"_a, "num_queries"_a, "num_keys"_a, "head_dim"_a, "dtype"_a,
-             "instructions"_a = 0, unlocked);
+             "eps"_a, "keys"_a, "values"_a, "key_scales"_a, "value_scales"_a, "slots"_a, "page_size"_a, "page_stride"_a,
+             "slot_stride"_a, "head_stride"_a, "num_rows"_a, "num_queries"_a, "num_keys"_a, "head_dim"_a, "dtype"_a,
+             "pages"_a, "instructions"_a = 0, unlocked);
   module.def(
       "argmax",
       [](uintptr_t columns, uintptr_t x, size_t num_rows, size_t width, size_t instructions) {
@@ -193,9 +198,10 @@ void bind_operators(nb::module_& module) {
            })
       .def("copy", [](const AttentionSteps& self) { return self; })
       .def("become", [](AttentionSteps& self, const AttentionSteps& other) { self = other; }, "other"_a)
-      .def("attend", &attend, "heads"_a, "out"_a, "query"_a, "keys"_a, "values"_a, "query_stride"_a, "out_stride"_a,
-           "page_size"_a, "page_stride"_a, "slot_stride"_a, "head_stride"_a, "head_dim"_a, "scale"_a, "softcap"_a,
-           "dtype"_a, "instructions"_a = 0, unlocked);
+      .def("attend", &attend, "heads"_a, "out"_a, "query"_a, "keys"_a, "values"_a, "key_scales"_a, "value_scales"_a,
+           "query_stride"_a, "out_stride"_a, "page_size"_a, "page_stride"_a, "slot_stride"_a, "head_stride"_a,
+           "scales_stride"_a, "head_dim"_a, "scale"_a, "softcap"_a, "dtype"_a, "pages"_a, "instructions"_a = 0,
+           unlocked);
 }
 
 }  // namespace phalanx

@@ -11,6 +11,15 @@ namespace phalanx {
 
 constexpr int kNumFloats = 3;
 
+// What pages of keys and values hold: numbers of the dtype beside them, or of 8 bits with a scale for each token's head
+// (`pages.hpp`), bfloat16 [pages, heads, page_size]. `kernels/kv_format.py` counts the same way.
+enum Pages : int { kPlain, kInt8, kFloat8, kNumPages };
+
+// Bytes of a head of a token in pages.
+inline size_t head_bytes(int pages, size_t head_dim, int dtype) {
+  return pages == kPlain ? head_dim * item_bytes(dtype) : head_dim + sizeof(uint16_t);
+}
+
 // Of each row: normed = x / sqrt(mean(x^2) + eps) * weight, in float, rounded once. Rows of x lie x_stride apart.
 using RmsNorm = void (*)(void* normed, const void* x, size_t x_stride, const void* weight, float eps, size_t num_rows,
                          size_t width);
@@ -23,14 +32,15 @@ using AddRmsNorm = void (*)(void* normed, void* sum, const void* x, const void* 
 using Gated = void (*)(void* out, const void* gate_up, size_t num_rows, size_t width);
 
 // Queries and keys of each row [queries, keys, values] of `heads`, each of head_dim, are normalised (where norms are
-// given) and turned by the row's cosines and sines, in place; keys and values are then copied to the caches.
+// given) and turned by the row's cosines and sines, in place; keys and values are then written to the pages.
 struct RopeWrite {
   void* heads;
   const void *cos, *sin;  // [rows, head_dim]
   const void *query_norm, *key_norm;  // or null
   float eps;
-  void *keys, *values;   // caches
-  const int64_t* slots;  // one a row
+  void *keys, *values;                  // caches
+  uint16_t *key_scales, *value_scales;  // theirs, or null
+  const int64_t* slots;                 // one a row
   int64_t page_size, page_stride, slot_stride, head_stride;  // of the caches, in elements but the first
   size_t num_queries, num_keys, head_dim;
 };
@@ -39,9 +49,11 @@ using RopeWriteRows = void (*)(const RopeWrite& work, size_t first_row, size_t l
 // What all parts of one attention have in common. Strides in elements.
 struct Attention {
   const void *query, *keys, *values;
-  void* out;  // [T, heads, head_dim]
+  const uint16_t *key_scales, *value_scales;  // of the caches, or null
+  void* out;                                  // [T, heads, head_dim]
   int64_t query_stride, out_stride;
   int64_t page_size, page_stride, slot_stride, head_stride;  // of the caches
+  int64_t scales_stride;                                     // of a page's scales
   int64_t window;                                            // positions seen, or 0 for all
   int head_dim;
   float scale, softcap;  // softcap: 0 for none
@@ -86,9 +98,9 @@ struct Operators {
   AddRmsNorm add_rms_norm[kNumFloats];
   Gated silu_mul[kNumFloats];
   Gated gelu_mul[kNumFloats];
-  RopeWriteRows rope_and_write_kv[kNumFloats];
-  Attend attend[kNumFloats];
-  JoinSplits join_splits[kNumFloats];
+  RopeWriteRows rope_and_write_kv[kNumPages][kNumFloats];
+  Attend attend[kNumPages][kNumFloats];
+  JoinSplits join_splits[kNumPages][kNumFloats];
   AttentionScratch attention_scratch[kNumFloats];
   AttentionPartial attention_partial;
   ArgMax argmax;

@@ -1,7 +1,7 @@
 // Norms, gates and rotations, row by row. Part of `operator_kernels.cpp`, compiled once for each instruction set.
 #pragma once
 #include "operators.hpp"
-#include "vector_math.hpp"
+#include "pages.hpp"
 
 namespace phalanx {
 namespace {
@@ -156,7 +156,8 @@ inline void turn(T* head, const T* cos, const T* sin, size_t half) {
   std::memcpy(head + half + i, padded[1], (half - i) * sizeof(T));
 }
 
-template <typename T>
+// C: what the pages hold.
+template <typename T, typename C>
 void rope_and_write_kv(const RopeWrite& work, size_t first_row, size_t last_row) {
   const size_t dim = work.head_dim, num_turned = work.num_queries + work.num_keys;
   for (size_t row = first_row; row < last_row; row++) {
@@ -172,8 +173,16 @@ void rope_and_write_kv(const RopeWrite& work, size_t first_row, size_t last_row)
     for (size_t head = 0; head < work.num_keys; head++) {
       const int64_t at = place + int64_t(head) * work.head_stride;
       const T* key = heads + (work.num_queries + head) * dim;
-      std::memcpy(static_cast<T*>(work.keys) + at, key, dim * sizeof(T));
-      std::memcpy(static_cast<T*>(work.values) + at, key + work.num_keys * dim, dim * sizeof(T));
+      const T* value = key + work.num_keys * dim;
+      if constexpr (std::is_same<T, C>::value) {
+        std::memcpy(static_cast<T*>(work.keys) + at, key, dim * sizeof(T));
+        std::memcpy(static_cast<T*>(work.values) + at, value, dim * sizeof(T));
+      } else {
+        const int64_t page_head = slot / work.page_size * int64_t(work.num_keys) + int64_t(head);
+        const int64_t scale = page_head * work.page_size + slot % work.page_size;
+        quantise_head(static_cast<C*>(work.keys) + at, work.key_scales + scale, key, dim);
+        quantise_head(static_cast<C*>(work.values) + at, work.value_scales + scale, value, dim);
+      }
     }
   }
 }

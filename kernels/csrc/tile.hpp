@@ -5,7 +5,7 @@
 // Each number of a result is a sum in the order of its steps, however many rows and columns are computed beside it.
 #pragma once
 #include "operators.hpp"
-#include "vector_math.hpp"
+#include "pages.hpp"
 
 namespace phalanx {
 namespace {
@@ -169,23 +169,39 @@ inline void put(void* to, Lanes v) { std::memcpy(to, &v, sizeof v); }
 #endif
 
 // kWidth units from numbers that lie one after another.
-inline Lanes units_from(const float*, const float* from) { return lanes_of(load(from)); }
-inline Lanes units_from(const float*, const BF16* from) { return lanes_of(load(from)); }
-inline Lanes units_from(const float*, const F16* from) { return lanes_of(load(from)); }
+template <typename C>
+inline Lanes units_from(const float*, const C* from) { return lanes_of(load(from)); }
 #if defined(__AVX512BF16__)
-inline Lanes units_from(const BF16Pair*, const BF16* from) { return _mm512_loadu_si512(from); }
+template <typename C>
+inline Lanes units_from(const BF16Pair*, const C* from) { return numbers_at(from); }
 #endif
 
-// Units of a row of numbers, the last ones padded with zeros: to [units of head_dim, rounded up to kWidth].
-template <typename U, typename T>
+// Lanes of numbers times a power of two.
+inline Lanes lifted(const float*, Lanes lanes, float) { return lanes; }
+#if defined(__AVX512BF16__)
+inline Lanes lifted(const BF16Pair*, Lanes lanes, float by) {
+  BF16 numbers[2 * kWidth];
+  put(numbers, lanes);
+  Pair pair = load_pair(numbers);
+  store_pair(numbers, {multiply(pair.a, all(by)), multiply(pair.b, all(by))});
+  return _mm512_loadu_si512(numbers);
+}
+#endif
+
+// Units of a row of numbers, the last ones padded with zeros: to [units of head_dim, rounded up to kWidth]. L: how they are
+// lifted.
+template <typename L, typename U, typename T>
 inline void pack_row(U* to, const T* from, size_t count) {
   constexpr size_t kNumbers = kWidth * (std::is_same<U, float>::value ? 1 : 2);
   size_t i = 0;
-  for (; i + kNumbers <= count; i += kNumbers, to += kWidth) put(to, units_from(to, from + i));
+  const auto units = [to](const T* numbers) {
+    return L::kBefore == 1 ? units_from(to, numbers) : lifted(to, units_from(to, numbers), L::kBefore);
+  };
+  for (; i + kNumbers <= count; i += kNumbers, to += kWidth) put(to, units(from + i));
   if (i == count) return;
   T rest[kNumbers] = {};
   std::memcpy(rest, from + i, (count - i) * sizeof(T));
-  put(to, units_from(to, rest));
+  put(to, units(rest));
 }
 
 // Brings rows into the second cache a line at a time, in the order of memory: rows are scattered, so that the processor
@@ -241,6 +257,19 @@ inline void turn_keys(Lanes (&units)[kWidth], const T* keys, const int64_t* plac
   transpose(units);
 }
 
+#if defined(__AVX512BF16__)
+// Of kWidth keys, codes[j] the numbers 4 j to 4 j + 3 from number `i` on, the second and the third exchanged: `widened`
+// makes units of them.
+template <typename C>
+inline void turn_codes(Lanes (&codes)[kWidth], const C* keys, const int64_t* places, size_t i) {
+  const __m512i exchanged = _mm512_set4_epi32(0x0F0D0E0C, 0x0B090A08, 0x07050604, 0x03010200);
+  for (size_t j = 0; j < kWidth; j++) {
+    codes[j] = _mm512_shuffle_epi8(_mm512_loadu_si512(keys + places[j] + i), exchanged);
+  }
+  transpose(codes);
+}
+#endif
+
 // keys: rows of head_dim at `places`. to [units of head_dim, rounded up to kWidth][kKeys]: for each unit that of all
 // keys, up to a multiple of kWidth, for which there are places.
 template <size_t kKeys, typename U, typename T>
@@ -259,7 +288,7 @@ inline void pack_keys(U* to, const T* keys, const int64_t* places, size_t num_ke
 template <typename T>
 inline void pack_values(float* to, size_t width, const T* values, const int64_t* places, size_t num_values,
                         size_t head_dim) {
-  for (size_t value = 0; value < num_values; value++) pack_row(to + value * width, values + places[value], head_dim);
+  for (size_t value = 0; value < num_values; value++) pack_row<Lift<float>>(to + value * width, values + places[value], head_dim);
 }
 #if defined(__AVX512BF16__)
 // Numbers of two rows in turns: of the first or of the second half of both.
@@ -270,15 +299,16 @@ inline Lanes in_turns(__m512i first, __m512i second, bool high) {
                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
   return _mm512_permutex2var_epi16(first, places, second);
 }
-inline void pack_values(BF16Pair* to, size_t width, const BF16* values, const int64_t* places, size_t num_values,
+template <typename C>
+inline void pack_values(BF16Pair* to, size_t width, const C* values, const int64_t* places, size_t num_values,
                         size_t head_dim) {
   for (size_t value = 0; value < num_values; value += 2, to += width) {
     const bool both = value + 1 < num_values;
-    const BF16 *one = values + places[value], *other = values + places[both ? value + 1 : value];
+    const C *one = values + places[value], *other = values + places[both ? value + 1 : value];
     for (size_t i = 0; i < head_dim; i += 2 * kWidth) {
       const __mmask32 there = head_dim - i < 2 * kWidth ? (1u << (head_dim - i)) - 1 : ~0u;
-      const __m512i first = _mm512_maskz_loadu_epi16(there, one + i);
-      const __m512i second = _mm512_maskz_loadu_epi16(both ? there : 0, other + i);
+      const __m512i first = numbers_at(one + i, there);
+      const __m512i second = numbers_at(other + i, both ? there : 0);
       put(to + i, in_turns(first, second, false));
       if (i + kWidth < width) put(to + i + kWidth, in_turns(first, second, true));
     }

@@ -152,6 +152,7 @@ inline void store(F16* to, V v) {
 inline V add(V a, V b) { return a + b; }
 inline V multiply(V a, V b) { return a * b; }
 inline V all(float x) { return x; }
+inline V larger(V a, V b) { return a > b || a != a ? a : b; }
 
 #endif
 

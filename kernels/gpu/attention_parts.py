@@ -1,4 +1,4 @@
-"""What the attention kernels share: scores, the running softmax, 8-bit floats, and heads that go in groups.
+"""What the attention kernels share: scores, the running softmax, pages in 8 bits, and heads that go in groups.
 
 Shapes in comments: M rows of queries, N positions, D head dimension.
 """
@@ -9,11 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from phalanx.kernels import device_plan
+from phalanx.kernels import device_plan, quantised_rows
 
 FIELDS = tl.constexpr(device_plan.FIELDS)
 LOG2_E = 1.4426950408889634
 FLOAT8 = torch.float8_e4m3fn
+_LEAST_AMAX = tl.constexpr(quantised_rows.LEAST)
+LIFT = tl.constexpr(64.0)
+"""Of weights times their values' scales, which in float16 would else be subnormal; with this they do not overflow."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,19 +45,34 @@ def widened(x, dtype: tl.constexpr, FLOAT8_BITS: tl.constexpr):
 
 
 @triton.jit
-def narrowed(x, dtype: tl.constexpr, FLOAT8_BITS: tl.constexpr):
-    """x, float32, as a cache holds it. FLOAT8_BITS: as bytes of e4m3, to nearest even, the largest beyond the range.
-
-    With a bias of 127 made into one of 7, the bits of a float32 above its 20th are those of e4m3; what is below 2^-6,
-    its least normal number, is counted in steps of 2^-9 instead, rounded by adding 2^23.
+def scale_of(amax, dtype: tl.constexpr):
+    """Of heads with these largest magnitudes, float32, in a cache of `dtype`: through the format's largest number, as
+    bfloat16 rounded up. As `quantise_kv`, but for the last bit of the division.
     """
+    LIMIT: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+    exact = tl.maximum(amax, _LEAST_AMAX) / LIMIT
+    bits = (exact.to(tl.uint32, bitcast=True) + 0xFFFF) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr, FLOAT8_BITS: tl.constexpr):
+    """x, float32, as a cache holds it, of 8 bits or more. FLOAT8_BITS: as bytes of e4m3, to nearest even, the largest
+    beyond the range. Whole numbers too are nearest even: of less than 2^22, where float32 has no room behind the point.
+
+    With a bias of 127 made into one of 7, the bits of a float32 above its 20th are those of e4m3. What is below 2^-6,
+    its least normal number, is zero, as `quantise_kv` has it.
+    """
+    if dtype == tl.float8e4nv:
+        x = tl.where(tl.abs(x) < 0.015625, 0.0, x)
     if FLOAT8_BITS:
         size = tl.minimum(tl.abs(x), 448.0)
-        steps = ((size * 512.0 + 8388608.0) - 8388608.0).to(tl.uint32)
         bits = size.to(tl.uint32, bitcast=True) - (120 << 23)
         normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
         sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
-        x = tl.where(size < 0.015625, steps, normal) | sign
+        x = tl.where(size < 0.015625, 0, normal) | sign
+    elif dtype == tl.int8:
+        x = tl.minimum(tl.maximum((x + 12582912.0) - 12582912.0, -127.0), 127.0)
     return x.to(dtype)
 
 
@@ -109,6 +127,12 @@ def exponents(scale: float, logit_softcap: float) -> tuple[float, float]:
     if logit_softcap:
         return 2 * LOG2_E * scale / logit_softcap, logit_softcap * LOG2_E
     return scale * LOG2_E, 0.0
+
+
+@triton.jit
+def scales_at(scales, page, kv, slot, present, NUM_KV: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Of a KV head at slots of pages, float32; 0 where not present. scales: [pages, NUM_KV, PAGE_SIZE]."""
+    return tl.load(scales + (page * NUM_KV + kv) * PAGE_SIZE + slot, mask=present, other=0.0).to(tl.float32)
 
 
 def as_read(cache: torch.Tensor, arch: int) -> tuple[torch.Tensor, bool]:

@@ -20,12 +20,15 @@ import triton.language as tl
 from phalanx.kernels.gpu.attention_parts import (
     FIELDS,
     FLOAT8,
+    LIFT,
     as_read,
     bent,
     exponents,
     heads_of,
     narrowed,
     rotated,
+    scale_of,
+    scales_at,
     softmax_step,
     widened,
     with_heads_together,
@@ -77,9 +80,6 @@ def _decode_kernel(
         q = q.to(dtype)
     else:
         q = tl.load(heads + d[None, :], mask=(head >= 0) & inside_d, other=0.0)
-    if key_scales is not None:
-        scale *= tl.load(key_scales + kv)
-
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -89,21 +89,28 @@ def _decode_kernel(
             present = tl.full((1, 1), True, tl.int1)
             k = rotated(new, present, cos + row * HEAD_DIM, sin + row * HEAD_DIM, k_norm, eps, HEAD_DIM, BLOCK_D)
             v = tl.load(new + NUM_KV * HEAD_DIM + d[None, :], mask=inside_d, other=0.0).to(tl.float32)
-            if key_scales is not None:
-                k = k / tl.load(key_scales + kv)
-                v = v / tl.load(value_scales + kv)
-            k = narrowed(k, key_cache.dtype.element_ty, FLOAT8_BITS)
-            v = narrowed(v, value_cache.dtype.element_ty, FLOAT8_BITS)
             page = tl.load(page_table + (length - 1) // PAGE_SIZE).to(tl.int64)
             slot = (length - 1) % PAGE_SIZE
+            k_scale, v_scale = 1.0, 1.0
+            if key_scales is not None:
+                k_scale = scale_of(tl.max(tl.abs(k)), key_cache.dtype.element_ty)
+                v_scale = scale_of(tl.max(tl.abs(v)), value_cache.dtype.element_ty)
+                at_scale = (page * NUM_KV + kv) * PAGE_SIZE + slot
+                tl.store(key_scales + at_scale, k_scale.to(tl.bfloat16))
+                tl.store(value_scales + at_scale, v_scale.to(tl.bfloat16))
+                k *= 1 / k_scale
+                v *= 1 / v_scale
+                v_scale *= LIFT
+            k = narrowed(k, key_cache.dtype.element_ty, FLOAT8_BITS)
+            v = narrowed(v, value_cache.dtype.element_ty, FLOAT8_BITS)
             k_place = key_cache + page * k_page_stride + slot * k_slot_stride + kv * k_head_stride
             v_place = value_cache + page * v_page_stride + slot * v_slot_stride + kv * v_head_stride
             tl.store(k_place + d[None, :], k, mask=inside_d)
             tl.store(v_place + d[None, :], v, mask=inside_d)
-            product = tl.sum(q.to(tl.float32) * widened(k, tl.float32, FLOAT8_BITS), 1)
+            product = tl.sum(q.to(tl.float32) * widened(k, tl.float32, FLOAT8_BITS), 1) * k_scale
             m = bent(product, scale, softcap, SOFTCAP)
             total += 1.0
-            acc += widened(v, tl.float32, FLOAT8_BITS)
+            acc += widened(v, tl.float32, FLOAT8_BITS) * v_scale
 
     begin = first // BLOCK_N + split * split_blocks
     end = tl.minimum(begin + split_blocks, first // BLOCK_N + num_blocks)
@@ -116,8 +123,12 @@ def _decode_kernel(
         at = page * v_page_stride + (n % PAGE_SIZE) * v_slot_stride + kv * v_head_stride
         v = tl.load(value_cache + at[:, None] + d[None, :], mask=inside[:, None] & inside_d, other=0.0)
         products = tl.dot(q, tl.trans(widened(k, dtype, FLOAT8_BITS)), input_precision="ieee")
+        if key_scales is not None:
+            products *= scales_at(key_scales, page, kv, n % PAGE_SIZE, inside, NUM_KV, PAGE_SIZE)[None, :]
         scores = tl.where(inside[None, :], bent(products, scale, softcap, SOFTCAP), -float("inf"))
         weights, m, total, acc = softmax_step(scores, m, total, acc)
+        if value_scales is not None:
+            weights *= scales_at(value_scales, page, kv, n % PAGE_SIZE, inside, NUM_KV, PAGE_SIZE)[None, :] * LIFT
         acc = tl.dot(weights.to(dtype), widened(v, dtype, FLOAT8_BITS), acc, input_precision="ieee")
 
     last = num_splits == 1
@@ -150,8 +161,8 @@ def _decode_kernel(
                 m = m_new
     if last:
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
-        if key_scales is not None:
-            result *= tl.load(value_scales + kv)
+        if value_scales is not None:
+            result *= 1 / LIFT
         place = out + (row * NUM_HEADS + head) * HEAD_DIM + d[None, :]
         tl.store(place, result.to(out.dtype.element_ty), mask=(head >= 0) & inside_d)
 
@@ -238,10 +249,11 @@ def decode_attention(
 ) -> None:
     """Writes the rows of `out` [T, N, D] that are the sequences' new tokens.
 
-    query: [T, N, D]. key_cache, value_cache: [pages, page_size, K, D] in its dtype, or e4m3 with key_scales and
-    value_scales [K] float32, by which they are multiplied. sequences, pages: of a `DevicePlan`, one new token each.
-    counters: at least [S * K] int32, zero. head_table, group: of `HeadGroups`. window, logit_softcap: 0 for none.
-    longest: most positions that a sequence attends to, of which the launch's grid is made.
+    query: [T, N, D]. key_cache, value_cache: [pages, page_size, K, D] in its dtype, or int8 or e4m3 with key_scales and
+    value_scales [pages, K, page_size] bfloat16, by which they are multiplied, contiguous. sequences, pages: of a
+    `DevicePlan`, one new token each. counters: at least [S * K] int32, zero. head_table, group: of `HeadGroups`.
+    window, logit_softcap: 0 for none. longest: most positions that a sequence attends to, of which the launch's grid is
+    made.
     """
     query = with_heads_together(query)
     _launch(
@@ -251,7 +263,7 @@ def decode_attention(
     )  # fmt: skip
 
 
-@operator(fake=_nothing, mutates=("out", "key_cache", "value_cache", "counters"))
+@operator(fake=_nothing, mutates=("out", "key_cache", "value_cache", "counters", "key_scales", "value_scales"))
 def rope_and_decode(
     out: torch.Tensor,
     qkv: torch.Tensor,
@@ -286,8 +298,8 @@ def rope_and_decode(
 def _example(dtype: torch.dtype, head_dim: int = 128, uneven: bool = False, fused: bool = False) -> None:
     """16 sequences of up to 4096 tokens, 32 query heads over 8."""
     cache = meta(512, 16, 8, head_dim, dtype=dtype)
-    scales = (meta(8, dtype=torch.float32),) * 2 if dtype == FLOAT8 else (None, None)
-    dtype = torch.bfloat16 if dtype == FLOAT8 else dtype
+    scales = (meta(512, 8, 16),) * 2 if dtype.itemsize == 1 else (None, None)
+    dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
     out = meta(16, 32, head_dim, dtype=dtype)
     integers = partial(meta, dtype=torch.int32)
     table = integers(8, 5) if uneven else None
@@ -309,6 +321,8 @@ EXAMPLES = (
     Example("bf16 d128", lambda: _example(torch.bfloat16)),
     Example("bf16 d128 fused", lambda: _example(torch.bfloat16, fused=True)),
     Example("fp8 d128 fused", lambda: _example(FLOAT8, fused=True)),
+    Example("int8 d128", lambda: _example(torch.int8)),
+    Example("int8 d128 fused", lambda: _example(torch.int8, fused=True)),
     Example("fp32 d256", lambda: _example(torch.float32, head_dim=256)),
     Example("bf16 d256 uneven", lambda: _example(torch.bfloat16, head_dim=256, uneven=True)),
 )

@@ -19,10 +19,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from phalanx.kernels.gpu.attention_parts import (
     FIELDS,
     FLOAT8,
+    LIFT,
     as_read,
     bent,
     exponents,
     heads_of,
+    scales_at,
     softmax_step,
     widened,
     with_heads_together,
@@ -64,11 +66,24 @@ def _tile(
 
 
 @triton.jit
+def _scales(
+    scales, page_table, kv, block, least, length, NUM_KV: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """[1, BLOCK_N] of the positions of a block; 0 below `least` and from `length` on."""
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (n >= least) & (n < length)
+    page = tl.load(page_table + n // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+    return scales_at(scales, page, kv, n % PAGE_SIZE, inside, NUM_KV, PAGE_SIZE)[None, :]
+
+
+@triton.jit
 def _attend(
-    q, m, total, acc, begin, end, position, key_cache, value_cache, k_page_stride, k_slot_stride, k_head_stride,
-    v_page_stride, v_slot_stride, v_head_stride, page_table, kv, least, length, scale, softcap,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT8_BITS: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    q, m, total, acc, begin, end, position, key_cache, value_cache, key_scales, value_scales, k_page_stride,
+    k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, page_table, kv, least, length, scale,
+    softcap,
+    NUM_KV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT8_BITS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """(m, total, acc) with the blocks from begin to end. MASKED: not every row sees all of them."""
     for block in tl.range(begin, end):
@@ -76,7 +91,10 @@ def _attend(
             key_cache, k_page_stride, k_slot_stride, k_head_stride, page_table, kv, block, least, length, q.dtype,
             FLOAT8_BITS, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, MASKED, False,
         )  # fmt: skip
-        scores = bent(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if key_scales is not None:
+            products *= _scales(key_scales, page_table, kv, block, least, length, NUM_KV, PAGE_SIZE, BLOCK_N)
+        scores = bent(products, scale, softcap, SOFTCAP)
         if MASKED:
             n = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
             seen = n <= position[:, None]
@@ -84,6 +102,8 @@ def _attend(
                 seen &= n > position[:, None] - WINDOW
             scores = tl.where(seen, scores, -float("inf"))
         weights, m, total, acc = softmax_step(scores, m, total, acc)
+        if value_scales is not None:
+            weights *= _scales(value_scales, page_table, kv, block, least, length, NUM_KV, PAGE_SIZE, BLOCK_N) * LIFT
         v = _tile(
             value_cache, v_page_stride, v_slot_stride, v_head_stride, page_table, kv, block, least, length, q.dtype,
             FLOAT8_BITS, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, MASKED, True,
@@ -96,7 +116,7 @@ def _attend(
 def _prefill_kernel(
     out, query, key_cache, value_cache, sequences, pages, head_table, key_scales, value_scales, query_stride,
     k_page_stride, k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, scale, softcap,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT8_BITS: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -123,8 +143,6 @@ def _prefill_kernel(
     position = length - num_new + token
     q = query + (first_row + token)[:, None] * query_stride + head[:, None] * HEAD_DIM + d[None, :]
     q = tl.load(q, mask=present, other=0.0)
-    if key_scales is not None:
-        scale *= tl.load(key_scales + kv)
 
     lowest = length - num_new + tile * TOKENS  # of the tile's tokens, and the highest
     highest = tl.minimum(lowest + TOKENS, length) - 1
@@ -139,24 +157,25 @@ def _prefill_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if WINDOW:
         m, total, acc = _attend(
-            q, m, total, acc, begin, tl.minimum(whole, end), position, key_cache, value_cache, k_page_stride,
-            k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, page_table, kv, least, length,
-            scale, softcap, WINDOW, SOFTCAP, FLOAT8_BITS, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, True,
+            q, m, total, acc, begin, tl.minimum(whole, end), position, key_cache, value_cache, key_scales, value_scales,
+            k_page_stride, k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, page_table, kv,
+            least, length, scale, softcap, NUM_KV, WINDOW, SOFTCAP, FLOAT8_BITS, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
+            TMA, True,
         )  # fmt: skip
     m, total, acc = _attend(
-        q, m, total, acc, whole, partial, position, key_cache, value_cache, k_page_stride, k_slot_stride, k_head_stride,
-        v_page_stride, v_slot_stride, v_head_stride, page_table, kv, least, length, scale, softcap, WINDOW, SOFTCAP,
-        FLOAT8_BITS, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, False,
+        q, m, total, acc, whole, partial, position, key_cache, value_cache, key_scales, value_scales, k_page_stride,
+        k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, page_table, kv, least, length, scale,
+        softcap, NUM_KV, WINDOW, SOFTCAP, FLOAT8_BITS, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, False,
     )  # fmt: skip
     m, total, acc = _attend(
-        q, m, total, acc, partial, end, position, key_cache, value_cache, k_page_stride, k_slot_stride, k_head_stride,
-        v_page_stride, v_slot_stride, v_head_stride, page_table, kv, least, length, scale, softcap, WINDOW, SOFTCAP,
-        FLOAT8_BITS, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, True,
+        q, m, total, acc, partial, end, position, key_cache, value_cache, key_scales, value_scales, k_page_stride,
+        k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, page_table, kv, least, length, scale,
+        softcap, NUM_KV, WINDOW, SOFTCAP, FLOAT8_BITS, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, True,
     )  # fmt: skip
 
     result = acc / tl.where(total == 0, 1.0, total)[:, None]
     if value_scales is not None:
-        result *= tl.load(value_scales + kv)
+        result *= 1 / LIFT
     place = out + ((first_row + token) * NUM_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
     tl.store(place, result.to(out.dtype.element_ty), mask=present)
 
@@ -170,8 +189,10 @@ class _Shape(NamedTuple):
     num_stages: int
 
 
-def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: int) -> _Shape:
-    """num_rows: of the longest chunk. As large as registers and shared memory hold without spills."""
+def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: int, integers: bool) -> _Shape:
+    """num_rows: of the longest chunk. integers: whether that is what the caches hold. As large as registers and shared
+    memory hold without spills.
+    """
     if query.dtype == torch.float32:
         shape = _Shape(32, 32, 4, 2)
     elif num_rows <= 64:
@@ -179,7 +200,7 @@ def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: 
     elif arch >= 90:
         shape = _Shape(128, 64, 8, 3) if head_dim <= 128 else _Shape(128, 32, 8, 2)
     else:
-        shape = _Shape(128, 32, 8, 3) if head_dim <= 128 else _Shape(64, 32, 8, 2)
+        shape = _Shape(128, 32, 8, 2 if integers else 3) if head_dim <= 128 else _Shape(64, 32, 8, 2)
     return shape._replace(block_m=max(shape.block_m, triton.next_power_of_2(group)))
 
 
@@ -227,7 +248,7 @@ def prefill_attention(
     values: torch.Tensor | TensorDescriptor
     keys, float8_bits = as_read(key_cache, arch)
     values, _ = as_read(value_cache, arch)
-    shape = _shape(query, head_dim, group, most_new * group, arch)
+    shape = _shape(query, head_dim, group, most_new * group, arch, key_cache.dtype == torch.int8)
     tma = False
     if arch >= 90 and page_size % shape.block_n == 0 and query.dtype != torch.float32:
         described = _descriptor(keys, shape.block_n), _descriptor(values, shape.block_n)
@@ -240,7 +261,7 @@ def prefill_attention(
     _prefill_kernel[grid](
         out, query, keys, values, sequences, pages, head_table, key_scales, value_scales, query.stride(0), *strides,
         *exponents(scale, logit_softcap),
-        NUM_HEADS=out.shape[1], GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=window,
+        NUM_HEADS=out.shape[1], NUM_KV=num_kv, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=window,
         SOFTCAP=logit_softcap != 0, FLOAT8_BITS=float8_bits, TMA=tma, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
         BLOCK_D=triton.next_power_of_2(head_dim), num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
@@ -249,7 +270,7 @@ def prefill_attention(
 def _example(dtype: torch.dtype, *, head_dim: int = 128, page_size: int = 16, most_new: int = 2048) -> None:
     """4 chunks, 32 query heads over 8."""
     cache = meta(512, page_size, 8, head_dim, dtype=dtype)
-    scales = (meta(8, dtype=torch.float32),) * 2 if dtype == FLOAT8 else (None, None)
+    scales = (meta(512, 8, page_size),) * 2 if dtype.itemsize == 1 else (None, None)
     out = meta(4 * most_new, 32, head_dim, dtype=torch.bfloat16)
     sequences, pages = meta(4, 4, dtype=torch.int32), meta(4096, dtype=torch.int32)
     prefill_attention(
@@ -264,4 +285,6 @@ EXAMPLES = (
     Example("bf16 d128 short", lambda: _example(torch.bfloat16, most_new=16), instructions=("wgmma",)),
     Example("bf16 d256", lambda: _example(torch.bfloat16, head_dim=256), instructions=("wgmma",)),
     Example("fp8 d128", lambda: _example(FLOAT8), instructions=("wgmma",)),
+    Example("int8 d128", lambda: _example(torch.int8), instructions=("wgmma",)),
+    Example("int8 d128 pages of 64", lambda: _example(torch.int8, page_size=64), (90,), ("wgmma", "tma")),
 )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from phalanx.kernels import AttentionPlan, group_heads, paged_attention, plan_attention, write_kv
+from phalanx.kernels import AttentionPlan, KVScales, group_heads, paged_attention, plan_attention, write_kv
 
 CPU = torch.device("cpu")
 HEAD_DIM = 8
@@ -18,9 +18,7 @@ SCALE = 0.3
 
 
 class Step(NamedTuple):
-    """Arguments of the operators, and what they should return, in float64. kv_scales: of keys and values, for caches
-    of 8-bit floats.
-    """
+    """Arguments of the operators, and what they should return, in float64. kv_scales: of caches in 8 bits."""
 
     query: torch.Tensor
     key_cache: torch.Tensor
@@ -32,7 +30,7 @@ class Step(NamedTuple):
     window: int | None
     logit_softcap: float | None
     expected: torch.Tensor
-    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    kv_scales: KVScales | None = None
 
 
 def formula(
@@ -55,6 +53,12 @@ def formula(
     return torch.einsum("ntl,lnd->tnd", weights_NTL, v_LKD[:, heads].double())
 
 
+def read_back(cache: torch.Tensor, scales: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """What a cache in 8 bits holds at these slots, in float64 [L, K, D]."""
+    page, offset = slots // cache.shape[1], slots % cache.shape[1]
+    return cache.double()[page, offset] * scales.double()[page, :, offset].unsqueeze(-1)
+
+
 def make_step(
     lengths: list[tuple[int, int]],
     *,
@@ -68,16 +72,19 @@ def make_step(
     cache_dtype: torch.dtype | None = None,
 ) -> Step:
     """lengths: tokens in the cache and new ones, of each sequence. Pages are scattered; slots that no token has filled
-    hold `poison`, and the ends of page tables that no page fills are no page at all. cache_dtype: of 8-bit floats, with
-    a scale for each head; None for dtype.
+    hold `poison`, and the ends of page tables that no page fills are no page at all. cache_dtype: of 8 bits, whose
+    numbers times their scales are what is expected to be attended to; None for dtype.
     """
     num_kv = max(kv_of_query) + 1
-    kv_scales = None if cache_dtype is None else (torch.rand(num_kv) + 0.5, torch.rand(num_kv) + 0.5)
     pages_of = [-(-(past + new) // page_size) for past, new in lengths]
     free = torch.randperm(sum(pages_of) + 3)
     page_tables = torch.full((len(lengths), max(pages_of) + 2), -(10**9))
     key_cache = torch.full((len(free), page_size, num_kv, head_dim), poison).to(cache_dtype or dtype)
     value_cache = key_cache.clone()
+    kv_scales = None
+    if cache_dtype is not None:
+        key_scales = torch.full((len(free), num_kv, page_size), poison, dtype=torch.bfloat16)
+        kv_scales = key_scales, key_scales.clone()
     queries, expected = [], []
     for table, end, num_pages, (past, new) in zip(
         page_tables, itertools.accumulate(pages_of), pages_of, lengths, strict=True
@@ -86,15 +93,9 @@ def make_step(
         position = torch.arange(past + new)
         k_LKD, v_LKD = torch.randn(2, past + new, num_kv, head_dim).to(dtype)
         slots = table[position // page_size] * page_size + position % page_size
-        if cache_dtype is None or kv_scales is None:
-            write_kv(k_LKD, v_LKD, key_cache, value_cache, slots)
-        else:
-            k_LKD, v_LKD = [
-                (x / scale[:, None]).to(cache_dtype) for x, scale in zip((k_LKD, v_LKD), kv_scales, strict=True)
-            ]
-            k_bits, v_bits, keys, values = (x.view(torch.uint8) for x in (k_LKD, v_LKD, key_cache, value_cache))
-            write_kv(k_bits, v_bits, keys, values, slots)
-            k_LKD, v_LKD = [x.double() * scale[:, None] for x, scale in zip((k_LKD, v_LKD), kv_scales, strict=True)]
+        write_kv(k_LKD, v_LKD, key_cache, value_cache, slots, kv_scales)
+        if kv_scales is not None:
+            k_LKD, v_LKD = (read_back(*each, slots) for each in zip((key_cache, value_cache), kv_scales, strict=True))
         queries.append(torch.randn(new, len(kv_of_query), head_dim).to(dtype))
         expected.append(formula(queries[-1], k_LKD, v_LKD, kv_of_query, window, logit_softcap))
     return Step(

@@ -10,25 +10,35 @@ from hypothesis import strategies as st
 from tests.kernels.attention_steps import SCALE, Step, by_plan, make_step
 from tests.kernels.instruction_sets import every_set, needs_native, only, threads
 
+from phalanx.kernels import KV_DTYPES
+
 pytestmark = needs_native
 
 GROUPS = [(0,), (0, 0, 0), (0, 1), (0, 0, 0, 1, 1), (0, 1, 1, 1, 2), (1, 0, 0), tuple([0] * 75)]
 HEAD_DIMS = [1, 7, 16, 24, 40, 64, 80, 96, 128, 256]
 
 
+def largest(step: Step, number: int) -> float:
+    """Magnitude of what is written of keys (0) or values (1)."""
+    cache = (step.key_cache, step.value_cache)[number].double()
+    if step.kv_scales is not None:
+        cache = cache * step.kv_scales[number].double().transpose(1, 2).unsqueeze(-1)
+    return float(cache[cache.isfinite()].abs().max())
+
+
 def assert_within_bounds(actual: torch.Tensor, step: Step) -> None:
     """What rounding may do, with u the unit of float32: scores are sums of D products, whose error is that of their
     weights, twice (once in the sum that divides); weights and values are sums over at most L keys. In bfloat16 weights
-    may be rounded once, and the sum that divides is theirs; the result is rounded in every narrow type.
+    may be rounded once, and the sum that divides is theirs; the result is rounded in every narrow type. Scales of 8-bit
+    caches are multiplied by in float32, once a score and once a weight.
     """
     unit = 2.0**-24
-    written = [cache[cache.isfinite()].double() for cache in (step.key_cache, step.value_cache)]
-    largest_key, largest_value = (float(each.abs().max()) for each in written)
+    largest_key, largest_value = (largest(step, number) for number in (0, 1))
     head_dim, length = step.query.shape[2], max(step.context_lengths)
     products = head_dim * float(step.query.double().abs().max()) * largest_key * SCALE
     capped = 8 * unit * (step.logit_softcap or 0.0)
-    score_error = (head_dim + 2) * unit * products + capped
-    weight_error = 2 * score_error + (length + 16) * unit
+    score_error = (head_dim + 3) * unit * products + capped
+    weight_error = 2 * score_error + (length + 17) * unit
     if step.query.dtype == torch.bfloat16:
         weight_error += 2.0**-8
     rounding = 0.0 if step.query.dtype == torch.float32 else torch.finfo(step.query.dtype).eps / 2
@@ -51,6 +61,7 @@ chunks = st.tuples(st.integers(0, 300), st.integers(1, 90))
     head_dim=st.sampled_from(HEAD_DIMS),
     logit_softcap=st.sampled_from([None, 2.0]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    cache_dtype=st.sampled_from([None, *KV_DTYPES.values()]),
     num_threads=st.sampled_from([1, 3]),
     poison=st.sampled_from([float("nan"), float("inf")]),
 )
@@ -63,6 +74,7 @@ def test_ragged_steps_within_derived_bounds(
     head_dim: int,
     logit_softcap: float | None,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
     num_threads: int,
     poison: float,
 ) -> None:
@@ -74,6 +86,7 @@ def test_ragged_steps_within_derived_bounds(
         head_dim=head_dim,
         logit_softcap=logit_softcap,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         poison=poison,
     )
     with only(chosen), threads(num_threads):
@@ -101,6 +114,7 @@ def cut(step: Step, sizes: list[int]) -> list[Step]:
     kv_of_query=st.sampled_from([(0, 0, 0, 1, 1), (0, 0, 0)]),
     head_dim=st.sampled_from([16, 40, 64]),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    cache_dtype=st.sampled_from([None, *KV_DTYPES.values()]),
 )
 def test_the_same_bits_however_a_prompt_is_cut(
     chosen: int,
@@ -110,9 +124,16 @@ def test_the_same_bits_however_a_prompt_is_cut(
     kv_of_query: tuple[int, ...],
     head_dim: int,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
 ) -> None:
     step = make_step(
-        [(past, sum(sizes))], window=window, kv_of_query=kv_of_query, head_dim=head_dim, dtype=dtype, page_size=16
+        [(past, sum(sizes))],
+        window=window,
+        kv_of_query=kv_of_query,
+        head_dim=head_dim,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        page_size=16,
     )
     with only(chosen):
         whole = by_plan(step)
@@ -127,11 +148,25 @@ def test_the_same_bits_however_a_prompt_is_cut(
     window=st.sampled_from([None, 50]),
     head_dim=st.sampled_from([40, 64]),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    cache_dtype=st.sampled_from([None, *KV_DTYPES.values()]),
 )
 def test_the_same_bits_in_any_batch_and_on_any_number_of_threads(
-    chosen: int, lengths: list[tuple[int, int]], window: int | None, head_dim: int, dtype: torch.dtype
+    chosen: int,
+    lengths: list[tuple[int, int]],
+    window: int | None,
+    head_dim: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
 ) -> None:
-    step = make_step(lengths, window=window, kv_of_query=(0, 0, 0, 1, 1), head_dim=head_dim, dtype=dtype, page_size=16)
+    step = make_step(
+        lengths,
+        window=window,
+        kv_of_query=(0, 0, 0, 1, 1),
+        head_dim=head_dim,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        page_size=16,
+    )
     rows = torch.split(step.query, step.query_lengths)
     with only(chosen), threads(1):
         alone = [

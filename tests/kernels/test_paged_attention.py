@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.attention_steps import CPU, SCALE, Step, by_plan, make_step, plan_of
 
-from phalanx.kernels import group_heads, native_cpu, paged_attention, paged_attention_reference
+from phalanx.kernels import KV_DTYPES, group_heads, native_cpu, paged_attention, paged_attention_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -27,6 +27,7 @@ def by_reference(step: Step) -> torch.Tensor:
         scale=SCALE,
         window=step.window,
         logit_softcap=step.logit_softcap,
+        kv_scales=step.kv_scales,
     )
 
 
@@ -59,6 +60,7 @@ chunks = st.tuples(st.one_of(st.just(0), st.integers(0, 40)), st.integers(1, 20)
     kv_of_query=st.sampled_from([(0,), (0, 0, 0), (0, 1), (0, 0, 1, 1), (0, 0, 0, 1, 1), (0, 1, 1, 1, 2), (1, 0, 0)]),
     logit_softcap=st.sampled_from([None, None, 0.5]),
     dtype=st.sampled_from(list(TOLERANCE)),
+    cache_dtype=st.sampled_from([None, None, *KV_DTYPES.values()]),
     poison=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
 )
 def test_ragged_sequences(
@@ -69,6 +71,7 @@ def test_ragged_sequences(
     kv_of_query: tuple[int, ...],
     logit_softcap: float | None,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
     poison: float,
 ) -> None:
     """Decodes and chunks in any order; of the cache nothing is read that was not written."""
@@ -79,6 +82,7 @@ def test_ragged_sequences(
         kv_of_query=kv_of_query,
         logit_softcap=logit_softcap,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         poison=poison,
     )
     assert_right(attend(step), step)

@@ -92,6 +92,20 @@ def test_one_rank_holds_the_published_number_of_parameters() -> None:
     assert rank["kv_bytes_per_token"] == 30 * 3 * 64 * 2 * 2
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_a_cache_in_8_bits_holds_nearly_twice_the_tokens(kv_cache_dtype: str) -> None:
+    plain, found = small(), small(f"engine.kv_cache_dtype={kv_cache_dtype}")
+    rank, totals = found.to_json()["layout"][0], found.to_json()["totals"]
+    assert rank["kv_bytes_per_token"] == 30 * 3 * 2 * (64 + 2)  # a byte a number, and a scale in two
+    assert 1.93 < totals["kv_capacity_tokens"] / plain.to_json()["totals"]["kv_capacity_tokens"] < 2
+    assert choice(found, "KV cache dtype") == kv_cache_dtype
+
+
+def test_a_cache_in_another_format_is_refused_with_those_there_are() -> None:
+    [error] = small("engine.kv_cache_dtype=fp4").errors
+    assert (error.path, error.allowed) == ("engine.kv_cache_dtype", "auto, int8, fp8")
+
+
 def test_the_demo_shows_nine_heads_cut_over_two_ranks() -> None:
     ranks = checked(CONFIGS / "demo.yaml").to_json()["layout"]
     assert [rank["query_heads"] for rank in ranks] == [[0, 5], [5, 9], [0, 5], [5, 9]]

@@ -304,8 +304,8 @@ def test_a_slip_is_answered_with_what_was_probably_meant(
         (
             {"engine": {"zebra": 2}},
             "engine.zebra",
-            "max_sequences, max_batch_tokens, max_waiting, kv_cache, kv_cache_share, page_size, prefix_cache, "
-            "cuda_graphs, torch_compile, seed",
+            "max_sequences, max_batch_tokens, max_waiting, kv_cache, kv_cache_dtype, kv_cache_share, page_size, "
+            "prefix_cache, cuda_graphs, torch_compile, seed",
         ),
         ({"serve": {"port": 65536}}, "serve.port", "below 65536"),
         ({"model": {"path": ""}}, "model.path", "text"),

@@ -149,6 +149,7 @@ def phalanx_logits(
     config: DecoderConfig | None = None,
     overlap: str = "none",
     quantization: str = "none",
+    kv_cache_dtype: str = "auto",
 ) -> list[torch.Tensor]:
     """Logits [tokens, VOCAB] of every position of SEQUENCES, computed by the ranks of a layout step by step."""
     config = config or source.config
@@ -170,9 +171,10 @@ def phalanx_logits(
         num_pages = len(SEQUENCES) * -(-max(map(len, SEQUENCES)) // PAGE_SIZE)
         num_kv_heads = stage.kv_heads[place.tensor_rank].size
         head_dim = config.shape.head_dim
-        cache = KVCache(stage.layers.size, num_pages, PAGE_SIZE, num_kv_heads, head_dim, dtype, CPU)
-        cache.keys.fill_(torch.nan)  # what no step has written must not be read
-        cache.values.fill_(torch.nan)
+        shape = (stage.layers.size, num_pages, PAGE_SIZE, num_kv_heads, head_dim)
+        cache = KVCache(*shape, dtype, CPU, kv_cache_dtype)
+        for each in (cache.keys, cache.values) if cache.scales is None else cache.scales:
+            each.fill_(torch.nan)  # what no step has written must not be read
         logits = []
         for work, batch_of in batches(schedule, config.sliding_window):
             num_tokens = sum(len(span) for _, span in work)
@@ -241,6 +243,23 @@ def test_float32_logits_are_those_of_transformers(models: Models, name: str, lay
     model = models(name)
     error = errors(phalanx_logits(model.source, LAYOUTS[layout], CHUNKED), model.reference(torch.float32))
     assert error.largest < 1e-4 * error.scale
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "mean", "largest"), [("int8", 0.03, 0.3), ("fp8", 0.15, 1.5)])
+@pytest.mark.parametrize("layout", ["1x1", "ragged-3-1"])
+def test_logits_from_a_cache_in_8_bits_are_within_its_rounding(
+    models: Models, layout: str, kv_cache_dtype: str, mean: float, largest: float
+) -> None:
+    """Those of attention in float64 over the same numbers of the cache, but for an odd one that is rounded the other
+    way there; and those of transformers as far as the format allows, over random weights.
+    """
+    model = models("smollm2")
+    found = phalanx_logits(model.source, LAYOUTS[layout], CHUNKED, kv_cache_dtype=kv_cache_dtype)
+    exact = phalanx_logits(model.source, LAYOUTS["1x1"], WHOLE, dtype=torch.float64, kv_cache_dtype=kv_cache_dtype)
+    over_the_same, over_exact = errors(found, exact), errors(found, model.reference(torch.float32))
+    assert over_the_same.mean < 1e-4 * over_the_same.scale
+    assert over_exact.mean < mean * over_exact.scale
+    assert over_exact.largest < largest * over_exact.scale
 
 
 @pytest.mark.parametrize("layout", ["1x1", "ragged-3-1"])

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from phalanx.errors import ModelError
-from phalanx.kernels import PackedWeight, choose_packing
+from phalanx.kernels import KV_DTYPES, PackedWeight, choose_packing
+from phalanx.models.batch import KVCache
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.families import expected_tensors
@@ -271,3 +272,15 @@ def test_a_token_costs_the_keys_and_values_of_the_ranks_own_layers_and_heads() -
     layout = build_layout(config.shape, [StageRequest(2, 20), StageRequest(1, 10)])
     costs = [kv_bytes_per_token(config, layout, place, dtype_bytes=2) for place in layout.places()]
     assert costs == [2 * 20 * 2 * 64 * 2, 2 * 20 * 2 * 64 * 2, 2 * 10 * 3 * 64 * 2]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", *KV_DTYPES])
+def test_a_cache_takes_the_bytes_that_its_tokens_cost(kv_cache_dtype: str) -> None:
+    """Heads of 64, in 8 bits a byte a number and a scale of 2."""
+    config = DecoderConfig("llama", ModelShape(576, 30, 9, 3, 64, 1536, 49152), 2048, 1e-5, RopeConfig())
+    layout = build_layout(config.shape, [StageRequest()])
+    [place] = layout.places()
+    cost = kv_bytes_per_token(config, layout, place, 2, kv_cache_dtype)
+    assert cost == 2 * 30 * 3 * {"auto": 128, "int8": 66, "fp8": 66}[kv_cache_dtype]
+    cache = KVCache(30, 5, 16, 3, 64, torch.bfloat16, torch.device("cpu"), kv_cache_dtype)
+    assert cache.num_bytes == 5 * 16 * cost

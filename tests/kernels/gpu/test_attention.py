@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.attention_steps import SCALE, Step, by_plan, make_step, plan_of
 
-from phalanx.kernels import DevicePlan, PlanRoom, group_heads, paged_attention, token_places
+from phalanx.kernels import KV_DTYPES, DevicePlan, PlanRoom, group_heads, paged_attention, token_places
 from phalanx.kernels.device_plan import plan_on_device
 from phalanx.kernels.gpu.target import A100, H100, Target, assumed
 from phalanx.kernels.triton_gpu import find_triton
@@ -69,7 +69,7 @@ chunks = st.tuples(st.one_of(st.just(0), st.integers(0, 100)), st.integers(1, 70
     window=st.sampled_from([None, 1, 7, 90]),
     logit_softcap=st.sampled_from([None, None, 0.5]),
     dtype=st.sampled_from(list(ERROR)),
-    cache_dtype=st.sampled_from([None, None, torch.float8_e4m3fn]),
+    cache_dtype=st.sampled_from([None, None, *KV_DTYPES.values()]),
     poison=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
     target=st.sampled_from([A100, H100]),
 )

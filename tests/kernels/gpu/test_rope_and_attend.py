@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from tests.kernels.attention_steps import SCALE, Step, formula, make_step, plan_of
 from tests.kernels.gpu.test_attention import EACH, GROUPS, on
 
-from phalanx.kernels import DevicePlan, group_heads, rope_and_attend, token_places
+from phalanx.kernels import (
+    KV_DTYPES,
+    DevicePlan,
+    KVScales,
+    group_heads,
+    rope_and_attend,
+    token_places,
+    write_kv,
+)
 from phalanx.kernels.gpu.target import A100, H100, Target, assumed
 from phalanx.kernels.triton_gpu import find_triton
 
@@ -28,15 +36,28 @@ def rotated(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: tor
     return (x * cos.double() + torch.cat((-high, low), -1) * sin.double()).to(x_THD.dtype).double()
 
 
-def slot_of(step: Step, sequence: int) -> tuple[int, int]:
-    """Page and offset of its new token."""
-    position, page_size = step.context_lengths[sequence] - 1, step.key_cache.shape[1]
-    return int(step.page_tables[sequence, position // page_size]), position % page_size
+def slots_of(step: Step) -> torch.Tensor:
+    """Of the new token of each sequence."""
+    page_size = step.key_cache.shape[1]
+    position = torch.tensor(step.context_lengths) - 1
+    return step.page_tables[torch.arange(len(position)), position // page_size] * page_size + position % page_size
 
 
 def tokens_of(cache: torch.Tensor, step: Step, sequence: int) -> torch.Tensor:
     pages = step.page_tables[sequence, : -(-step.context_lengths[sequence] // cache.shape[1])]
     return cache[pages].flatten(0, 1)[: step.context_lengths[sequence]].double()
+
+
+def assert_the_same_pages(
+    found: tuple[torch.Tensor, ...], found_scales: KVScales | None, right: list[torch.Tensor], scales: KVScales | None
+) -> None:
+    """But for the last bits of a rotation, which make a number, or a scale, the next one."""
+    for cache, wanted in zip(found, right, strict=True):
+        ulp = 1 / 127 if wanted.dtype == torch.int8 else torch.finfo(wanted.dtype).eps
+        atol = 1.0 if wanted.dtype == torch.int8 else max(ulp / 8, 1e-6)
+        torch.testing.assert_close(cache.cpu().float(), wanted.float(), rtol=ulp, atol=atol, equal_nan=True)
+    for each, wanted in zip(found_scales or (), scales or (), strict=True):
+        torch.testing.assert_close(each.cpu(), wanted, rtol=2.0**-7, atol=0.0, equal_nan=True)
 
 
 def check(
@@ -65,17 +86,17 @@ def check(
     q = rotated(qkv[:, :num_heads], cos, sin, q_norm)
     k = rotated(qkv[:, num_heads:-num_kv], cos, sin, k_norm)
     v = qkv[:, -num_kv:].double()
-    key_scales, value_scales = step.kv_scales or (torch.ones(num_kv), torch.ones(num_kv))
     caches = [step.key_cache.clone(), step.value_cache.clone()]
-    for cache, new, scale in zip(caches, (k, v), (key_scales, value_scales), strict=True):
-        for sequence in range(len(past)):
-            new_KD = (new[sequence].float() / scale[:, None]).to(cache.dtype)
-            cache[slot_of(step, sequence)].copy_(new_KD)
+    scales = None if step.kv_scales is None else (step.kv_scales[0].clone(), step.kv_scales[1].clone())
+    write_kv(k.to(dtype), v.to(dtype), caches[0], caches[1], slots_of(step), scales)
+    held = caches if scales is None else [
+        cache.double() * each.double().transpose(1, 2).unsqueeze(-1) for cache, each in zip(caches, scales, strict=True)
+    ]  # fmt: skip
     expected = [
         formula(
             q[sequence][None],
-            tokens_of(caches[0], step, sequence) * key_scales[:, None],
-            tokens_of(caches[1], step, sequence) * value_scales[:, None],
+            tokens_of(held[0], step, sequence),
+            tokens_of(held[1], step, sequence),
             kv_of_query,
             window,
             logit_softcap,
@@ -98,11 +119,7 @@ def check(
         )  # fmt: skip
     tolerance = EACH[dtype] if cache_dtype is None else 3e-2
     torch.testing.assert_close(out.double().cpu(), torch.cat(expected), rtol=tolerance, atol=tolerance)
-    for found, cache in zip((there.key_cache, there.value_cache), caches, strict=True):
-        ulp = torch.finfo(cache.dtype).eps
-        torch.testing.assert_close(
-            found.cpu().float(), cache.float(), rtol=ulp, atol=max(ulp / 8, 1e-6), equal_nan=True
-        )
+    assert_the_same_pages((there.key_cache, there.value_cache), there.kv_scales, caches, scales)
     assert not plan.room.counters(num_kv).any()
 
 
@@ -136,8 +153,30 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("target", [A100, H100], ids=["bits", "native"])
-def test_caches_of_8_bit_floats_with_scales(target: Target, device: torch.device) -> None:
-    check([0, 15, 200], device, target, dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn)
+@pytest.mark.parametrize("cache_dtype", list(KV_DTYPES.values()), ids=list(KV_DTYPES))
+def test_caches_in_8_bits(cache_dtype: torch.dtype, target: Target, device: torch.device) -> None:
+    check([0, 15, 200], device, target, dtype=torch.bfloat16, cache_dtype=cache_dtype, head_dim=80)
+
+
+@pytest.mark.parametrize("target", [A100, H100], ids=["bits", "native"])
+@pytest.mark.parametrize("cache_dtype", list(KV_DTYPES.values()), ids=list(KV_DTYPES))
+def test_tokens_of_chunks_are_written_in_8_bits(cache_dtype: torch.dtype, target: Target, device: torch.device) -> None:
+    """Heads of zeros and of large numbers among them, and a token that is stored nowhere."""
+    qkv = torch.randn(6, 3 * 3, 40).bfloat16()
+    qkv[2, 4], qkv[3, 7, 5] = 0.0, 3e4
+    cos, sin = torch.randn(2, 6, 1, 40).bfloat16()
+    slots = torch.tensor([3, 17, 5, 0, 9, -1])
+    k_TKD, v_TKD = rotated(qkv[:, 3:6], cos, sin, None).bfloat16(), qkv[:, 6:]
+    keys, values = torch.zeros(2, 5, 4, 3, 40).to(cache_dtype)
+    key_scales, value_scales = torch.zeros(2, 5, 3, 4).bfloat16()
+    found = [each.clone().to(device) for each in (keys, values, key_scales, value_scales)]
+    write_kv(k_TKD[:5], v_TKD[:5], keys, values, slots[:5], (key_scales, value_scales))
+    with assumed(target):
+        gpu.rope_and_write_kv(
+            qkv.flatten(1).to(device), cos.to(device), sin.to(device), *found[:2], slots.to(device), None, None, 0.0,
+            *found[2:],
+        )  # fmt: skip
+    assert_the_same_pages((found[0], found[1]), (found[2], found[3]), [keys, values], (key_scales, value_scales))
 
 
 @pytest.mark.parametrize("lengths", [[(20, 1), (3, 1)], [(20, 1), (3, 5)]], ids=["decodes", "mixed"])
