@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from phalanx.kernels.activations import (
+    Activations,
+    Norm,
+    QuantisedActivations,
+    QuantisingNorm,
+    add_normed,
+    normed,
+    plain_norm,
+    silu_gated,
+)
 from phalanx.kernels.compiled import compiled_names, use_compiler
 from phalanx.kernels.cuda_graphs import CudaGraphs, Graph, Graphs
 from phalanx.kernels.device_plan import DevicePlan, PlanRoom
@@ -38,9 +48,11 @@ from phalanx.kernels.rope_and_attend import rope_and_attend
 from phalanx.kernels.rope_and_write_kv import rope_and_write_kv, write_kv
 from phalanx.kernels.sample import SamplingRows, sample
 from phalanx.kernels.token_places import fill_token_places, planned_places, token_places
+from phalanx.kernels.weight_on_gpu import make_quantised_on, told_on_gpu
 from phalanx.kernels.widen import widen
 
 __all__ = [
+    "Activations",
     "Arena",
     "AttentionPlan",
     "CudaGraphs",
@@ -49,20 +61,24 @@ __all__ = [
     "Graph",
     "Graphs",
     "HeadGroups",
+    "Norm",
     "NotRecordableError",
     "PackedExperts",
     "PackedWeight",
     "Packing",
     "PagePlan",
     "PlanRoom",
+    "QuantisedActivations",
     "QuantisedRows",
     "QuantisedWeight",
+    "QuantisingNorm",
     "Recording",
     "SamplingRows",
     "Weight",
     "WeightFormat",
     "add_layer_norm",
     "add_layer_norm_quantised",
+    "add_normed",
     "add_rms_norm",
     "add_rms_norm_quantised",
     "argmax",
@@ -85,8 +101,11 @@ __all__ = [
     "linear_add",
     "make_packed",
     "make_quantised",
+    "make_quantised_on",
+    "normed",
     "paged_attention",
     "paged_attention_reference",
+    "plain_norm",
     "plan_attention",
     "plan_room",
     "planned_places",
@@ -101,10 +120,12 @@ __all__ = [
     "rope_table",
     "route",
     "sample",
+    "silu_gated",
     "silu_mul",
     "silu_mul_quantised",
     "token_places",
     "told_of_quantised",
+    "told_on_gpu",
     "top",
     "use_compiler",
     "widen",

@@ -26,6 +26,7 @@ MOVED = {
     "silu_mul_quantised": 1.25,
     "gelu_mul": 1.5,
     "gelu_mul_quantised": 1.25,
+    "quantise_rows": 1.5,
     "rope_and_write_kv": 2.0,
     "rope_table": 1.0,
     "route": 1.0,
@@ -61,6 +62,31 @@ class WatchedOperators:
 
 def _rows(name: str, x: torch.Tensor, *_: Any, **__: Any) -> Work:
     return Work(name, tuple(x.shape), MOVED[name] * x.nbytes)
+
+
+def _by_quantised(
+    name: str, outputs_in: int, x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | int | None
+) -> Work:
+    """Of activations as they are. outputs_in: the weight's dimension that they are. others: scales, offsets, ..."""
+    num_rows, inputs = x.shape
+    outputs = weight.shape[outputs_in]
+    moved = weight.nbytes + sum(each.nbytes for each in others if isinstance(each, torch.Tensor))
+    moved += x.nbytes + num_rows * outputs * x.itemsize
+    return Work(name, (num_rows, outputs, inputs), moved, 2.0 * num_rows * outputs * inputs, weight.data_ptr())
+
+
+def _both_quantised(
+    name: str,
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Work:
+    (num_rows, inputs), outputs = x.shape, len(weight)
+    moved = x.nbytes + x_scales.nbytes + weight.nbytes + scales.nbytes + num_rows * outputs * dtype.itemsize
+    return Work(name, (num_rows, outputs, inputs), moved, 2.0 * num_rows * outputs * inputs, weight.data_ptr())
 
 
 def _embedding(tokens: torch.Tensor, weight: torch.Tensor, *_: Any) -> Work:
@@ -110,6 +136,11 @@ def _experts(
 _OTHERS: dict[str, Callable[..., Work]] = {
     "embedding": _embedding,
     "expert_ffn": _experts,
+    "linear_fp8_w8a8": partial(_both_quantised, "linear_fp8_w8a8"),
+    "linear_fp8_w8a16": partial(_by_quantised, "linear_fp8_w8a16", 0),
+    "linear_w4a16": partial(_by_quantised, "linear_w4a16", 1),
+    "linear_w8a8": partial(_both_quantised, "linear_w8a8"),
+    "linear_w8a16": partial(_by_quantised, "linear_w8a16", 0),
     "paged_attention": _attention,
     "rope_and_attend": _rope_and_attend,
 }

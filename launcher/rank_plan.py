@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phalanx.errors import ModelError
 from phalanx.launcher.schema import EngineSection
 from phalanx.models.config import DecoderConfig
-from phalanx.models.params import Param, kv_bytes_per_token, rank_params
-from phalanx.models.quantization import Scheme, scheme_of
+from phalanx.models.params import kv_bytes_per_token, rank_params
+from phalanx.models.quantization import held_bytes, scheme_of
 from phalanx.parallel.layout import Layout, RankPlace
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,10 +52,7 @@ def plan_rank(
 ) -> RankPlan:
     """What the rank at `place` holds beside its pages."""
     params = rank_params(model, layout, place)
-    weight_bytes = sum(
-        param.num_elements * DTYPE_BYTES[dtype] if scheme is None else _quantised_bytes(scheme, param)
-        for param, scheme in ((param, scheme_of(quantization, param, {})) for param in params)
-    )
+    weight_bytes = sum(held_bytes(scheme_of(quantization, param, {}), param, DTYPE_BYTES[dtype]) for param in params)
     stage = layout.stages[place.stage]
     part, shape = place.tensor_rank, model.shape
     heads = stage.query_heads[part].size + 2 * stage.kv_heads[part].size
@@ -77,12 +73,3 @@ def plan_rank(
         kv_bytes_per_token=kv_bytes_per_token(model, layout, place, DTYPE_BYTES[dtype]),
         work_bytes=work,
     )
-
-
-def _quantised_bytes(scheme: Scheme, param: Param) -> int:
-    try:
-        held = scheme.of_cut(param)
-    except ModelError:  # `run_faults` says so
-        held = scheme
-    num_outputs, num_inputs = param.shape[-2:]
-    return len(param.matrices) * held.num_bytes(num_outputs, num_inputs)

@@ -183,6 +183,8 @@ _QUANTIZATION_REASONS = {
     "stored": "matrices of products stay in the blocks that the checkpoint has them in",
     "int8": "matrices of products in 8 bits, a scale an output, quantised while they are loaded",
     "int4": "matrices of layers in 4 bits, a scale and an offset for 32 inputs, the head in 8; while they are loaded",
+    "w8a8": "matrices of products in 8 bits, a scale an output; on GPUs activations of layers, too, a scale a token",
+    "fp8": "matrices of layers in E4M3, a scale an output, head in int8; on GPUs with units for it activations, too",
 }
 
 

@@ -57,12 +57,13 @@ class ModelSection(Section):
         ge=1,
         description="Most tokens of a sequence, prompt and output. null: what the model and the KV cache allow.",
     )
-    quantization: Literal["none", "stored", "int8", "int4"] = Field(
+    quantization: Literal["none", "stored", "int8", "int4", "w8a8", "fp8"] = Field(
         default="none",
         description="Of the matrices of products, head included; activations keep model.dtype. none: in model.dtype. "
         "stored: as a GGUF file has them in Q8_0, Q4_0 and Q4_1, the others in model.dtype. int8: in 8 bits "
-        "with a scale an output; int4: layers in 4 bits with a scale and an offset for 32 inputs, the head in 8; both "
-        "quantised while they are loaded. On CPUs.",
+        "with a scale an output; int4: layers in 4 bits with a scale and an offset for 32 inputs, the head in 8; "
+        "w8a8: int8 and, on GPUs, activations of layers in 8 bits, too, with a scale a token; fp8: the same in E4M3 "
+        "(the head in int8), activations on GPUs with units for it. All four quantised while they are loaded.",
     )
 
 

@@ -15,21 +15,27 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.kernels import (
+    Activations,
     Arena,
     Experts,
     Graphs,
+    Norm,
+    QuantisedWeight,
+    QuantisingNorm,
     Recording,
     Weight,
     expert_ffn,
+    gated_linear,
     group_heads,
     is_native,
     linear,
+    plain_norm,
     rms_norm,
     rope_and_attend,
     rope_frequencies,
     rope_table,
     route,
-    silu_mul,
+    silu_gated,
     widen,
 )
 from phalanx.kernels.names import profiled
@@ -76,7 +82,7 @@ class Attention:
         )
 
     def __call__(
-        self, x_TH: torch.Tensor, table: RopeTable, part: Part, keys: torch.Tensor, values: torch.Tensor
+        self, x_TH: Activations, table: RopeTable, part: Part, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """What goes into the row-parallel product `o`, [T, N * D]."""
         out_TND = rope_and_attend(
@@ -102,10 +108,13 @@ class FeedForward:
         weights = share.weights
         self.gate_up = ColumnParallelLinear(weights[f"{name}.gate_up"], weights.get(f"{name}.gate_up_bias"))
         self.out = RowParallelLinear(share.comm, weights.get(f"{name}.down_bias"), weight=weights[f"{name}.down"])
+        self._gives = _taken_by(self.out.weight)
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TH: Activations) -> Activations:
         """What goes into the row-parallel product `out`, [T, F]."""
-        return silu_mul(self.gate_up(x_TH))
+        if self._gives is None:
+            return gated_linear(x_TH, self.gate_up.weight, "silu", self.gate_up.bias)
+        return silu_gated(self.gate_up(x_TH), self._gives)
 
     @property
     def num_weights(self) -> int:
@@ -125,8 +134,9 @@ class MixtureOfExperts:
         self.down: Experts = weights[f"{name}.down"]
         self.out = RowParallelSum(share.comm)
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TH: Activations) -> torch.Tensor:
         """This rank's part of the sum, [T, H]."""
+        assert isinstance(x_TH, torch.Tensor)
         experts_TK, weights_TK = route(linear(x_TH, self.router), self.num_chosen, renormalise=self.renormalise)
         return expert_ffn(x_TH, experts_TK, weights_TK, self.gate_up, self.down)
 
@@ -142,11 +152,16 @@ class Layer:
     """
 
     def __init__(self, share: Share, name: str) -> None:
-        self.attention_norm = share.weights[f"{name}.attention_norm"]
+        weights = share.weights
         self.attention = Attention(share, name)
-        self.ffn_norm = share.weights[f"{name}.ffn_norm"]
+        self.attention_norm = _norm_before(weights[f"{name}.attention_norm"], self.attention.qkv.weight)
         self.ffn: FeedForward | MixtureOfExperts
-        self.ffn = MixtureOfExperts(share, name) if share.config.shape.num_experts else FeedForward(share, name)
+        self.ffn_norm: Norm = weights[f"{name}.ffn_norm"]
+        if share.config.shape.num_experts:
+            self.ffn = MixtureOfExperts(share, name)
+        else:
+            self.ffn = ffn = FeedForward(share, name)
+            self.ffn_norm = _norm_before(weights[f"{name}.ffn_norm"], ffn.gate_up.weight)
 
 
 class Decoder:
@@ -245,9 +260,9 @@ class Decoder:
         last_norm: torch.Tensor | None = None,
     ) -> None:
         """Through all layers. arena: whose turns they are. last_norm: of what is behind them, if that is wanted."""
-        dtype = self.layers[0].attention_norm.dtype
+        dtype = plain_norm(self.layers[0].attention_norm).dtype
         tables = [rope_table(part.positions, self.frequencies, dtype) for part in parts]
-        norms = [*(layer.attention_norm for layer in self.layers[1:]), last_norm]
+        norms: list[Norm | None] = [*(layer.attention_norm for layer in self.layers[1:]), last_norm]
         layers = zip(self.layers, cache.keys, cache.values, norms, strict=False)
         for number, (layer, keys, values, next_norm) in enumerate(layers, start=self._first_layer):
             self._comm.ledger.layer = number
@@ -335,6 +350,17 @@ class Decoder:
         """Whether those of so many rows are few enough to have memory of their own between steps."""
         head, recorded = self.head, self._recorded
         return head is not None and recorded is not None and num_rows * head.weight.shape[0] <= recorded.most_logits
+
+
+def _taken_by(weight: Weight) -> torch.dtype | None:
+    """What activations are quantised to before they are multiplied by it; None where they are not."""
+    return weight.takes if isinstance(weight, QuantisedWeight) else None
+
+
+def _norm_before(norm: torch.Tensor, weight: Weight) -> Norm:
+    """The norm [H] in front of a product, which gives its rows as the product takes them."""
+    takes = _taken_by(weight)
+    return norm if takes is None else QuantisingNorm(norm, takes)
 
 
 def _rope_frequencies(head_dim: int, config: RopeConfig) -> torch.Tensor:

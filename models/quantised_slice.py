@@ -20,15 +20,24 @@ _SCALE_DTYPES = {2: torch.float16, 4: torch.float32}
 
 
 def weight_format(scheme: Scheme) -> WeightFormat:
-    return WeightFormat(scheme.bits, scheme.group_size, _SCALE_DTYPES[scheme.scale_bytes], scheme.offsets)
+    scale_dtype = _SCALE_DTYPES[scheme.scale_bytes]
+    return WeightFormat(
+        scheme.bits, scheme.group_size, scale_dtype, scheme.offsets, scheme.floating, scheme.activations
+    )
 
 
 def quantised_slice(
-    checkpoint: Checkpoint, piece: TensorSlice, scheme: Scheme, held: WeightFormat, *, stored: bool
+    checkpoint: Checkpoint,
+    piece: TensorSlice,
+    scheme: Scheme,
+    held: WeightFormat,
+    device: torch.device,
+    *,
+    stored: bool,
 ) -> Iterator[QuantisedRows]:
     """Rows of a slice, some at a time, in the format `held`; as the whole matrix has them in `scheme`.
 
-    stored: whether the checkpoint has them so; else they are quantised here. Raises as `Checkpoint.read`.
+    stored: whether the checkpoint has them so; else they are quantised here, on `device`. Raises as `Checkpoint.read`.
     """
     entry = checkpoint.entry(piece.tensor)
     width = entry.shape[1]
@@ -47,7 +56,9 @@ def quantised_slice(
         if stored:
             found = _unpacked(checkpoint.read_blocks(piece.tensor, some, around), scheme)
         else:
-            found = quantise(checkpoint.read(piece.tensor, some, around, torch.float32), weight_format(scheme))
+            found = quantise(
+                checkpoint.read(piece.tensor, some, around, torch.float32).to(device), weight_format(scheme)
+            )
         yield _cut(found, scheme, held, inside)
 
 

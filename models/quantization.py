@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from phalanx.errors import ModelError
@@ -17,12 +18,16 @@ class Scheme(NamedTuple):
     """A weight is an integer of `bits` bits times a scale, plus an offset where there are any.
 
     group_size: inputs of an output that share a scale; None for all. scale_bytes: 4 for float32, 2 for float16.
+    floating: it is a number in E4M3 instead. activations: whether these are quantised, too, with a scale a token, where
+    the device has units that multiply so.
     """
 
     bits: int
     group_size: int | None
     scale_bytes: int
     offsets: bool = False
+    floating: bool = False
+    activations: bool = False
 
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
         """Of a matrix: its integers and their scales."""
@@ -48,7 +53,15 @@ class Scheme(NamedTuple):
 INT8 = Scheme(bits=8, group_size=None, scale_bytes=4)
 INT4 = Scheme(bits=4, group_size=32, scale_bytes=2, offsets=True)
 
-SCHEMES: Mapping[str, tuple[Scheme, Scheme]] = {"int8": (INT8, INT8), "int4": (INT4, INT8)}
+W8A8 = INT8._replace(activations=True)
+FP8 = W8A8._replace(floating=True)
+
+SCHEMES: Mapping[str, tuple[Scheme, Scheme]] = {
+    "int8": (INT8, INT8),
+    "int4": (INT4, INT8),
+    "w8a8": (W8A8, INT8),
+    "fp8": (FP8, INT8),
+}
 """Of the layers' matrices, and of head and tied embedding: a logit errs by all of a row's errors, and a vocabulary is a
 third of a small model. By the names of `model.quantization`, which may be `none` or `stored` beside them.
 """
@@ -59,6 +72,16 @@ STORED: Mapping[str, Scheme] = {
     "Q4_1": Scheme(bits=4, group_size=32, scale_bytes=2, offsets=True),
 }
 """By the encodings of checkpoints whose blocks a product can read as they are."""
+
+
+def held_bytes(scheme: Scheme | None, param: Param, itemsize: int) -> int:
+    """Of a parameter on a rank. scheme: None for one that is held as it is, in numbers of `itemsize` bytes."""
+    if scheme is None:
+        return param.num_elements * itemsize
+    with suppress(ModelError):  # whoever loads it says so
+        scheme = scheme.of_cut(param)
+    num_outputs, num_inputs = param.shape[-2:]
+    return len(param.matrices) * scheme.num_bytes(num_outputs, num_inputs)
 
 
 def scheme_of(quantization: str, param: Param, entries: Mapping[str, TensorEntry]) -> Scheme | None:

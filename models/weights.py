@@ -9,11 +9,22 @@ from typing import Any
 
 import torch
 
-from phalanx.kernels import Experts, PackedExperts, PackedWeight, QuantisedWeight, Weight, make_packed, make_quantised
+from phalanx.errors import ModelError
+from phalanx.kernels import (
+    Experts,
+    PackedExperts,
+    PackedWeight,
+    QuantisedWeight,
+    Weight,
+    make_packed,
+    make_quantised,
+    make_quantised_on,
+)
+from phalanx.kernels.triton_gpu import applies_on, find_triton
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.params import Param, TensorSlice
 from phalanx.models.quantised_slice import quantised_slice, weight_format
-from phalanx.models.quantization import Scheme, scheme_of
+from phalanx.models.quantization import Scheme, held_bytes, scheme_of
 
 
 def load_params(
@@ -47,7 +58,15 @@ def load_params(
         place([param for param in params if param.multiplied and schemes[param.name] is None], make_packed)
     quantised = [(param, scheme.of_cut(param)) for param in params if (scheme := schemes[param.name]) is not None]
     formats = [weight_format(scheme) for param, scheme in quantised for _ in param.matrices]
-    place([param for param, _ in quantised], lambda shapes: make_quantised(shapes, formats, dtype))
+
+    def quantised_weights(shapes: list[Sequence[int]]) -> list[QuantisedWeight]:
+        if applies_on(device):
+            return make_quantised_on(device, shapes, formats, dtype)
+        if device.type != "cpu":
+            raise ModelError(f"model.quantization on {device} needs Triton; there is {find_triton().told}")
+        return make_quantised(shapes, formats, dtype)
+
+    place([param for param, _ in quantised], quantised_weights)
 
     def load(param: Param) -> Weight | Experts:
         held = places.get(param.name)
@@ -65,7 +84,8 @@ def load_params(
         for piece in pieces:
             if isinstance(weight, QuantisedWeight):
                 assert scheme is not None
-                for rows in quantised_slice(checkpoint, piece, scheme, weight.format, stored=quantization == "stored"):
+                stored = quantization == "stored"
+                for rows in quantised_slice(checkpoint, piece, scheme, weight.format, weight.device, stored=stored):
                     weight.put(first, rows)
                     first += len(rows.q)
                 continue
@@ -81,5 +101,5 @@ def load_params(
         for param, weight in zip(params, pool.map(load, params), strict=True):
             loaded[param.name] = weight
             if on_bytes is not None:
-                on_bytes(param.num_elements * dtype.itemsize)
+                on_bytes(held_bytes(schemes[param.name], param, dtype.itemsize))
     return loaded
