@@ -130,7 +130,8 @@ def untuned(product: Product) -> Choice:
     """
     if product.held:
         if product.m <= MOST_SHARED:
-            return Choice("stream_k", _block_m(product.m), 64, 128, num_warps=4, num_stages=4, per_sm=2)
+            block_k = 128 if product.m <= 32 else 64
+            return Choice("stream_k", _block_m(product.m), 64, block_k, num_warps=4, num_stages=4, per_sm=2)
         return Choice("tiles", 128, 128, 128 if product.held in BOTH else 64, num_warps=8, num_stages=3)
     if product.dtype not in ("bfloat16", "float16") or product.m > FEW_ROWS:
         return CUBLAS

@@ -95,6 +95,7 @@ def _tile_sums(
     GROUPED: tl.constexpr = GROUP < K
     # Whether something is added to each weight: then sums of x are wanted, unless it is added before the product.
     SUMMED: tl.constexpr = (not SCALED) and (SHIFT != 0.0 or offsets is not None)
+    WHOLE_BLOCKS: tl.constexpr = K % BLOCK_K == 0 and N % BLOCK_N == 0
     outputs_inside = column < N
     rows_inside = row < num_rows
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
@@ -116,19 +117,27 @@ def _tile_sums(
                     ) % 64 == 0:  # written out, or it is none of the compiler's constants
                         chunk = start // 64
                         place = (chunk.to(tl.int64) * N + column)[:, None] * SLICE + at
-                        inside = outputs_inside[:, None] & (start < K)
-                        words = tl.load(weight + place, mask=inside, other=0)
+                        if WHOLE_BLOCKS:
+                            words = tl.load(weight + place)
+                        else:
+                            words = tl.load(weight + place, mask=outputs_inside[:, None] & (start < K), other=0)
                     w = from_nibbles(words, (span * SPAN + number * SLICE) % 64 // SLICE, dtype)
                 else:
                     place = weight + column.to(tl.int64)[:, None] * W_STRIDE + (start + at)
-                    q = tl.load(place, mask=outputs_inside[:, None] & (start + at < K), other=0)
+                    if WHOLE_BLOCKS:
+                        q = tl.load(place)
+                    else:
+                        q = tl.load(place, mask=outputs_inside[:, None] & (start + at < K), other=0)
                     w = from_e4m3(q, dtype) if HELD == "fp8" else q.to(dtype)
                 if SCALED:
                     scaled = (w.to(tl.float32) - SHIFT) * _of_slice(scales, column, start, N, K, GROUP, SLICE)
                     if offsets is not None:
                         scaled += _of_slice(offsets, column, start, N, K, GROUP, SLICE)
                     w = scaled.to(dtype)
-                part = tl.load(x_rows + (start + at), mask=rows_inside[:, None] & (start + at < K), other=0.0)
+                if K % BLOCK_K == 0:
+                    part = tl.load(x_rows + (start + at), mask=rows_inside[:, None], other=0.0)
+                else:
+                    part = tl.load(x_rows + (start + at), mask=rows_inside[:, None] & (start + at < K), other=0.0)
                 here = tl.dot(w, part.T, here, input_precision=PRECISION)
                 if SUMMED:
                     sums = tl.dot(ones, part.T, sums, input_precision=PRECISION)
