@@ -22,7 +22,7 @@ from phalanx.kernels.largest import argmax, argmax_keys, columns_of_keys, top
 from phalanx.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from phalanx.kernels.linear import gated_linear, linear, linear_add
 from phalanx.kernels.mixture import Experts, PackedExperts, expert_ffn, route
-from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, is_native, make_packed
+from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, is_native, make_packed, taken_by
 from phalanx.kernels.paged_attention import (
     AttentionPlan,
     PagePlan,
@@ -123,6 +123,7 @@ __all__ = [
     "silu_gated",
     "silu_mul",
     "silu_mul_quantised",
+    "taken_by",
     "token_places",
     "told_of_quantised",
     "told_on_gpu",

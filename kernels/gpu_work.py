@@ -133,9 +133,21 @@ def _experts(
     return Work("expert_ffn", (num_rows, hidden, columns), moved, 6.0 * experts.numel() * hidden * columns)
 
 
+def _quantised_experts(x: torch.Tensor, experts: torch.Tensor, _: torch.Tensor, *numbers: Any) -> Work:
+    """The same; numbers: of the gates and the down projections, each data, scales, offsets and group size."""
+    scales, down_scales = numbers[1], numbers[5]
+    num_rows, hidden = x.shape
+    columns = scales.shape[2] // 2
+    used = min(experts.numel(), len(down_scales))
+    held = sum(each[0].nbytes for each in numbers if isinstance(each, torch.Tensor))
+    flops = 6.0 * experts.numel() * hidden * columns
+    return Work("expert_ffn_quantised", (num_rows, hidden, columns), used * held + 2 * x.nbytes, flops)
+
+
 _OTHERS: dict[str, Callable[..., Work]] = {
     "embedding": _embedding,
     "expert_ffn": _experts,
+    "expert_ffn_quantised": _quantised_experts,
     "linear_fp8_w8a8": partial(_both_quantised, "linear_fp8_w8a8"),
     "linear_fp8_w8a16": partial(_by_quantised, "linear_fp8_w8a16", 0),
     "linear_w4a16": partial(_by_quantised, "linear_w4a16", 1),

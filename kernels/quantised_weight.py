@@ -71,7 +71,7 @@ class QuantisedWeight:
     shape, dtype, device and numel are those of the matrix that it stands for; nbytes is what is held.
     """
 
-    __slots__ = ("_address", "_library", "_matrix", "_on_gpu", "_parts", "data", "device", "dtype", "format", "shape")
+    __slots__ = ("_address", "_library", "_matrix", "_parts", "data", "device", "dtype", "format", "on_gpu", "shape")
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class QuantisedWeight:
         self.dtype = dtype
         self.format = held
         self.device = torch.device("cpu") if on_gpu is None else on_gpu.data.device
-        self._on_gpu = on_gpu
+        self.on_gpu = on_gpu
         self._library = native_for(dtype, held) if on_gpu is None else None
         self._parts: QuantisedRows | None = None
         if on_gpu is not None:
@@ -117,7 +117,7 @@ class QuantisedWeight:
     @property
     def takes(self) -> torch.dtype | None:
         """The dtype, of 8 bits, that activations are quantised to before they are multiplied by it; None for none."""
-        return None if self._on_gpu is None else self._on_gpu.takes
+        return None if self.on_gpu is None else self.on_gpu.takes
 
     @property
     def itemsize(self) -> int:
@@ -126,16 +126,16 @@ class QuantisedWeight:
 
     @property
     def nbytes(self) -> int:
-        if self._on_gpu is not None:
-            return self._on_gpu.nbytes
+        if self.on_gpu is not None:
+            return self.on_gpu.nbytes
         if self._parts is None:
             return int(self.data.nbytes)
         return sum(part.nbytes for part in self._parts if part is not None)
 
     def data_ptr(self) -> int:
         """By which profiles know it."""
-        if self._on_gpu is not None:
-            return self._on_gpu.data.data_ptr()
+        if self.on_gpu is not None:
+            return self.on_gpu.data.data_ptr()
         return self._address if self._library is not None else id(self)
 
     def numel(self) -> int:
@@ -157,8 +157,8 @@ class QuantisedWeight:
         for each in (rows.scales, rows.offsets):
             if each is not None and (each.shape != groups or each.dtype != dtype):
                 raise ValueError(f"scales {list(each.shape)} {each.dtype} are not {list(groups)} {dtype}")
-        if self._on_gpu is not None:
-            self._on_gpu.put(first, rows)
+        if self.on_gpu is not None:
+            self.on_gpu.put(first, rows)
             return
         if self._parts is not None:
             with torch.inference_mode():  # these were perhaps made in it, by another thread
@@ -176,8 +176,8 @@ class QuantisedWeight:
 
     def held_rows(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         """The same of a matrix that begins with row `first` of a larger one; zeros for rows that it has not."""
-        if self._on_gpu is not None:
-            return self._on_gpu.held_rows(rows, first, self.dtype)
+        if self.on_gpu is not None:
+            return self.on_gpu.held_rows(rows, first, self.dtype)
         rows = rows.to(torch.int64).contiguous()
         if self._parts is None:
             out = torch.empty(len(rows), self.shape[1], dtype=self.dtype)
@@ -194,18 +194,18 @@ class QuantisedWeight:
         """
         num_outputs, num_inputs = self.shape
         if isinstance(x, QuantisedActivations):
-            if self._on_gpu is None or x.q.dtype != self.takes or x.shape[1] != num_inputs:
+            if self.on_gpu is None or x.q.dtype != self.takes or x.shape[1] != num_inputs:
                 wanted = f"a weight {[num_outputs, num_inputs]} that takes {self.takes}"
                 raise ValueError(f"x is {list(x.shape)} {x.q.dtype}, for {wanted}")
-            return self._on_gpu.multiply(x, bias, self.dtype)
+            return self.on_gpu.multiply(x, bias, self.dtype)
         if x.dim() != 2 or x.shape[1] != num_inputs or x.dtype != self.dtype:
             raise ValueError(
                 f"x is {list(x.shape)} {x.dtype}, for a weight {[num_outputs, num_inputs]} in {self.dtype}"
             )
         if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != self.dtype):
             raise ValueError(f"the bias is {list(bias.shape)} {bias.dtype}, of {num_outputs} outputs in {self.dtype}")
-        if self._on_gpu is not None:
-            return self._on_gpu.multiply(x, bias, self.dtype)
+        if self.on_gpu is not None:
+            return self.on_gpu.multiply(x, bias, self.dtype)
         if self._library is None:
             return F.linear(x, self._standing_for(slice(None)), bias)
         if x.stride(1) != 1:

@@ -135,8 +135,8 @@ class GpuTimer:
         self._held: list[QuantisedWeight] = []
         if product.held:
             held = FORMATS[product.held]
-            shapes, formats = [weight.shape for weight in self._weights], [held] * len(self._weights)
-            self._held = make_quantised_on(self._x.device, shapes, formats, dtype)
+            shape = product.n, product.k
+            self._held = make_quantised_on(self._x.device, len(self._weights), shape, held, dtype)
             for weight, plain in zip(self._held, self._weights, strict=True):
                 weight.put(0, quantise(plain, held))
             takes = self._held[0].takes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,28 +15,46 @@ from phalanx.kernels.quantised_weight import QuantisedRows, QuantisedWeight, Wei
 _ALIGNED = 16  # bytes that rows of 8-bit weights are a multiple of, for Hopper's tensor memory accelerator
 
 
-class WeightOnGpu:
-    """A matrix [N, K]. data: its numbers, as the operators read them; scales, and offsets or None: [groups, N]. takes:
-    what activations are quantised to before they are multiplied by it: where the format asks for that, an output has
-    one scale, and the GPU has matrix units for it; else None.
+class Numbers(NamedTuple):
+    """Of `num` matrices [N, K]. data: [num, ...] as the operators read each; scales, and offsets or None, [num, groups,
+    N]. group_size: inputs of a group.
     """
 
-    __slots__ = ("_held", "_num_inputs", "data", "offsets", "scales", "takes")
+    data: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None
+    group_size: int
 
-    def __init__(self, num_outputs: int, num_inputs: int, held: WeightFormat, device: torch.device) -> None:
-        self._held = held
-        self._num_inputs = num_inputs
+    @classmethod
+    def make(cls, num: int, num_outputs: int, num_inputs: int, held: WeightFormat, device: torch.device) -> Numbers:
+        """Zeros."""
         if held.bits == 4:
-            shape = _operators().packed_shape(num_outputs, num_inputs)
-            self.data = torch.zeros(shape, dtype=torch.int16, device=device)
+            shape = _operators().int4_shape(num_outputs, num_inputs)
+            data = torch.zeros(num, *shape, dtype=torch.int16, device=device)
         else:
             width = -(-num_inputs // _ALIGNED) * _ALIGNED
-            self.data = torch.zeros(num_outputs, width, dtype=held.q_dtype, device=device)
-        groups = held.num_groups(num_inputs), num_outputs
-        self.scales = torch.zeros(groups, dtype=held.scale_dtype, device=device)
-        self.offsets = torch.zeros_like(self.scales) if held.offsets else None
+            data = torch.zeros(num, num_outputs, width, dtype=held.q_dtype, device=device)
+        scales = torch.zeros(num, held.num_groups(num_inputs), num_outputs, dtype=held.scale_dtype, device=device)
+        offsets = torch.zeros_like(scales) if held.offsets else None
+        return cls(data, scales, offsets, held.group_of(num_inputs))
+
+
+class WeightOnGpu:
+    """A matrix [N, K], one of those whose numbers lie side by side. takes: what activations are quantised to before
+    they are multiplied by it: where the format asks for that, an output has one scale, and the GPU has matrix units for
+    it; else None.
+    """
+
+    __slots__ = ("_held", "_num_inputs", "data", "numbers", "offsets", "scales", "takes")
+
+    def __init__(self, numbers: Numbers, index: int, num_inputs: int, held: WeightFormat) -> None:
+        self._held = held
+        self._num_inputs = num_inputs
+        self.numbers = numbers
+        self.data, self.scales = numbers.data[index], numbers.scales[index]
+        self.offsets = None if numbers.offsets is None else numbers.offsets[index]
         self.takes: torch.dtype | None = None
-        if held.activations and groups[0] == 1 and not held.offsets and held.bits == 8:
+        if held.activations and len(self.scales) == 1 and not held.offsets and held.bits == 8:
             fits = triton_gpu.narrowing_operators_for(self.data, held.q_dtype) is not None
             self.takes = held.q_dtype if fits else None
 
@@ -50,7 +68,7 @@ class WeightOnGpu:
         q = rows.q.to(device)
         with torch.inference_mode():  # these were perhaps made in it, by another thread
             if self._held.bits == 4:
-                self.data[:, first:last] = _operators().pack(q, signed=not self._held.offsets)
+                self.data[:, first:last] = _operators().pack_int4(q, signed=not self._held.offsets)
             else:
                 self.data[first:last, : self._num_inputs] = q
             self.scales[:, first:last] = rows.scales.to(device).T
@@ -63,7 +81,7 @@ class WeightOnGpu:
         missing = (local < 0) | (local >= self.scales.shape[1])
         local = local.masked_fill(missing, 0)
         if self._held.bits == 4:
-            q = _operators().unpack(self.data[:, local], self._num_inputs, signed=not self._held.offsets)
+            q = _operators().unpack_int4(self.data[:, local], self._num_inputs, signed=not self._held.offsets)
         else:
             q = self.data.view(torch.uint8)[local].view(self.data.dtype)[:, : self._num_inputs]
         offsets = None if self.offsets is None else self.offsets[:, local].T
@@ -86,13 +104,23 @@ class WeightOnGpu:
 
 
 def make_quantised_on(
-    device: torch.device, shapes: Sequence[Sequence[int]], formats: Sequence[WeightFormat], dtype: torch.dtype
+    device: torch.device, num: int, shape: Sequence[int], held: WeightFormat, dtype: torch.dtype
 ) -> list[QuantisedWeight]:
-    """As `make_quantised`, where the Triton operators apply to `device`."""
-    return [
-        QuantisedWeight(shape[0], shape[1], held, dtype, on_gpu=WeightOnGpu(shape[0], shape[1], held, device))
-        for shape, held in zip(shapes, formats, strict=True)
-    ]
+    """Quantised weights [N, K], to be filled, where the Triton operators apply to `device`: so many of one shape, side
+    by side in one piece of memory.
+    """
+    num_outputs, num_inputs = shape
+    with torch.inference_mode(False):  # they are filled by other threads
+        numbers = Numbers.make(num, num_outputs, num_inputs, held, device)
+        held_each = [WeightOnGpu(numbers, index, num_inputs, held) for index in range(num)]
+    return [QuantisedWeight(num_outputs, num_inputs, held, dtype, on_gpu=each) for each in held_each]
+
+
+def numbers_of(weights: Sequence[object]) -> Numbers | None:
+    """Of matrices that `make_quantised_on` made together; None for others."""
+    first = weights[0]
+    on_gpu = first.on_gpu if isinstance(first, QuantisedWeight) else None
+    return None if on_gpu is None or len(on_gpu.numbers.data) != len(weights) else on_gpu.numbers
 
 
 def told_on_gpu(weights: Iterable[object]) -> str:

@@ -20,8 +20,6 @@ from phalanx.kernels import (
     Experts,
     Graphs,
     Norm,
-    QuantisedWeight,
-    QuantisingNorm,
     Recording,
     Weight,
     expert_ffn,
@@ -36,6 +34,7 @@ from phalanx.kernels import (
     rope_table,
     route,
     silu_gated,
+    taken_by,
     widen,
 )
 from phalanx.kernels.names import profiled
@@ -108,7 +107,7 @@ class FeedForward:
         weights = share.weights
         self.gate_up = ColumnParallelLinear(weights[f"{name}.gate_up"], weights.get(f"{name}.gate_up_bias"))
         self.out = RowParallelLinear(share.comm, weights.get(f"{name}.down_bias"), weight=weights[f"{name}.down"])
-        self._gives = _taken_by(self.out.weight)
+        self._gives = taken_by(self.out.weight)
 
     def __call__(self, x_TH: Activations) -> Activations:
         """What goes into the row-parallel product `out`, [T, F]."""
@@ -154,14 +153,14 @@ class Layer:
     def __init__(self, share: Share, name: str) -> None:
         weights = share.weights
         self.attention = Attention(share, name)
-        self.attention_norm = _norm_before(weights[f"{name}.attention_norm"], self.attention.qkv.weight)
+        self.attention_norm = self.attention.qkv.norm_before(weights[f"{name}.attention_norm"])
         self.ffn: FeedForward | MixtureOfExperts
         self.ffn_norm: Norm = weights[f"{name}.ffn_norm"]
         if share.config.shape.num_experts:
             self.ffn = MixtureOfExperts(share, name)
         else:
             self.ffn = ffn = FeedForward(share, name)
-            self.ffn_norm = _norm_before(weights[f"{name}.ffn_norm"], ffn.gate_up.weight)
+            self.ffn_norm = ffn.gate_up.norm_before(weights[f"{name}.ffn_norm"])
 
 
 class Decoder:
@@ -350,17 +349,6 @@ class Decoder:
         """Whether those of so many rows are few enough to have memory of their own between steps."""
         head, recorded = self.head, self._recorded
         return head is not None and recorded is not None and num_rows * head.weight.shape[0] <= recorded.most_logits
-
-
-def _taken_by(weight: Weight) -> torch.dtype | None:
-    """What activations are quantised to before they are multiplied by it; None where they are not."""
-    return weight.takes if isinstance(weight, QuantisedWeight) else None
-
-
-def _norm_before(norm: torch.Tensor, weight: Weight) -> Norm:
-    """The norm [H] in front of a product, which gives its rows as the product takes them."""
-    takes = _taken_by(weight)
-    return norm if takes is None else QuantisingNorm(norm, takes)
 
 
 def _rope_frequencies(head_dim: int, config: RopeConfig) -> torch.Tensor:

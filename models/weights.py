@@ -58,15 +58,14 @@ def load_params(
         place([param for param in params if param.multiplied and schemes[param.name] is None], make_packed)
     quantised = [(param, scheme.of_cut(param)) for param in params if (scheme := schemes[param.name]) is not None]
     formats = [weight_format(scheme) for param, scheme in quantised for _ in param.matrices]
-
-    def quantised_weights(shapes: list[Sequence[int]]) -> list[QuantisedWeight]:
-        if applies_on(device):
-            return make_quantised_on(device, shapes, formats, dtype)
-        if device.type != "cpu":
-            raise ModelError(f"model.quantization on {device} needs Triton; there is {find_triton().told}")
-        return make_quantised(shapes, formats, dtype)
-
-    place([param for param, _ in quantised], quantised_weights)
+    if applies_on(device):
+        for param, scheme in quantised:
+            held, num = weight_format(scheme), len(param.matrices)
+            places[param.name] = PackedExperts(make_quantised_on(device, num, param.shape[-2:], held, dtype))
+    elif quantised and device.type != "cpu":
+        raise ModelError(f"model.quantization on {device} needs Triton; there is {find_triton().told}")
+    else:
+        place([param for param, _ in quantised], lambda shapes: make_quantised(shapes, formats, dtype))
 
     def load(param: Param) -> Weight | Experts:
         held = places.get(param.name)

@@ -10,7 +10,18 @@ from dataclasses import dataclass, field
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import Activations, Norm, Recording, Weight, add_normed, embedding, is_native, linear
+from phalanx.kernels import (
+    Activations,
+    Norm,
+    QuantisingNorm,
+    Recording,
+    Weight,
+    add_normed,
+    embedding,
+    is_native,
+    linear,
+    taken_by,
+)
 from phalanx.parallel.split import Interval
 
 
@@ -23,6 +34,11 @@ class ColumnParallelLinear:
 
     def __call__(self, x_TH: Activations) -> torch.Tensor:
         return linear(x_TH, self.weight, self.bias)
+
+    def norm_before(self, norm: torch.Tensor) -> Norm:
+        """The norm [H] in front, which gives its rows as the product takes them."""
+        takes = taken_by(self.weight)
+        return norm if takes is None else QuantisingNorm(norm, takes)
 
 
 @dataclass(frozen=True, slots=True)

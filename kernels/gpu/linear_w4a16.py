@@ -26,12 +26,17 @@ SIGNED = 8
 _SHIFTS = {torch.bfloat16: 128.0, torch.float16: 1024.0, torch.float32: 0.0}
 
 
-def packed_shape(num_outputs: int, num_inputs: int) -> tuple[int, int, int]:
-    """Of the int16 that `pack` makes."""
+def shift_of(dtype: torch.dtype, *, signed: bool) -> float:
+    """What weights are too large by, as numbers of `dtype` that the kernel makes of their bits."""
+    return _SHIFTS[dtype] + (SIGNED if signed else 0)
+
+
+def int4_shape(num_outputs: int, num_inputs: int) -> tuple[int, int, int]:
+    """Of the int16 that `pack_int4` makes."""
     return -(-num_inputs // CHUNK), num_outputs, _WORDS
 
 
-def pack(q: torch.Tensor, *, signed: bool) -> torch.Tensor:
+def pack_int4(q: torch.Tensor, *, signed: bool) -> torch.Tensor:
     """q [R, K] of any whole dtype, from 0 to 15, or -8 to 7 where `signed` -> [chunks, R, 16] int16."""
     num_rows, num_inputs = q.shape
     wide = q.new_zeros((num_rows, -(-num_inputs // CHUNK) * CHUNK), dtype=torch.int32)
@@ -44,8 +49,8 @@ def pack(q: torch.Tensor, *, signed: bool) -> torch.Tensor:
     return words.to(torch.int16).contiguous()
 
 
-def unpack(packed: torch.Tensor, num_inputs: int, *, signed: bool) -> torch.Tensor:
-    """What `pack` was given, [R, K] int8."""
+def unpack_int4(packed: torch.Tensor, num_inputs: int, *, signed: bool) -> torch.Tensor:
+    """What `pack_int4` was given, [R, K] int8."""
     words = packed.to(torch.int32)
     parts = torch.stack([(words >> (4 * number)) & 0xF for number in range(NIBBLES)], 2)  # [chunks, R, 4, 16]
     q = parts.transpose(0, 1).flatten(1)[:, :num_inputs]
@@ -72,8 +77,8 @@ def linear_w4a16(
     bias: torch.Tensor | None,
     group_size: int,
 ) -> torch.Tensor:
-    """x [m, k] of a floating dtype, packed as by `pack`, scales and offsets [groups, n] of one, bias [n] -> [m, n] of
-    x's dtype. Without offsets the integers are from -8 to 7, with them from 0 to 15. group_size: a multiple of 8, or
+    """x [m, k] of a floating dtype, packed as by `pack_int4`, scales and offsets [groups, n] of one, bias [n] -> [m, n]
+    of x's dtype. Without offsets the integers are from -8 to 7, with them from 0 to 15. group_size: a multiple of 8, or
     at least k for one group.
     """
     return multiply(x, packed, scales, offsets, bias, group_size)
@@ -102,7 +107,7 @@ def multiply(
             bias,
             residual,
             held="int4",
-            shift=_SHIFTS[x.dtype] + (SIGNED if offsets is None else 0),
+            shift=shift_of(x.dtype, signed=offsets is None),
             group_size=group_size,
             choice=choice or choice_for(x, x.dtype, packed.shape[1], held="w4a16"),
         )
@@ -114,7 +119,7 @@ def _example(
 ) -> torch.Tensor:
     half = torch.float16
     scales = meta(-(-k // group), n, dtype=half)
-    packed = meta(*packed_shape(n, k), dtype=torch.int16)
+    packed = meta(*int4_shape(n, k), dtype=torch.int16)
     return linear_w4a16(meta(m, k, dtype=dtype), packed, scales, scales if offsets else None, None, group)
 
 
@@ -124,5 +129,4 @@ EXAMPLES = (  # with `weight_only`
     Example("fp16 64x4096x4096 by 128, signed", lambda: _example(64, 4096, 4096, 128, offsets=False, dtype=torch.half)),
     Example("bf16 8x576x1000 by 24", lambda: _example(8, 576, 1000, 24)),
     Example("bf16 2048x4096x4096 by 32", lambda: _example(2048, 4096, 4096, 32), instructions=("wgmma",)),
-    Example("fp16 2048x4096x4096 by all", lambda: _example(2048, 4096, 4096, 4096, dtype=torch.half)),
 )

@@ -75,7 +75,6 @@ def _example(m: int, n: int, k: int, group: int, dtype: torch.dtype = torch.bflo
 
 
 EXAMPLES = (
-    Example("bf16 1x4096x4096", lambda: _example(1, 4096, 4096, 4096)),
     Example("bf16 16x4096x4096 by 32", lambda: _example(16, 4096, 4096, 32), instructions=("wgmma",)),
     Example("fp16 2048x4096x4096", lambda: _example(2048, 4096, 4096, 4096, torch.half), instructions=("wgmma",)),
 )

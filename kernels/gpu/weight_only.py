@@ -65,7 +65,7 @@ def _of_slice(scales, column, start, N: tl.constexpr, K: tl.constexpr, GROUP: tl
 
 
 @triton.jit
-def _tile_sums(
+def tile_sums(
     x,
     weight,
     scales,
@@ -209,7 +209,7 @@ def weight_only_kernel(
         last = tl.minimum(end - tile * STEPS, STEPS)
         row = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
         column = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-        total = _tile_sums(
+        total = tile_sums(
             x,
             weight,
             scales,
@@ -274,14 +274,14 @@ def weight_only(
 ) -> None:
     """Fills out [m, n]. x [m, k]: columns side by side, residual's too. scales, offsets: [groups, n].
 
-    weight: int8, or E4M3 as uint8, [n, k or more]; of 4 bits as `linear_w4a16.pack` makes it. held, shift, group_size:
-    as of the kernel.
+    weight: int8, or E4M3 as uint8, [n, k or more]; of 4 bits as `linear_w4a16.pack_int4` makes it. held, shift and
+    group_size: as of the kernel.
     """
     num_rows, num_inputs = x.shape
     num_outputs = out.shape[1]
     block_m, block_n, block_k = choice.block_m, choice.block_n, choice.block_k
     few = choice.kernel == "stream_k"
-    cuts = _cuts(held, group_size if group_size < num_inputs else block_k, block_k, few=few)
+    cuts = cuts_of(held, group_size, num_inputs, block_k, few=few)
     tiles = triton.cdiv(num_rows, block_m) * triton.cdiv(num_outputs, block_n)
     num_programs = shared_by(x, tiles, triton.cdiv(num_inputs, block_k), choice)
     weight_only_kernel[(num_programs,)](
@@ -314,7 +314,7 @@ def weight_only(
     )
 
 
-class _Cuts(NamedTuple):
+class Cuts(NamedTuple):
     """Of a block of inputs: the constants of the kernel that are called so."""
 
     slice: int
@@ -322,11 +322,11 @@ class _Cuts(NamedTuple):
     scaled: bool
 
 
-def _cuts(held: str, group_size: int, block_k: int, *, few: bool) -> _Cuts:
-    """By the inputs of a group; the block's, where there is one group."""
+def cuts_of(held: str, group_size: int, num_inputs: int, block_k: int, *, few: bool) -> Cuts:
+    """few: whether rows of x are."""
     smallest = CHUNK // NIBBLES
-    span = math.gcd(group_size, block_k)
+    span = math.gcd(group_size, block_k) if group_size < num_inputs else block_k
     scaled = span < smallest or (not few and (span < block_k or held == "int4"))
     if scaled:
         span = block_k
-    return _Cuts(smallest if held == "int4" else min(span, CHUNK), span, scaled)
+    return Cuts(smallest if held == "int4" else min(span, CHUNK), span, scaled)

@@ -173,16 +173,16 @@ class Maker(NamedTuple):
         """A case a peer. What quantises activations is not counted: the norm or the gate in front does."""
         copies = _num_copies(outputs * inputs * held.bits // 8)
         x = self._random(num_rows, inputs)
-        plain = self._random(outputs, inputs)
-        weights = [quantised(plain, held) for _ in range(copies)]
+        plains = [self._random(outputs, inputs) for _ in range(_num_copies(outputs * inputs * self.dtype.itemsize))]
+        weights = quantised(plains[0], held, copies)
         rows = taken(x, weights[0])
         moved = weights[0].nbytes + num_rows * (inputs * (1 if rows is not x else x.itemsize) + outputs * x.itemsize)
-        for peer_name, peer in peers(name, x, plain, held):
+        for peer_name, peer in peers(name, x, plains, held):
             yield Case(
                 operator,
                 f"{num_rows} x {outputs} x {inputs}",
                 lambda i: kernels.linear(rows, weights[i]),
-                lambda _, peer=peer: peer(),  # type: ignore[misc]
+                peer,
                 copies,
                 moved,
                 2.0 * num_rows * outputs * inputs,

@@ -4,7 +4,7 @@ own by the same numbers where it has one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +22,16 @@ def formats_on(device: torch.device) -> Mapping[Held, WeightFormat]:
     return FORMATS if device.type == "cuda" else {name: FORMATS[name] for name in ON_CPUS}
 
 
-def quantised(plain: torch.Tensor, held: WeightFormat) -> QuantisedWeight:
+def quantised(plain: torch.Tensor, held: WeightFormat, num_copies: int) -> list[QuantisedWeight]:
     """plain: [N, K]."""
-    shapes, formats = [plain.shape], [held]
     if plain.device.type == "cuda":
-        [weight] = kernels.make_quantised_on(plain.device, shapes, formats, plain.dtype)
+        weights = kernels.make_quantised_on(plain.device, num_copies, plain.shape, held, plain.dtype)
     else:
-        [weight] = kernels.make_quantised(shapes, formats, plain.dtype)
-    weight.put(0, kernels.quantise(plain, held))
-    return weight
+        weights = kernels.make_quantised([plain.shape] * num_copies, [held] * num_copies, plain.dtype)
+    rows = kernels.quantise(plain, held)
+    for weight in weights:
+        weight.put(0, rows)
+    return weights
 
 
 def taken(x: torch.Tensor, weight: QuantisedWeight) -> Activations:
@@ -39,20 +40,23 @@ def taken(x: torch.Tensor, weight: QuantisedWeight) -> Activations:
 
 
 def peers(
-    name: Held, x: torch.Tensor, plain: torch.Tensor, held: WeightFormat
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call) by the same weight."""
-    yield "torch", lambda: F.linear(x, plain)
+    name: Held, x: torch.Tensor, plains: Sequence[torch.Tensor], held: WeightFormat
+) -> Iterator[tuple[str, Callable[[int], object]]]:
+    """(name, call with the number of any copy). plains: copies, so many that they are found in no cache."""
+    num, plain = len(plains), plains[0]
+    yield "torch", lambda i: F.linear(x, plains[i % num])
     if x.device.type != "cuda":
         return
     if name == "fp8_w8a8" and torch.cuda.get_device_capability(x.device) >= (8, 9):
-        a, w = (kernels.quantise_rows(each, torch.float8_e4m3fn) for each in (x, plain))
-        scales = a[1].unsqueeze(1), w[1].unsqueeze(0)
-        yield "torch._scaled_mm", lambda: _scaled_mm(a[0], w[0].t(), *scales, out_dtype=x.dtype)
+        a, a_scales = kernels.quantise_rows(x, torch.float8_e4m3fn)
+        made = [kernels.quantise_rows(each, torch.float8_e4m3fn) for each in plains]
+        others = [(w.t(), a_scales.unsqueeze(1), scales.unsqueeze(0)) for w, scales in made]
+        yield "torch._scaled_mm", lambda i: _scaled_mm(a, *others[i % num], out_dtype=x.dtype)
     if name == "w4a16" and x.dtype == torch.bfloat16 and plain.shape[1] % 128 == 0 and plain.shape[0] % 8 == 0:
         packed, scales_and_zeros = _int4pack(plain, held)
+        each = [packed.clone() for _ in plains]
         group = held.group_of(plain.shape[1])
-        yield "torch._weight_int4pack_mm", lambda: _weight_int4pack_mm(x, packed, group, scales_and_zeros)
+        yield "torch._weight_int4pack_mm", lambda i: _weight_int4pack_mm(x, each[i % num], group, scales_and_zeros)
 
 
 def _int4pack(plain: torch.Tensor, held: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:

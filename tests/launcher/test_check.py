@@ -43,7 +43,6 @@ class Found:
 def look_up(path: str, revision: str | None) -> Found:
     models = {"smollm2-135m": SMALL, "small": SMALL, "half": replace(SMALL, dtype="float16")}
     models |= {"shape:llama-3.1-70b": LARGE}
-    models |= {"mixture": replace(SMALL, shape=replace(SMALL.shape, num_experts=4, experts_per_token=2))}
     if path not in models:
         raise ModelError(f"no model {path!r}; name a directory")
     return Found(path, models[path], "shape" if path.startswith("shape:") else "safetensors")
@@ -281,12 +280,6 @@ def test_quantised_weights_are_counted_on_gpus_as_on_cpus(quantization: str, bit
     on_gpu, on_cpu = plan("cuda"), plan("cpu")
     assert on_gpu.weight_bytes / on_gpu.parameters == pytest.approx(on_cpu.weight_bytes / on_cpu.parameters, rel=1e-3)
     assert bits / 8 <= on_gpu.weight_bytes / on_gpu.parameters < 1.02
-
-
-def test_a_mixture_of_experts_is_not_quantised_on_gpus_yet() -> None:
-    asked = {"model": {"path": "mixture", "quantization": "int8"}, "engine": {"kv_cache": "64MiB"}}
-    report = checked(asked, "cluster.device=cuda", machine=ONE_GPU)
-    assert (report.exit_code, error_paths(report)) == (2, ["model.quantization"])
 
 
 def test_plain_processes_may_take_more_cores_than_there_are() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +17,7 @@ from phalanx.engine.messages import Chunk, StepPlan
 from phalanx.engine.tables import SlotTables
 from phalanx.kernels import (
     Activations,
+    PackedExperts,
     QuantisedActivations,
     QuantisedWeight,
     QuantisingNorm,
@@ -48,16 +52,19 @@ LAYOUTS = {"whole": [StageRequest(1)], "5 heads of 9, 88 columns": [StageRequest
 SCHEMES = {"int8": None, "int4": None, "w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def saved(config: DecoderConfig, folder: Path) -> Checkpoint:
     generator = torch.Generator().manual_seed(1)
     tensors = {
         name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 if len(shape) == 2 else torch.ones(shape)
-        for name, shape in expected_tensors(CONFIG).items()
+        for name, shape in expected_tensors(config).items()
     }
-    folder = tmp_path_factory.mktemp("plain")
     save_file(tensors, folder / "model.safetensors")
-    return Checkpoint(safetensors_entries(folder, CONFIG))
+    return Checkpoint(safetensors_entries(folder, config))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return saved(CONFIG, tmp_path_factory.mktemp("plain"))
 
 
 class Exact(QuantisedWeight):
@@ -84,17 +91,33 @@ class Exact(QuantisedWeight):
         return self._weight[rows - first].float()
 
 
+def exact(held: object) -> object:
+    if isinstance(held, PackedExperts):
+        return PackedExperts(Exact(each) for each in held if isinstance(each, QuantisedWeight))
+    if isinstance(held, QuantisedWeight):
+        return Exact(held)
+    assert isinstance(held, torch.Tensor)
+    return held.cpu()
+
+
 def loaded(
-    checkpoint: Checkpoint, layout: Layout, rank: int, quantization: str, device: torch.device
+    checkpoint: Checkpoint,
+    layout: Layout,
+    rank: int,
+    quantization: str,
+    device: torch.device,
+    config: DecoderConfig = CONFIG,
 ) -> dict[str, object]:
-    params = rank_params(CONFIG, layout, list(layout.places())[rank])
+    params = rank_params(config, layout, list(layout.places())[rank])
     return load_params(params, checkpoint, torch.float32, device, quantization=quantization)
 
 
-def logits_of(weights: dict[str, object], layout: Layout, device: torch.device) -> tuple[Decoder, torch.Tensor]:
+def logits_of(
+    weights: dict[str, object], layout: Layout, device: torch.device, config: DecoderConfig = CONFIG
+) -> tuple[Decoder, torch.Tensor]:
     """Of all tokens of a prompt, and of a decode."""
     [stage] = layout.stages
-    decoder = Decoder(CONFIG, stage, 0, SingleCommunicator(GroupSpec(0, 1)), weights)
+    decoder = Decoder(config, stage, 0, SingleCommunicator(GroupSpec(0, 1)), weights)
     cache = KVCache(2, 8, PAGE_SIZE, 3, 16, torch.float32, device)
     tables = SlotTables(3, 96, PAGE_SIZE, None, device)
     found = []
@@ -106,20 +129,16 @@ def logits_of(weights: dict[str, object], layout: Layout, device: torch.device) 
     return decoder, torch.cat(found)
 
 
-@pytest.mark.parametrize("quantization", SCHEMES)
+@pytest.mark.parametrize("quantization", ["int4", "w8a8", "fp8"])
 def test_a_quantised_decoder_on_a_gpu_computes_what_its_weights_stand_for(
     checkpoint: Checkpoint, device: torch.device, quantization: str
 ) -> None:
     layout = build_layout(SHAPE, LAYOUTS["whole"])
     weights = loaded(checkpoint, layout, 0, quantization, device)
     decoder, actual = logits_of(weights, layout, device)
-    exact = {
-        name: Exact(held) if isinstance(held, QuantisedWeight) else held.cpu()  # type: ignore[attr-defined]
-        for name, held in weights.items()
-    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("phalanx.kernels.triton_gpu.DEVICE_TYPE", "none")
-        _, expected = logits_of(exact, layout, CPU)
+        _, expected = logits_of({name: exact(held) for name, held in weights.items()}, layout, CPU)
     takes = SCHEMES[quantization]
     assert {isinstance(layer.ffn_norm, QuantisingNorm) for layer in decoder.layers} == {takes is not None}
     # A last bit of a sum decides which way an activation is rounded to 8 bits.
@@ -134,12 +153,24 @@ def test_a_gpu_without_units_for_fp8_takes_activations_as_they_are(
     layout = build_layout(SHAPE, LAYOUTS["whole"])
     with assumed(A100):
         weights = loaded(checkpoint, layout, 0, "fp8", device)
-        _, actual = logits_of(weights, layout, device)
+        down = weights["layers.0.down"]
+        assert isinstance(down, QuantisedWeight)
+        x = torch.randn(3, down.shape[1])
+        assert relative_error(down.multiply(x, None), Exact(down).multiply(x, None).double()) < 1e-5
     assert {held.takes for held in weights.values() if isinstance(held, QuantisedWeight)} == {None}
-    exact = {name: Exact(held) if isinstance(held, QuantisedWeight) else held for name, held in weights.items()}
+
+
+def test_a_quantised_mixture_of_experts(device: torch.device, tmp_path: Path) -> None:
+    shape = replace(SHAPE, num_layers=1, num_experts=3, experts_per_token=2)
+    config = replace(CONFIG, shape=shape)
+    layout = build_layout(shape, LAYOUTS["whole"])
+    with saved(config, tmp_path) as checkpoint:
+        weights = loaded(checkpoint, layout, 0, "int4", device, config)
+    _, actual = logits_of(weights, layout, device, config)
+    assert isinstance(weights["layers.0.down"], PackedExperts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("phalanx.kernels.triton_gpu.DEVICE_TYPE", "none")
-        _, expected = logits_of(exact, layout, CPU)
+        _, expected = logits_of({name: exact(held) for name, held in weights.items()}, layout, CPU, config)
     assert relative_error(actual, expected.double()) < 1e-5
 
 
@@ -180,7 +211,7 @@ def test_it_takes_the_bytes_of_its_numbers_and_gives_rows_of_a_vocabulary_shard(
     device: torch.device, held: WeightFormat
 ) -> None:
     rows = quantise(torch.randn(120, 576), held)
-    [weight] = make_quantised_on(device, [(120, 576)], [held], torch.float32)
+    [weight] = make_quantised_on(device, 1, (120, 576), held, torch.float32)
     [other] = make_quantised([(120, 576)], [held], torch.float32)
     for each in (weight, other):
         each.put(0, rows)
@@ -190,7 +221,7 @@ def test_it_takes_the_bytes_of_its_numbers_and_gives_rows_of_a_vocabulary_shard(
 
 
 def test_what_a_weight_does_not_take_is_refused(device: torch.device) -> None:
-    [weight] = make_quantised_on(device, [(16, 64)], [WeightFormat(8)], torch.float32)
+    [weight] = make_quantised_on(device, 1, (16, 64), WeightFormat(8), torch.float32)
     x = QuantisedActivations(*quantise_rows(torch.randn(2, 64, device=device), torch.int8))
     with pytest.raises(ValueError, match=r"int8, for a weight \[16, 64\] that takes None"):
         weight.multiply(x, None)

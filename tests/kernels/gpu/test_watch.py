@@ -52,7 +52,9 @@ def test_calls_are_told_with_bytes_and_operations(device: torch.device, window: 
 
 def test_products_by_quantised_weights_are_told_with_their_bytes(device: torch.device) -> None:
     int4, w8a8 = WeightFormat(4, 32, torch.float16, offsets=True), WeightFormat(8, activations=True)
-    weights = make_quantised_on(device, [(48, 64)] * 2, [int4, w8a8], torch.float32)
+    weights = [
+        weight for held in (int4, w8a8) for weight in make_quantised_on(device, 1, (48, 64), held, torch.float32)
+    ]
     x = torch.randn(3, 64, device=device)
     watch = CallWatch()
     with operators_watched(), watch.watching():
