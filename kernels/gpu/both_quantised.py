@@ -53,12 +53,10 @@ def both_quantised_kernel(
     weight,
     scales,
     bias,
-    residual,
     partials,
     counters,
     x_stride,
     weight_stride,
-    residual_stride,
     num_rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -120,7 +118,7 @@ def both_quantised_kernel(
                 y = _scaled(total, x_scales, scales, row, column, 0, num_rows, N, 1, 1, OUTPUTS_EACH)
             rows, columns = row[None, :].to(tl.int64), column[:, None]
             inside = (rows < num_rows) & (columns < N)
-            y = finished(y, y, bias, residual, rows, columns, inside, residual_stride, N, "")
+            y = finished(y, y, bias, None, rows, columns, inside, 0, N, "")
             tl.store(out + rows * N + columns, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -131,12 +129,12 @@ def both_quantised(
     weight: torch.Tensor,
     scales: torch.Tensor,
     bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     choice: Choice,
 ) -> None:
-    """Fills out [m, n]. x [m, k] and weight [n, k or more], of one 8-bit dtype; their columns, and residual's, lie side
-    by side. x_scales: [m, groups] float32; scales: [outputs, groups] float32, as many outputs as there are, or one for
-    all or each `BLOCK` of them. Groups are of `BLOCK` inputs, or one of all.
+    """Fills out [m, n]. x [m, k] and weight [n, k or more], of one 8-bit dtype; their columns lie side by side.
+
+    x_scales: [m, groups] float32; scales: [outputs, groups] float32, as many outputs as there are, or one for all or
+    each `BLOCK` of them. Groups are of `BLOCK` inputs, or one of all.
     """
     num_rows, num_inputs = x.shape
     num_outputs = out.shape[1]
@@ -162,11 +160,9 @@ def both_quantised(
         tensors[1],
         scales.contiguous(),
         bias,
-        residual,
         *(room_to_meet(x, num_programs, block_m * block_n, sums) if choice.kernel == "stream_k" else (None, None)),
         x.stride(0),
         weight.stride(0),
-        0 if residual is None else residual.stride(0),
         num_rows,
         N=num_outputs,
         K=num_inputs,

@@ -36,10 +36,9 @@ def multiply(
     bias: torch.Tensor | None,
     group_size: int,
     *,
-    residual: torch.Tensor | None = None,
     choice: Choice | None = None,
 ) -> torch.Tensor:
-    """choice: by the table of the GPU where it is None. residual [m, n]: is added."""
+    """choice: by the table of the GPU where it is None."""
     out = _fake(x, q, scales, bias, group_size)
     if out.numel():
         weight_only(
@@ -49,7 +48,6 @@ def multiply(
             scales,
             None,
             bias,
-            residual,
             held="fp8",
             shift=0.0,
             group_size=group_size,

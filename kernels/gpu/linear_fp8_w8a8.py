@@ -53,15 +53,14 @@ def multiply(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     *,
-    residual: torch.Tensor | None = None,
     choice: Choice | None = None,
 ) -> torch.Tensor:
-    """choice: by the table of the GPU where it is None. residual [m, n]: is added."""
+    """choice: by the table of the GPU where it is None."""
     out = _fake(x, x_scales, q, scales, bias, dtype)
     if out.numel():
         choice = choice or choice_for(x, dtype, q.shape[0], held="fp8_w8a8")
         of_rows, of_outputs = (each.unsqueeze(1) if each.dim() == 1 else each for each in (x_scales, scales))
-        both_quantised(out, x, of_rows, q, of_outputs, bias, residual, choice)
+        both_quantised(out, x, of_rows, q, of_outputs, bias, choice)
     return out
 
 

@@ -92,10 +92,9 @@ def multiply(
     bias: torch.Tensor | None,
     group_size: int,
     *,
-    residual: torch.Tensor | None = None,
     choice: Choice | None = None,
 ) -> torch.Tensor:
-    """choice: by the table of the GPU where it is None. residual [m, n]: is added."""
+    """choice: by the table of the GPU where it is None."""
     out = _fake(x, packed, scales, offsets, bias, group_size)
     if out.numel():
         weight_only(
@@ -105,7 +104,6 @@ def multiply(
             scales,
             offsets,
             bias,
-            residual,
             held="int4",
             shift=shift_of(x.dtype, signed=offsets is None),
             group_size=group_size,

@@ -47,10 +47,9 @@ def multiply(
     bias: torch.Tensor | None,
     group_size: int,
     *,
-    residual: torch.Tensor | None = None,
     choice: Choice | None = None,
 ) -> torch.Tensor:
-    """choice: by the table of the GPU where it is None. residual [m, n]: is added."""
+    """choice: by the table of the GPU where it is None."""
     out = _fake(x, q, scales, offsets, bias, group_size)
     if out.numel():
         weight_only(
@@ -60,7 +59,6 @@ def multiply(
             scales,
             offsets,
             bias,
-            residual,
             held="int8",
             shift=0.0,
             group_size=group_size,

@@ -47,14 +47,13 @@ def multiply(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     *,
-    residual: torch.Tensor | None = None,
     choice: Choice | None = None,
 ) -> torch.Tensor:
-    """choice: by the table of the GPU where it is None. residual [m, n]: is added."""
+    """choice: by the table of the GPU where it is None."""
     out = _fake(x, x_scales, q, scales, bias, dtype)
     if out.numel():
         choice = choice or choice_for(x, dtype, q.shape[0], held="w8a8")
-        both_quantised(out, x, x_scales.view(-1, 1), q, scales.view(-1, 1), bias, residual, choice)
+        both_quantised(out, x, x_scales.view(-1, 1), q, scales.view(-1, 1), bias, choice)
     return out
 
 

@@ -173,11 +173,9 @@ def weight_only_kernel(
     scales,
     offsets,
     bias,
-    residual,
     partials,
     counters,
     x_stride,
-    residual_stride,
     num_rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -254,7 +252,7 @@ def weight_only_kernel(
         if whole:
             rows, columns = row[None, :].to(tl.int64), column[:, None]
             inside = (rows < num_rows) & (columns < N)
-            total = finished(total, total, bias, residual, rows, columns, inside, residual_stride, N, "")
+            total = finished(total, total, bias, None, rows, columns, inside, 0, N, "")
             tl.store(out + rows * N + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -265,14 +263,13 @@ def weight_only(
     scales: torch.Tensor,
     offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     *,
     held: str,
     shift: float,
     group_size: int,
     choice: Choice,
 ) -> None:
-    """Fills out [m, n]. x [m, k]: columns side by side, residual's too. scales, offsets: [groups, n].
+    """Fills out [m, n]. x [m, k]: columns side by side. scales, offsets: [groups, n].
 
     weight: int8, or E4M3 as uint8, [n, k or more]; of 4 bits as `linear_w4a16.pack_int4` makes it. held, shift and
     group_size: as of the kernel.
@@ -291,10 +288,8 @@ def weight_only(
         scales,
         offsets,
         bias,
-        residual,
         *(room_to_meet(x, num_programs, block_m * block_n) if few else (None, None)),
         x.stride(0),
-        0 if residual is None else residual.stride(0),
         num_rows,
         N=num_outputs,
         K=num_inputs,
