@@ -105,8 +105,8 @@ class Rank:
         checkpoint = Checkpoint(spec.entries)
         packing = choose_packing(self._dtype, self._device)
         if self._device.type == "cpu":
-            quantised = spec.quantization != "none"
-            self.choices["cpu products"] = told_of_quantised(self._dtype) if quantised else packing.told
+            told = told_of_quantised(self._dtype, floating=spec.quantization == "fp8")
+            self.choices["cpu products"] = packing.told if spec.quantization == "none" else told
         else:
             self.choices["gpu kernels"] = find_triton().told
             graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)

@@ -247,14 +247,16 @@ def native_for(dtype: torch.dtype, held: WeightFormat | None = None) -> ModuleTy
     return library if library is not None and library.linear_sets and fits else None
 
 
-def told_of_quantised(dtype: torch.dtype) -> str:
-    """Who makes products of rows of this dtype by quantised weights on a CPU, as half a sentence."""
+def told_of_quantised(dtype: torch.dtype, *, floating: bool = False) -> str:
+    """Who makes products of rows of this dtype by quantised weights on a CPU, as half a sentence. floating: as of
+    `WeightFormat`.
+    """
     library, told = find_native()
-    native = native_for(dtype)
+    native = native_for(dtype, WeightFormat(8, floating=floating))
     if native is not None:
         return f"native, {native.linear_sets[0]}: from weights in integers, activations as they are"
-    reason = told if library is None else "native products are in bfloat16 and need AVX2"
-    return f"torch: weights in integers are made whole for each product ({reason})"
+    reason = told if library is None else "native products are by integers, in bfloat16, and need AVX2"
+    return f"torch: quantised weights are made whole for each product ({reason})"
 
 
 def _native_format(held: WeightFormat, num_inputs: int) -> tuple[int, int, int, bool]:
