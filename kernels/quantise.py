@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from phalanx.kernels.quantised_rows import LIMITS
 from phalanx.kernels.quantised_weight import QuantisedRows, WeightFormat
 
 # Of 4 bits the ends of a group's range need not be hit: in a narrower one they are cut off, and the others err less. Of
@@ -14,8 +15,8 @@ _RANGE_PARTS = (1.0, 0.95, 0.9, 0.85, 0.8)
 def quantise(rows: torch.Tensor, held: WeightFormat) -> QuantisedRows:
     """rows [R, K] of any floating dtype.
 
-    Without offsets the largest magnitude of a group becomes 127, or of 4 bits 7. With offsets, of 4 bits, 0 and 15 are
-    about the ends of the group's range.
+    Without offsets the largest magnitude of a group becomes 127, of 4 bits 7, and of E4M3 448. With offsets, of 4 bits,
+    0 and 15 are about the ends of the group's range.
     """
     num_rows, num_inputs = rows.shape
     group, groups = held.group_of(num_inputs), held.num_groups(num_inputs)
@@ -39,7 +40,8 @@ def quantise(rows: torch.Tensor, held: WeightFormat) -> QuantisedRows:
 
 def _in_range(x: torch.Tensor, part: float, held: WeightFormat) -> QuantisedRows:
     """x [R, groups, group] by a scale that has so much of the range."""
-    low, high = (0, 15) if held.offsets else (-127, 127) if held.bits == 8 else (-7, 7)
+    high = 7 if held.bits == 4 else int(LIMITS[held.q_dtype])
+    low, high = (0, 15) if held.offsets else (-high, high)
     offsets: torch.Tensor | None = None
     if held.offsets:
         start, stop = x.amin(-1) * part, x.amax(-1) * part
@@ -48,9 +50,10 @@ def _in_range(x: torch.Tensor, part: float, held: WeightFormat) -> QuantisedRows
     else:
         scales = (x.abs().amax(-1) * (part / high)).to(held.scale_dtype)
     inverse = scales.float().reciprocal()
-    inverse = torch.where(inverse.isfinite(), inverse, torch.zeros(()))  # of zeros
-    q = (x * inverse.unsqueeze(-1)).round_().clamp_(low, high).to(torch.int8)
-    return QuantisedRows(q, scales, offsets)
+    inverse = inverse.masked_fill_(~inverse.isfinite(), 0.0)  # of zeros
+    q = x * inverse.unsqueeze(-1)
+    q = q if held.e4m3 else q.round_()
+    return QuantisedRows(q.clamp_(low, high).to(held.q_dtype).view(torch.int8), scales, offsets)
 
 
 def _squared_error(x: torch.Tensor, rows: QuantisedRows) -> torch.Tensor:
