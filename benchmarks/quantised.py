@@ -51,7 +51,7 @@ from phalanx.parallel.layout import StageRequest, build_layout  # noqa: E402
 CPU = torch.device("cpu")
 WINDOW = 512
 PAGE_SIZE = 16
-SCHEMES = ("none", "stored", "int8", "int4")
+SCHEMES = ("none", "stored", "int8", "w8a8", "int4", "w4a8", "fp8")
 
 
 class Case(NamedTuple):

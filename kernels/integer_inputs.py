@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-INPUT_GROUP = 64  # inputs that share a scale, of a group of the weight; `kInputGroup` in integers.hpp
+MOST_INPUTS = 64  # that share a scale; `kMostInputs` in integers.hpp
 
 
-def rounded_inputs(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """x [T, K] of any floating dtype -> [T, K] float32: integers from -127 to 127 times a scale, of every 64 inputs or
-    what is left of a group of the weight: a 127th of their largest magnitude. group_size: inputs of a group.
+def rounded_inputs(x: torch.Tensor, group_size: int, input_group: int) -> torch.Tensor:
+    """x [T, K] of any floating dtype -> [T, K] float32: integers from -127 to 127 times a scale, of every `input_group`
+    inputs or what is left of a group of the weight, of `group_size`: a 127th of their largest magnitude.
     """
     num_inputs = x.shape[1]
     inputs = torch.arange(num_inputs, device=x.device)
-    of_input = inputs // group_size * -(-group_size // INPUT_GROUP) + inputs % group_size // INPUT_GROUP
+    of_input = inputs // group_size * -(-group_size // input_group) + inputs % group_size // input_group
     num_groups = int(of_input[-1]) + 1 if num_inputs else 0
     values = x.float()
     largest = values.new_zeros(len(x), num_groups).scatter_reduce_(

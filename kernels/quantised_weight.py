@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from phalanx.kernels.activations import Activations, QuantisedActivations
-from phalanx.kernels.integer_inputs import rounded_inputs
+from phalanx.kernels.integer_inputs import MOST_INPUTS, rounded_inputs
 from phalanx.native import find_native
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class WeightFormat(NamedTuple):
     offset of -scale * zero would have to be rounded. e4m3: whether q are the bits of FP8 numbers (E4M3, without
     infinities: `torch.float8_e4m3fn`), of 8 bits and without offsets or zeros. activations: whether what is multiplied
     by it is quantised as well: on CPUs by integers, see `rounded_inputs`; on GPUs with units that multiply so, to the
-    dtype of q with a scale a token.
+    dtype of q with a scale a token. input_group: inputs of a row that share a scale on CPUs, a multiple of 8 up to 64.
     """
 
     bits: int
@@ -40,6 +40,7 @@ class WeightFormat(NamedTuple):
     zeros: bool = False
     e4m3: bool = False
     activations: bool = False
+    input_group: int = MOST_INPUTS
 
     @property
     def q_dtype(self) -> torch.dtype:
@@ -263,7 +264,10 @@ class QuantisedWeight:
         assert self._parts is not None
         if self._order is not None:
             x = torch.where(self._order >= 0, x[:, self._order], torch.zeros((), dtype=x.dtype))
-        y = F.linear(rounded_inputs(x, self.format.group_of(self.num_held)), dequantise(self._parts, self.format))
+        y = F.linear(
+            rounded_inputs(x, self.format.group_of(self.num_held), self.format.input_group),
+            dequantise(self._parts, self.format),
+        )
         return (y if bias is None else y + bias.float()).to(self.dtype)
 
     def _standing_for(self, rows: torch.Tensor | slice) -> torch.Tensor:
@@ -312,9 +316,10 @@ def told_of_quantised(dtype: torch.dtype, *, integer_inputs: bool = False) -> st
     return f"torch: quantised weights are made whole for each product ({reason})"
 
 
-def _native_format(held: WeightFormat, num_inputs: int) -> tuple[int, int, int, bool, bool, int, bool]:
+def _native_format(held: WeightFormat, num_inputs: int) -> tuple[int, int, int, bool, bool, int, int]:
     scales, group = SCALE_DTYPES.index(held.scale_dtype), held.group_of(num_inputs)
-    return held.bits, group, scales, held.offsets, held.zeros, int(held.e4m3), held.integer_inputs
+    inputs = held.input_group if held.integer_inputs else 0
+    return held.bits, group, scales, held.offsets, held.zeros, int(held.e4m3), inputs
 
 
 def _room_bytes(library: ModuleType, shape: Sequence[int], held: WeightFormat) -> int:

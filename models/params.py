@@ -33,7 +33,8 @@ class Param:
 
     multiplied: whether it is a matrix of a product; of a tied embedding, whether on this rank or another. num_experts:
     whose matrices it is, [experts, rows, columns], of as many slices each; 0 where it is none of a mixture's. exact:
-    whether schemes of quantization leave it as it is, as they do a router's.
+    whether schemes of quantization leave it as it is, as they do a router's. unit: inputs that every cut leaves
+    together, as those of a head; 0 where nothing is known.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Param:
     multiplied: bool = False
     num_experts: int = 0
     exact: bool = False
+    unit: int = 0
 
     @property
     def quantisable(self) -> bool:
@@ -115,7 +117,8 @@ def _layer_params(config: DecoderConfig, stage: Stage, tensor_rank: int, layer: 
     if config.qk_norm:
         yield _vector(f"{name}.q_norm", f"{attention}.q_norm.weight", head_dim)
         yield _vector(f"{name}.k_norm", f"{attention}.k_norm.weight", head_dim)
-    yield _columns(f"{name}.o", hidden, queries, config.shape.num_query_heads * head_dim, f"{attention}.o_proj.weight")
+    width = config.shape.num_query_heads * head_dim
+    yield replace(_columns(f"{name}.o", hidden, queries, width, f"{attention}.o_proj.weight"), unit=head_dim)
     if config.o_bias:
         yield _vector(f"{name}.o_bias", f"{attention}.o_proj.bias", hidden)
     yield _vector(f"{name}.ffn_norm", f"{source}.post_attention_layernorm.weight", hidden)

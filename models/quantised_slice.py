@@ -22,9 +22,8 @@ _AT_ONCE = 1 << 20
 
 def weight_format(scheme: Scheme) -> WeightFormat:
     dtype = getattr(torch, scheme.scale_type)
-    return WeightFormat(
-        scheme.bits, scheme.group_size, dtype, scheme.offsets, scheme.zeros, scheme.e4m3, scheme.activations
-    )
+    numbers = scheme.offsets, scheme.zeros, scheme.e4m3
+    return WeightFormat(scheme.bits, scheme.group_size, dtype, *numbers, scheme.activations, scheme.input_group)
 
 
 class HeldInputs(NamedTuple):

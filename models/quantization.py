@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from phalanx.models.config import DecoderConfig
 from phalanx.models.families import stored_name
 from phalanx.models.params import Param
-from phalanx.models.scheme import Scheme
+from phalanx.models.scheme import OCTET, Scheme
 from phalanx.models.tensor_entry import TensorEntry
 
 INT8 = Scheme(bits=8, group_size=None, scale_type="float32")
@@ -35,6 +36,12 @@ STORED: Mapping[str, Scheme] = {
 """By the encodings of checkpoints whose blocks a product can read as they are."""
 
 
+def _input_group(unit: int) -> int:
+    """Inputs that share a scale: all that do are on one rank in every layout, whose cuts leave `unit` together."""
+    group = math.gcd(unit, 64)
+    return max(group, OCTET)
+
+
 def held_bytes(scheme: Scheme | None, param: Param, itemsize: int) -> int:
     """Of a parameter on a rank. scheme: None for one that is held as it is, in numbers of `itemsize` bytes."""
     return param.num_elements * itemsize if scheme is None else scheme.held_bytes(param)
@@ -52,7 +59,8 @@ def scheme_of(
         return None
     if quantization in SCHEMES:
         layers, head = SCHEMES[quantization]
-        return head if param.name in ("embed", "head") else layers
+        scheme = head if param.name in ("embed", "head") else layers
+        return scheme if not param.unit else scheme._replace(input_group=_input_group(param.unit))
     if quantization == "none":
         return None
     found = {_stored_scheme(piece.tensor, entries, config) for piece in param.slices}

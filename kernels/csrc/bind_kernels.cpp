@@ -57,12 +57,12 @@ void multiply_quantised(uintptr_t y, uintptr_t x, size_t x_stride, uintptr_t wei
           });
 }
 
-// bits, group_size, scales (a `ScaleType`), offsets, zeros, numbers (a `NumberType`), integer_inputs
-using FormatParts = std::tuple<size_t, size_t, int, bool, bool, int, bool>;
+// bits, group_size, scales (a `ScaleType`), offsets, zeros, numbers (a `NumberType`), input_group
+using FormatParts = std::tuple<size_t, size_t, int, bool, bool, int, size_t>;
 
 QuantisedFormat format_of(const FormatParts& parts) {
-  const auto [bits, group_size, scales, offsets, zeros, numbers, integer_inputs] = parts;
-  return {bits, group_size, ScaleType(scales), offsets, zeros, NumberType(numbers), integer_inputs};
+  const auto [bits, group_size, scales, offsets, zeros, numbers, input_group] = parts;
+  return {bits, group_size, ScaleType(scales), offsets, zeros, NumberType(numbers), input_group};
 }
 
 }  // namespace

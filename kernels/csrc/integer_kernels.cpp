@@ -44,7 +44,7 @@ inline Unsigned split(Bits bytes) { return {bytes}; }
 inline Ints add_products(Ints sums, const Unsigned& w, Quad x) {
   return _mm512_dpbusd_epi32(sums, w.bytes, _mm512_set1_epi32(int(x)));
 }
-inline Quad make_quad(const int8_t (&x)[4]) {
+inline Quad make_quad(const int8_t* x) {
   Quad quad;
   std::memcpy(&quad, x, sizeof quad);
   return quad;
@@ -68,42 +68,51 @@ inline Ints add_products(Ints sums, const Unsigned& w, const Quad& x) {
 }
 #endif
 inline int32_t both_words(int8_t low, int8_t high) { return int32_t(uint32_t(uint16_t(low)) | uint32_t(uint16_t(high)) << 16); }
-inline Quad make_quad(const int8_t (&x)[4]) { return {both_words(x[0], x[2]), both_words(x[1], x[3])}; }
+inline Quad make_quad(const int8_t* x) { return {both_words(x[0], x[2]), both_words(x[1], x[3])}; }
 
 #endif
 
 // ---- rows of x ----
 
-// Of so many inputs, at most `kInputGroup`: their integers in the order of `kOrderedInputs`, filled up with zeros.
+// Integers from -127 to 127 as bytes, each eight in the order of `kOrderedInputs`.
+inline void order_bytes(int8_t (&to)[kMostInputs], const int32_t (&integers)[kMostInputs]) {
+#if defined(__AVX512F__)
+  const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+#pragma GCC unroll 4
+  for (size_t i = 0; i < kMostInputs; i += 16) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_load_si512(integers + i));
+    _mm_store_si128(reinterpret_cast<__m128i*>(to + i), _mm_shuffle_epi8(bytes, order));
+  }
+#else
+  for (size_t i = 0; i < kMostInputs; i++) to[i] = int8_t(integers[i / 8 * 8 + kOrderedInputs[i % 8]]);
+#endif
+}
+
+// Of so many inputs, at most `kMostInputs`: their integers, filled up with zeros.
 struct Quantised {
   float scale;
   int32_t sum;
 };
 inline Quantised quantise(Quad* out, size_t stride, const uint16_t* x, size_t count) {
-  uint16_t most = 0;
-  for (size_t i = 0; i < count; i++) most = std::max<uint16_t>(most, x[i] & 0x7FFF);
-  const float largest = widen(most);
-  // What is too small to be divided by counts as zero; what is not finite makes a scale that is not, and so the sums.
-  const bool usable = largest > 1e-30f && most < 0x7F80;
-  const V factor = set_all(usable ? 127.0f / largest : 0.0f);
-  alignas(64) uint16_t held[kInputGroup] = {};
+  alignas(64) uint16_t held[kMostInputs] = {};
   std::memcpy(held, x, count * sizeof *x);
-  alignas(64) int32_t integers[kInputGroup];
-  const size_t filled = (count + 15) / 16 * 16;
-  for (size_t i = 0; i < filled; i += kWidth) store_ints(integers + i, to_nearest(times(widen_all(held + i), factor)));
-  int32_t sum = 0;
-  for (size_t i = 0; i < filled; i++) sum += integers[i];
-  for (size_t octet = 0; octet < (count + 7) / 8; octet++) {
-    int8_t ordered[8];
-    for (size_t i = 0; i < 8; i++) ordered[i] = int8_t(integers[8 * octet + kOrderedInputs[i]]);
-    for (size_t quad = 0; quad < 2; quad++) {
-      int8_t four[4];
-      std::memcpy(four, ordered + 4 * quad, 4);
-      out[(2 * octet + quad) * stride] = make_quad(four);
-    }
+  uint16_t most = 0;
+  for (size_t i = 0; i < kMostInputs; i++) most = std::max<uint16_t>(most, held[i] & 0x7FFF);
+  // What is too small to be divided by counts as zero; what is not finite makes a scale that is not, and so the sums.
+  const float largest = widen(most);
+  const bool finite = most < 0x7F80, usable = largest > 1e-30f && finite;
+  const V factor = set_all(usable ? 127.0f / largest : 0.0f);
+  alignas(64) int32_t integers[kMostInputs];
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kMostInputs; i += kWidth) {
+    store_ints(integers + i, usable ? to_nearest(times(widen_all(held + i), factor)) : repeat(0));
   }
-  if (!usable) sum = 0;
-  return {usable || most >= 0x7F80 ? largest / 127.0f : 0.0f, sum};
+  int32_t sum = 0;
+  for (size_t i = 0; i < kMostInputs; i++) sum += integers[i];
+  alignas(64) int8_t bytes[kMostInputs];
+  order_bytes(bytes, integers);
+  for (size_t quad = 0; quad < (count + 7) / 8 * 2; quad++) out[quad * stride] = make_quad(bytes + 4 * quad);
+  return {usable || !finite ? largest / 127.0f : 0.0f, sum};
 }
 
 void quantise_rows(const IntegerRows& out, const uint16_t* x, size_t x_stride, size_t num_rows, size_t num_inputs,
@@ -114,8 +123,8 @@ void quantise_rows(const IntegerRows& out, const uint16_t* x, size_t x_stride, s
     size_t at = row;
     for (size_t first = 0; first < num_inputs; first += format.group_size) {
       const size_t end = std::min(num_inputs, first + format.group_size);
-      for (size_t k = first; k < end; k += kInputGroup, at += num_rows) {
-        const size_t count = std::min(kInputGroup, end - k);
+      for (size_t k = first; k < end; k += format.input_group, at += num_rows) {
+        const size_t count = std::min(format.input_group, end - k);
         const Quantised found = quantise(quads, num_rows, x + k, count);
         out.scales[at] = found.scale;
         out.sums[at] = found.scale * float(found.sum);
@@ -230,7 +239,7 @@ void multiply(const IntegerTile& tile) {
       const uint8_t* const zeros = format.zeros ? head + format.zeros_at() + column : nullptr;
       w += format.group_head();
       for (; in_group > 0; at += kRows) {
-        const size_t octets = std::min(in_group, kInputGroup / 8);
+        const size_t octets = std::min(in_group, format.input_group / 8);
         in_group -= octets;
         Ints of_group[kRows][kVectors];
         add_up<Held, kRows>(of_group, tile.x.starts + at, zeros, x, w, octets, column, tile.ahead_bytes);

@@ -1,6 +1,6 @@
 // y = x W^T + b where the rows of x are quantised as well, as they come: products of integers.
 //
-// Of a row, `kInputGroup` inputs of a group of the weight share a scale, a 127th of the largest magnitude; each is the
+// Of a row, `input_group` inputs of a group of the weight share a scale, a 127th of the largest magnitude; each is the
 // nearest multiple, ties to even. With x = s q and W = t (u - less) + o, u without sign, an output is the sum over these
 // groups of
 //
@@ -18,13 +18,13 @@ struct LinearKernels;
 struct QuantisedFormat;
 class QuantisedMatrix;
 
-constexpr size_t kInputGroup = 64;
+constexpr size_t kMostInputs = 64;  // that share a scale
 
 /// Where each of eight inputs lies: four of them are multiplied in one instruction. 4 bits of an octet lie in this order
 /// as they are, and 8 bits, with the sign bit turned round, in twice 128 bytes of four inputs each.
 constexpr size_t kOrderedInputs[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
-/// Some rows of x, quantised. num_groups: of `kInputGroup` inputs or what is left of a group of the weight.
+/// Some rows of x, quantised. num_groups: of `input_group` inputs or what is left of a group of the weight.
 struct IntegerRows {
   void* quads;     // [2 octets][num_rows], of `IntegerKernels::quad_bytes`: four inputs each
   float* scales;   // [num_groups][num_rows]
@@ -55,7 +55,7 @@ struct IntegerKernels {
   void (*multiply_nibbles[16])(const IntegerTile& tile);
 };
 
-/// As `quantised_linear`, by a weight of a format with `integer_inputs`; x as the weight has its inputs.
+/// As `quantised_linear`, by a weight of a format with an `input_group`; x as the weight has its inputs.
 void integer_linear(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t x_stride,
                     const QuantisedMatrix& weight, const uint16_t* bias, size_t num_rows);
 

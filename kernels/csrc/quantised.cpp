@@ -99,7 +99,9 @@ QuantisedMatrix::QuantisedMatrix(size_t num_outputs, size_t num_inputs, const Qu
     throw std::invalid_argument("an order of " + std::to_string(order_.size()) + " inputs is not that of " +
                                 std::to_string(num_inputs));
   }
-  if (format.integer_inputs && format.numbers != kIntegers) throw std::invalid_argument("FP8 numbers are no integers");
+  if (format.input_group > 0 && (format.numbers != kIntegers || format.input_group % 8 != 0 || format.input_group > kMostInputs)) {
+    throw std::invalid_argument("of integers, groups of 8 to " + std::to_string(kMostInputs) + " inputs are quantised");
+  }
   for (const int32_t input : order_) {
     if (input >= int64_t(x_inputs)) throw std::invalid_argument("x has no input " + std::to_string(input));
   }
@@ -135,7 +137,7 @@ void QuantisedMatrix::put(const int8_t* q, const void* scales, const void* offse
         for (size_t k = group * format_.group_size; k < stop; k += 8, octet += format_.octet_bytes()) {
           for (size_t input = 0; input < std::min<size_t>(8, stop - k); input++) {
             const int8_t value = q[from * num_inputs_ + k + input];
-            if (format_.integer_inputs && format_.bits == 8) {
+            if (format_.input_group > 0 && format_.bits == 8) {
               octet[integer_byte_of(lane, input)] = uint8_t(value) ^ kSign;
             } else if (format_.bits == 8) {
               octet[byte_of(lane, input)] = uint8_t(value);
@@ -162,7 +164,7 @@ void QuantisedMatrix::take_row(uint16_t* out, size_t row) const {
     const uint8_t* const head = from + group_start(group);
     const uint8_t* const octet = head + format_.group_head() + k % format_.group_size / 8 * format_.octet_bytes();
     const uint8_t byte = format_.bits == 4           ? octet[nibble_byte_of(lane, input)]
-                         : format_.integer_inputs ? octet[integer_byte_of(lane, input)] ^ kSign
+                         : format_.input_group > 0 ? octet[integer_byte_of(lane, input)] ^ kSign
                                                   : octet[byte_of(lane, input)];
     const int integer = format_.bits == 8 ? int8_t(byte) : (byte >> nibble_shift_of(input) & 0xF) - bias;
     const int zero = format_.zeros ? head[format_.zeros_at() + lane] - (format_.bits == 8 ? 128 : 0) : 0;
@@ -265,7 +267,7 @@ void quantised_linear(size_t instructions, uint16_t* y, const uint16_t* x, size_
       put_in_order(ordered, from, x_stride, weight.order(), size);
       from = ordered;
     }
-    const auto multiply = weight.format().integer_inputs ? integer_linear : multiply_some;
+    const auto multiply = weight.format().input_group > 0 ? integer_linear : multiply_some;
     multiply(kernels, y + row * weight.num_outputs(), from, stride, weight, bias, size);
   }
 }

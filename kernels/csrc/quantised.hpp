@@ -40,7 +40,7 @@ struct QuantisedFormat {
   bool offsets;
   bool zeros;         // 0..255; of 8 bits 128 more than what is subtracted
   NumberType numbers;
-  bool integer_inputs;  // whether x is quantised too, see `integers.hpp`; of integers only
+  size_t input_group;  // of x, where it is quantised too, see `integers.hpp`, a multiple of 8; else 0. Of integers only
 
   size_t octet_bytes() const { return bits * kBlockColumns; }
   size_t scale_bytes() const { return (scales == kFloatScales ? 4 : 2) * kBlockColumns; }
@@ -50,7 +50,7 @@ struct QuantisedFormat {
   bool needs_sums() const { return bits == 4 || offsets || zeros; }
   // Of a row of x that is quantised, that share a scale.
   size_t num_input_groups(size_t num_inputs) const {
-    const auto of = [](size_t inputs) { return (inputs + kInputGroup - 1) / kInputGroup; };
+    const auto of = [this](size_t inputs) { return (inputs + input_group - 1) / input_group; };
     return num_inputs / group_size * of(group_size) + of(num_inputs % group_size);
   }
 };

@@ -245,7 +245,7 @@ def quantised_linear(
 ) -> None: ...
 
 # bits, group_size, scales (a `ScaleType`), offsets, zeros, numbers (a `NumberType`)
-_FormatParts = tuple[int, int, int, bool, bool, int, bool]
+_FormatParts = tuple[int, int, int, bool, bool, int, int]
 
 class QuantisedMatrix:
     address: int

@@ -35,7 +35,7 @@ FORMATS = [
     WeightFormat(8, e4m3=True),
     WeightFormat(8, 128, torch.bfloat16, e4m3=True),
     WeightFormat(8, activations=True),
-    WeightFormat(8, 96, torch.float16, zeros=True, activations=True),
+    WeightFormat(8, 96, torch.float16, zeros=True, activations=True, input_group=40),
     WeightFormat(4, 128, torch.bfloat16, activations=True),
     WeightFormat(4, 32, torch.float16, offsets=True, activations=True),
 ]
@@ -96,12 +96,11 @@ def e4m3_values(bits: torch.Tensor) -> torch.Tensor:
 
 
 def as_read(x: torch.Tensor, held: WeightFormat) -> torch.Tensor:
-    """Rows as the product reads them, in float64: of every 64 inputs of a group integers, the largest 127."""
+    """Rows as the product reads them, in float64: of so many inputs of a group integers, the largest 127."""
     if not held.integer_inputs:
         return x.double()
-    parts = [
-        part for group in torch.split(x.float(), held.group_of(x.shape[1]), 1) for part in torch.split(group, 64, 1)
-    ]
+    groups = torch.split(x.float(), held.group_of(x.shape[1]), 1)
+    parts = [part for group in groups for part in torch.split(group, held.input_group, 1)]
     read = []
     for part in parts:
         largest = part.abs().amax(1, keepdim=True)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from tests.rank_threads import Join, run_ranks
-from tests.tiny_models import TINY_MODELS, VOCAB, Reference, make
+from tests.tiny_models import TINY_MODELS, VOCAB, Reference, TinyModel, make
 
 from phalanx.comm import Communicator
 from phalanx.kernels import Recording, choose_packing, plan_attention
@@ -315,6 +316,25 @@ def test_quantised_logits_do_not_depend_on_the_layout(
         rounded = phalanx_logits(source, LAYOUTS["1x1"], CHUNKED, torch.bfloat16, quantization=quantization)
         plain_rounded = phalanx_logits(source, LAYOUTS["1x1"], CHUNKED, torch.bfloat16)
         assert errors(rounded, alone).mean < 1.5 * errors(plain_rounded, plain).mean
+
+
+@pytest.mark.parametrize("quantization", ["w8a8", "w4a8"])
+def test_activations_in_8_bits_are_the_same_in_every_layout(tmp_path: Path, quantization: str) -> None:
+    """Cuts leave the inputs together that share a scale: heads, and columns in granules of 64. But for those few that lie
+    between two integers, and that the last bits of a sum turn.
+    """
+    config = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 768}
+    source = resolve_model(str(make(TinyModel("Llama", config | {"num_hidden_layers": 4}), tmp_path)))
+    alone = phalanx_logits(source, LAYOUTS["1x1"], CHUNKED, quantization=quantization)
+    for layout in ("tensor-2", "ragged-3-1"):
+        error = errors(phalanx_logits(source, LAYOUTS[layout], WHOLE, quantization=quantization), alone)
+        assert error.mean < 0.01 * error.scale  # else 0.03
+    plain = phalanx_logits(source, LAYOUTS["1x1"], CHUNKED)
+    weights_alone = phalanx_logits(source, LAYOUTS["1x1"], CHUNKED, quantization=f"int{quantization[1]}")
+    assert errors(alone, weights_alone).mean > 1e-4 * errors(alone, plain).scale  # activations are quantised, too
+    rounded = phalanx_logits(source, LAYOUTS["tensor-2"], CHUNKED, torch.bfloat16, quantization=quantization)
+    plain_rounded = phalanx_logits(source, LAYOUTS["tensor-2"], CHUNKED, torch.bfloat16)
+    assert errors(rounded, alone).mean < 3 * errors(plain_rounded, plain).mean
 
 
 @pytest.mark.parametrize("name", MIXTURES)
