@@ -320,8 +320,8 @@ def test_quantised_logits_do_not_depend_on_the_layout(
 
 @pytest.mark.parametrize("quantization", ["w8a8", "w4a8"])
 def test_activations_in_8_bits_are_the_same_in_every_layout(tmp_path: Path, quantization: str) -> None:
-    """Cuts leave the inputs together that share a scale: heads, and columns in granules of 64. But for those few that lie
-    between two integers, and that the last bits of a sum turn.
+    """Cuts leave the inputs together that share a scale: heads, and columns in granules of 64. But for those few that
+    lie between two integers, and that the last bits of a sum turn.
     """
     config = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 768}
     source = resolve_model(str(make(TinyModel("Llama", config | {"num_hidden_layers": 4}), tmp_path)))
