@@ -11,16 +11,18 @@ from phalanx.kernels.quantised_weight import QuantisedRows, WeightFormat
 _RANGE_PARTS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
-def quantise(rows: torch.Tensor, held: WeightFormat) -> QuantisedRows:
-    """rows [R, K] of any floating dtype.
+def quantise(rows: torch.Tensor, held: WeightFormat, importance: torch.Tensor | None = None) -> QuantisedRows:
+    """rows [R, K] of any floating dtype. importance: [K], of the squared error of each input; None for all alike.
 
-    Without offsets the largest magnitude of a group becomes 127, or of 4 bits 7. With offsets, of 4 bits, 0 and 15 are
-    about the ends of the group's range.
+    Without offsets or zeros the largest magnitude of a group becomes 127, of 4 bits 7, of E4M3 448. With either, of 4
+    bits, 0 and 15 are about the ends of the group's range, to which with zeros 0 belongs.
     """
     num_rows, num_inputs = rows.shape
     group, groups = held.group_of(num_inputs), held.num_groups(num_inputs)
     missing = groups * group - num_inputs
     x = torch.cat([rows.float(), rows[:, -1:].float().expand(-1, missing)], 1).view(num_rows, groups, group)
+    if importance is not None:
+        importance = torch.cat([importance.float(), torch.zeros(missing)]).view(groups, group)
     best: QuantisedRows | None = None
     least: torch.Tensor | None = None
     for part in _RANGE_PARTS if held.bits == 4 else (1.0,):
@@ -29,8 +31,8 @@ def quantise(rows: torch.Tensor, held: WeightFormat) -> QuantisedRows:
             best = found
             continue
         if least is None:
-            least = _squared_error(x, best)
-        error = _squared_error(x, found)
+            least = _squared_error(x, best, importance)
+        error = _squared_error(x, found, importance)
         better, least = error < least, torch.minimum(error, least)
         best = QuantisedRows(*(_chosen(better, one, other) for one, other in zip(found, best, strict=True)))  # type: ignore[arg-type]
     assert best is not None
@@ -39,26 +41,40 @@ def quantise(rows: torch.Tensor, held: WeightFormat) -> QuantisedRows:
 
 def _in_range(x: torch.Tensor, part: float, held: WeightFormat) -> QuantisedRows:
     """x [R, groups, group] by a scale that has so much of the range."""
-    low, high = (0, 15) if held.offsets else (-127, 127) if held.bits == 8 else (-7, 7)
+    low, high = (0, 15) if held.offsets or held.zeros else (-7, 7) if held.bits == 4 else (-127, 127)
+    if held.e4m3:
+        low, high = -448, 448
     offsets: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
     if held.offsets:
         start, stop = x.amin(-1) * part, x.amax(-1) * part
         scales, offsets = ((stop - start) / 15).to(held.scale_dtype), start.to(held.scale_dtype)
         x = x - offsets.float().unsqueeze(-1)
+    elif held.zeros:
+        start, stop = x.amin(-1).clamp_(max=0) * part, x.amax(-1).clamp_(min=0) * part
+        scales = ((stop - start) / 15).to(held.scale_dtype)
     else:
         scales = (x.abs().amax(-1) * (part / high)).to(held.scale_dtype)
     inverse = scales.float().reciprocal()
     inverse = torch.where(inverse.isfinite(), inverse, torch.zeros(()))  # of zeros
-    q = (x * inverse.unsqueeze(-1)).round_().clamp_(low, high).to(torch.int8)
-    return QuantisedRows(q, scales, offsets)
+    q = x * inverse.unsqueeze(-1)
+    if held.e4m3:
+        return QuantisedRows(q.clamp_(low, high).to(torch.float8_e4m3fn).view(torch.int8), scales)
+    q.round_()
+    if held.zeros:
+        zeros = (start * -inverse).round_().clamp_(low, high).to(torch.uint8)
+        q += zeros.unsqueeze(-1)
+    return QuantisedRows(q.clamp_(low, high).to(torch.int8), scales, offsets, zeros)
 
 
-def _squared_error(x: torch.Tensor, rows: QuantisedRows) -> torch.Tensor:
-    """Of each group, [R, groups]."""
-    values = rows.q * rows.scales.float().unsqueeze(-1)
+def _squared_error(x: torch.Tensor, rows: QuantisedRows, importance: torch.Tensor | None) -> torch.Tensor:
+    """Of each group, [R, groups]. importance: [groups, group]."""
+    q = rows.q if rows.zeros is None else rows.q - rows.zeros.unsqueeze(-1).view(torch.int8)
+    values = q * rows.scales.float().unsqueeze(-1)
     if rows.offsets is not None:
         values += rows.offsets.float().unsqueeze(-1)
-    return values.sub_(x).square_().sum(-1)
+    squares = values.sub_(x).square_()
+    return (squares if importance is None else squares.mul_(importance)).sum(-1)
 
 
 def _chosen(better: torch.Tensor, one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
