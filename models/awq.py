@@ -52,7 +52,12 @@ class ActivationAware:
     """
 
     def __init__(
-        self, config: DecoderConfig, tokens: torch.Tensor, embedding: torch.Tensor, held: WeightFormat, dtype: torch.dtype
+        self,
+        config: DecoderConfig,
+        tokens: torch.Tensor,
+        embedding: torch.Tensor,
+        held: WeightFormat,
+        dtype: torch.dtype,
     ) -> None:
         self._config, self._held, self._dtype = config, held, dtype
         self._x_TH = embedding[tokens.flatten()].float()
@@ -71,9 +76,7 @@ class ActivationAware:
         positions = torch.arange(length).repeat(num_sequences)
         slots = torch.arange(length) + _PAGE_SIZE * pages * torch.arange(num_sequences).unsqueeze(1)
         self._part = Part(positions, slots.flatten(), attention)
-        cache = KVCache(
-            1, num_sequences * pages, _PAGE_SIZE, shape.num_kv_heads, shape.head_dim, torch.float32, _CPU
-        )
+        cache = KVCache(1, num_sequences * pages, _PAGE_SIZE, shape.num_kv_heads, shape.head_dim, torch.float32, _CPU)
         [self._pages] = cache
         self._table = rope_table(positions, rope_frequencies_of(config), torch.float32)
         self._stage = build_layout(shape, [StageRequest()]).stages[0]
@@ -105,7 +108,11 @@ class ActivationAware:
         qkv, o = weights[f"{name}.qkv"], weights[f"{name}.o"]
         found[f"{name}.qkv"] = self._search(qkv, normed_TH, attention_with, attention.o.part(attended_TK))
         found[f"{name}.o"] = self._search(
-            o, attended_TK, lambda weight: linear(attended_TK, weight), linear(attended_TK, o), self._config.shape.num_kv_heads
+            o,
+            attended_TK,
+            lambda weight: linear(attended_TK, weight),
+            linear(attended_TK, o),
+            self._config.shape.num_kv_heads,
         )
         residual_TH = self._x_TH + attention.o(attended_TK)
         ffn_normed_TH = rms_norm(residual_TH, layer.ffn_norm, eps)

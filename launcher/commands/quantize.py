@@ -26,7 +26,8 @@ def quantize(
         SchemeName,
         typer.Option(
             "--scheme",
-            help="Of the layers' matrices. int4: a scale and a zero for a group of inputs. int8, fp8: a scale an output.",
+            help="Of the layers' matrices. int4: a scale and a zero for a group of inputs; int8, fp8: a scale an "
+            "output.",
         ),
     ] = SchemeName.int4,
     group_size: Annotated[
