@@ -60,7 +60,7 @@ class Quantised:
 
     @property
     def error_share(self) -> float:
-        """Of what blocks err by without AWQ, on the calibration text: the geometric mean over the matrices."""
+        """Of what blocks err by without scales, on the calibration text: the geometric mean over the matrices."""
         shares = [each.error / each.plain_error for each in self.found.values() if each.plain_error > 0]
         return math.exp(sum(math.log(max(share, 1e-30)) for share in shares) / max(1, len(shares)))
 
@@ -77,7 +77,7 @@ def quantise_model(
     on_layer: hears how many layers of how many are done. Holds a layer in float32, its candidates and what calibration
     computes. Raises ModelError, naming cause and remedy, before anything is written where it can.
     """
-    config = source.config
+    directory, config = directory.expanduser().absolute(), source.config
     dtype = getattr(torch, config.dtype)
     form = _checked_form(source, directory, options, dtype)
     layout = build_layout(config.shape, [StageRequest()])
@@ -167,7 +167,7 @@ def _checked_form(source: ModelSource, directory: Path, options: QuantiseOptions
 
 
 def _check_room(directory: Path, num_bytes: int) -> None:
-    place = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    place = next(place for place in (directory, *directory.parents) if place.exists())
     free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise ModelError(

@@ -20,12 +20,12 @@ SHAPE = ModelShape(
     hidden_size=96, num_layers=2, num_query_heads=6, num_kv_heads=3, head_dim=24, ffn_size=160, vocab_size=90
 )
 LLAMA = DecoderConfig("llama", SHAPE, 64, 1e-5, RopeConfig(500.0), bos_token_id=1, eos_token_ids=(2,))
-QWEN2 = replace(LLAMA, family="qwen2", qkv_bias=True)
+QWEN2 = replace(LLAMA, family="qwen2", qkv_bias=True, bos_token_id=None)
 CONFIGS = {
     "llama": LLAMA,
     "llama, biased and tied": replace(LLAMA, qkv_bias=True, o_bias=True, ffn_bias=True, tie_embeddings=True),
     "llama-3.1": replace(LLAMA, rope=RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 32), eos_token_ids=(2, 5)),
-    "linear": replace(LLAMA, rope=RopeConfig(1e4, "linear", 4.0), bos_token_id=None, eos_token_ids=()),
+    "linear": replace(LLAMA, rope=RopeConfig(1e4, "linear", 4.0)),
     "qwen2, windowed": replace(QWEN2, sliding_window=14, dtype="float16"),
     "qwen3": replace(LLAMA, family="qwen3", qk_norm=True),
 }

@@ -40,7 +40,7 @@ MODELS = {
         "Mixtral", SHAPE | {"intermediate_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2}
     ),
 }
-TEXT = " ".join(f"{number} times {number} is {number * number};" for number in range(150))
+TEXT = " ".join(f"{number} times {number} is {number * number};" for number in range(30))
 AWQ = QuantiseOptions("int4", text=TEXT)
 NEAREST = QuantiseOptions("int4", awq=False)
 
