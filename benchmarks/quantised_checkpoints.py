@@ -1,6 +1,6 @@
 """What the checkpoints lose that `phalanx quantize` writes: AWQ beside rounding to nearest.
 
-    python benchmarks/quantised_checkpoints.py [--model smollm2-135m] [--windows 8] [--group-sizes 32 64 192]
+    python benchmarks/quantised_checkpoints.py [--model smollm2-135m] [--windows 8] [--group-sizes 32 64]
         [--json FILE]
 
 Against the same model in float32, all computed in float32, so that only the rounding of weights counts: perplexity,
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64, 192])
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     resize_pool(2)

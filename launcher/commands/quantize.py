@@ -80,6 +80,8 @@ def quantize(
         made = quantise_model(source, directory, options, lambda done, _: bars.update(task, completed=done))
     told = f"{directory}: {format_bytes(made.num_bytes)} in place of {format_bytes(made.plain_bytes)}"
     if made.found:
-        told += f"; what blocks err by is {made.error_share:.2f} times what it is without scales, on the calibration text"
+        told += (
+            f"; what blocks err by is {made.error_share:.2f} times what it is without scales, on the calibration text"
+        )
     print(told)
     print(f"run it with --set model.path={directory}")
