@@ -44,13 +44,16 @@ WANTED = {
     "xdist": "tests run one after another",
 }
 VERSIONS = ("torch", "triton", "numpy", "cupy-cuda13x", "cupy-cuda12x")
-MOST_LINES = 40
+MOST_LINES = 44
 
-# (rows, outputs, inputs) of the products to be tuned first, for `make gpu` has no time for all.
+# (rows, outputs, inputs, and how weights are quantised if they are) of the products to be tuned first, for `make gpu`
+# has no time for all.
 TUNED = (
     *((m, n, n) for n in (2048, 4096) for m in (1, 16)),
     (8192, 8192, 8192),
     (4096, 4096, 4096),
+    (16, 8192, 8192, "w4a16"),
+    (16, 4096, 4096, "fp8_w8a8"),
     *((m, n, k) for m in (1, 64) for n, k in ((3072, 2048), (2048, 8192), (6144, 4096), (4096, 14336))),
 )
 

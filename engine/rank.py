@@ -36,7 +36,15 @@ from phalanx.engine.sampler import Sampler
 from phalanx.engine.step_profiler import Seen, StepProfiler
 from phalanx.engine.tables import SlotTables
 from phalanx.engine.trial import WARMUP, try_largest_steps
-from phalanx.kernels import Graphs, choose_packing, compiled_names, told_of_kv, told_of_quantised, use_compiler
+from phalanx.kernels import (
+    Graphs,
+    choose_packing,
+    compiled_names,
+    told_of_kv,
+    told_of_quantised,
+    told_on_gpu,
+    use_compiler,
+)
 from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.kernels.triton_gpu import find_triton
 from phalanx.models.batch import KVCache
@@ -44,6 +52,7 @@ from phalanx.models.captured import choose_graphs
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.params import kv_bytes_per_token, rank_params
+from phalanx.models.quantization import held_bytes, scheme_of
 from phalanx.models.weights import load_params
 from phalanx.native import resize_pool
 from phalanx.parallel.overlap import Overlap
@@ -104,8 +113,8 @@ class Rank:
         checkpoint = Checkpoint(spec.entries)
         packing = choose_packing(self._dtype, self._device)
         if self._device.type == "cpu":
-            quantised = spec.quantization != "none"
-            self.choices["cpu products"] = told_of_quantised(self._dtype) if quantised else packing.told
+            told = told_of_quantised(self._dtype, integer_inputs=spec.quantization in ("w8a8", "w4a8"))
+            self.choices["cpu products"] = packing.told if spec.quantization == "none" else told
         else:
             self.choices["gpu kernels"] = find_triton().told
             graphs, told = choose_graphs(self._comm, spec.max_sequences, wanted=spec.cuda_graphs)
@@ -124,6 +133,8 @@ class Rank:
             on_bytes=on_bytes,
         )
         give_back()
+        if self._device.type != "cpu" and spec.quantization != "none":
+            self.choices["gpu products"] = told_on_gpu(weights.values())
         self._weight_bytes = sum(weight.nbytes for weight in weights.values())
         self._bytes_read = checkpoint.bytes_read
         self._overlap = Overlap(spec.comm.overlap)
@@ -137,7 +148,10 @@ class Rank:
         spec, place, measure = self._spec, self._place, self._spec.measure
         return Sizes(
             num_ranks=self._stage.num_ranks,
-            weight_bytes=sum(param.num_elements for param in self._params) * self._dtype.itemsize,
+            weight_bytes=sum(
+                held_bytes(scheme_of(spec.quantization, param, spec.entries), param, self._dtype.itemsize)
+                for param in self._params
+            ),
             step_tokens=self._widest_step,
             step_rows=self._most_drawn,
             page_size=spec.page_size,

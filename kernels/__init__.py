@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from phalanx.kernels.activations import (
+    Activations,
+    Norm,
+    QuantisedActivations,
+    QuantisingNorm,
+    add_normed,
+    normed,
+    plain_norm,
+    silu_gated,
+)
 from phalanx.kernels.compiled import compiled_names, use_compiler
 from phalanx.kernels.cuda_graphs import CudaGraphs, Graph, Graphs
 from phalanx.kernels.device_plan import DevicePlan, PlanRoom
@@ -13,7 +23,7 @@ from phalanx.kernels.largest import argmax, argmax_keys, columns_of_keys, top
 from phalanx.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from phalanx.kernels.linear import gated_linear, linear, linear_add
 from phalanx.kernels.mixture import Experts, PackedExperts, expert_ffn, route
-from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, is_native, make_packed
+from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, is_native, make_packed, taken_by
 from phalanx.kernels.paged_attention import (
     AttentionPlan,
     PagePlan,
@@ -40,10 +50,12 @@ from phalanx.kernels.rope_and_attend import rope_and_attend
 from phalanx.kernels.rope_and_write_kv import rope_and_write_kv, write_kv
 from phalanx.kernels.sample import SamplingRows, sample
 from phalanx.kernels.token_places import fill_token_places, planned_places, token_places
+from phalanx.kernels.weight_on_gpu import make_quantised_on, told_on_gpu
 from phalanx.kernels.widen import widen
 
 __all__ = [
     "KV_DTYPES",
+    "Activations",
     "Arena",
     "AttentionPlan",
     "CudaGraphs",
@@ -53,20 +65,24 @@ __all__ = [
     "Graphs",
     "HeadGroups",
     "KVScales",
+    "Norm",
     "NotRecordableError",
     "PackedExperts",
     "PackedWeight",
     "Packing",
     "PagePlan",
     "PlanRoom",
+    "QuantisedActivations",
     "QuantisedRows",
     "QuantisedWeight",
+    "QuantisingNorm",
     "Recording",
     "SamplingRows",
     "Weight",
     "WeightFormat",
     "add_layer_norm",
     "add_layer_norm_quantised",
+    "add_normed",
     "add_rms_norm",
     "add_rms_norm_quantised",
     "argmax",
@@ -91,8 +107,11 @@ __all__ = [
     "linear_add",
     "make_packed",
     "make_quantised",
+    "make_quantised_on",
+    "normed",
     "paged_attention",
     "paged_attention_reference",
+    "plain_norm",
     "plan_attention",
     "plan_room",
     "planned_places",
@@ -108,11 +127,14 @@ __all__ = [
     "rope_table",
     "route",
     "sample",
+    "silu_gated",
     "silu_mul",
     "silu_mul_quantised",
+    "taken_by",
     "token_places",
     "told_of_kv",
     "told_of_quantised",
+    "told_on_gpu",
     "top",
     "use_compiler",
     "widen",

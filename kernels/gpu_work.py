@@ -27,6 +27,7 @@ MOVED = {
     "silu_mul_quantised": 1.25,
     "gelu_mul": 1.5,
     "gelu_mul_quantised": 1.25,
+    "quantise_rows": 1.5,
     "rope_and_write_kv": 2.0,
     "rope_table": 1.0,
     "route": 1.0,
@@ -62,6 +63,31 @@ class WatchedOperators:
 
 def _rows(name: str, x: torch.Tensor, *_: Any, **__: Any) -> Work:
     return Work(name, tuple(x.shape), MOVED[name] * x.nbytes)
+
+
+def _by_quantised(
+    name: str, outputs_in: int, x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | int | None
+) -> Work:
+    """Of activations as they are. outputs_in: the weight's dimension that they are. others: scales, offsets, ..."""
+    num_rows, inputs = x.shape
+    outputs = weight.shape[outputs_in]
+    moved = weight.nbytes + sum(each.nbytes for each in others if isinstance(each, torch.Tensor))
+    moved += x.nbytes + num_rows * outputs * x.itemsize
+    return Work(name, (num_rows, outputs, inputs), moved, 2.0 * num_rows * outputs * inputs, weight.data_ptr())
+
+
+def _both_quantised(
+    name: str,
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Work:
+    (num_rows, inputs), outputs = x.shape, len(weight)
+    moved = x.nbytes + x_scales.nbytes + weight.nbytes + scales.nbytes + num_rows * outputs * dtype.itemsize
+    return Work(name, (num_rows, outputs, inputs), moved, 2.0 * num_rows * outputs * inputs, weight.data_ptr())
 
 
 def _embedding(tokens: torch.Tensor, weight: torch.Tensor, *_: Any) -> Work:
@@ -108,9 +134,26 @@ def _experts(
     return Work("expert_ffn", (num_rows, hidden, columns), moved, 6.0 * experts.numel() * hidden * columns)
 
 
+def _quantised_experts(x: torch.Tensor, experts: torch.Tensor, _: torch.Tensor, *numbers: Any) -> Work:
+    """The same; numbers: of the gates and the down projections, each data, scales, offsets and group size."""
+    scales, down_scales = numbers[1], numbers[5]
+    num_rows, hidden = x.shape
+    columns = scales.shape[2] // 2
+    used = min(experts.numel(), len(down_scales))
+    held = sum(each[0].nbytes for each in numbers if isinstance(each, torch.Tensor))
+    flops = 6.0 * experts.numel() * hidden * columns
+    return Work("expert_ffn_quantised", (num_rows, hidden, columns), used * held + 2 * x.nbytes, flops)
+
+
 _OTHERS: dict[str, Callable[..., Work]] = {
     "embedding": _embedding,
     "expert_ffn": _experts,
+    "expert_ffn_quantised": _quantised_experts,
+    "linear_fp8_w8a8": partial(_both_quantised, "linear_fp8_w8a8"),
+    "linear_fp8_w8a16": partial(_by_quantised, "linear_fp8_w8a16", 0),
+    "linear_w4a16": partial(_by_quantised, "linear_w4a16", 1),
+    "linear_w8a8": partial(_both_quantised, "linear_w8a8"),
+    "linear_w8a16": partial(_by_quantised, "linear_w8a16", 0),
     "paged_attention": _attention,
     "rope_and_attend": _rope_and_attend,
 }

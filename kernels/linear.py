@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from phalanx.kernels import triton_gpu, watch
+from phalanx.kernels.activations import Activations, QuantisedActivations
 from phalanx.kernels.gated_mul import gelu_mul, silu_mul
 from phalanx.kernels.packed import PackedWeight, Weight
 from phalanx.kernels.quantised_weight import QuantisedWeight
@@ -18,13 +19,18 @@ from phalanx.kernels.quantised_weight import QuantisedWeight
 FEW_ROWS = range(2, 5)
 
 
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, in], weight [out, in], bias [out] or None, all of one floating dtype -> [T, out].
+def linear(x: Activations, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in], weight [out, in], bias [out] or None, all of one floating dtype -> [T, out]. x may be quantised to
+    what a `QuantisedWeight` takes.
 
     By a packed weight a row's result does not depend on the other rows, nor on the number of threads. It is rounded
     once; subnormal numbers count as zero.
     """
-    if isinstance(weight, PackedWeight | QuantisedWeight):
+    if isinstance(weight, QuantisedWeight):
+        return weight.multiply(x, bias)
+    if isinstance(x, QuantisedActivations):
+        raise TypeError(f"activations in {x.q.dtype} were given to a weight that is not quantised")
+    if isinstance(weight, PackedWeight):
         return weight.multiply(x, bias)
     gpu = triton_gpu.operators_for(x)
     if gpu is not None:
@@ -46,18 +52,19 @@ def linear_add(
 ) -> torch.Tensor:
     """`linear(x, weight, bias) + residual`, residual [T, out]; on a GPU what lies between need not be rounded."""
     gpu = triton_gpu.operators_for(x)
-    if gpu is not None:
+    if gpu is not None and isinstance(weight, torch.Tensor):
         return gpu.linear_add(x, weight, residual, bias)  # type: ignore[no-any-return]
     return linear(x, weight, bias) + residual
 
 
 def gated_linear(
-    x: torch.Tensor, weight: Weight, activation: Literal["silu", "gelu"], bias: torch.Tensor | None = None
+    x: Activations, weight: Weight, activation: Literal["silu", "gelu"], bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`, or `gelu_mul`: the first half of the weight's rows are the gates. On a GPU
     what lies between need not be rounded.
     """
-    gpu = triton_gpu.operators_for(x)
-    if gpu is not None:
-        return gpu.gated_linear(x, weight, activation, bias)  # type: ignore[no-any-return]
+    if isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor):
+        gpu = triton_gpu.operators_for(x)
+        if gpu is not None:
+            return gpu.gated_linear(x, weight, activation, bias)  # type: ignore[no-any-return]
     return (silu_mul if activation == "silu" else gelu_mul)(linear(x, weight, bias))

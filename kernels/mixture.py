@@ -17,6 +17,7 @@ from phalanx.kernels.gated_mul import silu_mul
 from phalanx.kernels.largest import top
 from phalanx.kernels.linear import linear
 from phalanx.kernels.packed import Weight
+from phalanx.kernels.weight_on_gpu import numbers_of
 from phalanx.kernels.widen import widen
 
 
@@ -69,8 +70,12 @@ def expert_ffn(
     order that does not depend on other tokens.
     """
     gpu = triton_gpu.operators_for(x_TH)
-    if gpu is not None:
+    if gpu is not None and isinstance(gate_up, torch.Tensor):
         return gpu.expert_ffn(x_TH, experts_TK, weights_TK, gate_up, down)  # type: ignore[no-any-return]
+    if gpu is not None and isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
+        numbers = numbers_of(gate_up), numbers_of(down)
+        if numbers[0] is not None and numbers[1] is not None:
+            return gpu.expert_ffn_quantised(x_TH, experts_TK, weights_TK, *numbers[0], *numbers[1])  # type: ignore[no-any-return]
     flat = experts_TK.flatten()
     order = flat.argsort(stable=True)
     token, weight = order // experts_TK.shape[1], weights_TK.flatten()[order].unsqueeze(1)

@@ -145,6 +145,11 @@ Weight = torch.Tensor | PackedWeight | QuantisedWeight
 """A matrix to multiply by."""
 
 
+def taken_by(weight: Weight) -> torch.dtype | None:
+    """What activations are quantised to, to 8 bits, before they are multiplied by it; None where they are not."""
+    return weight.takes if isinstance(weight, QuantisedWeight) else None
+
+
 def is_native(weight: Weight) -> bool:
     """Whether products by it, and the taking of its rows, are native calls."""
     return isinstance(weight, PackedWeight) or (isinstance(weight, QuantisedWeight) and weight.native)

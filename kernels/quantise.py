@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from phalanx.kernels.quantised_rows import LIMITS
 from phalanx.kernels.quantised_weight import QuantisedRows, WeightFormat
 
 # Of 4 bits the ends of a group's range need not be hit: in a narrower one they are cut off, and the others err less. Of
@@ -22,7 +24,7 @@ def quantise(rows: torch.Tensor, held: WeightFormat, importance: torch.Tensor | 
     missing = groups * group - num_inputs
     x = torch.cat([rows.float(), rows[:, -1:].float().expand(-1, missing)], 1).view(num_rows, groups, group)
     if importance is not None:
-        importance = torch.cat([importance.float(), torch.zeros(missing)]).view(groups, group)
+        importance = F.pad(importance.float(), (0, missing)).view(groups, group)
     best: QuantisedRows | None = None
     least: torch.Tensor | None = None
     for part in _RANGE_PARTS if held.bits == 4 else (1.0,):
@@ -41,9 +43,8 @@ def quantise(rows: torch.Tensor, held: WeightFormat, importance: torch.Tensor | 
 
 def _in_range(x: torch.Tensor, part: float, held: WeightFormat) -> QuantisedRows:
     """x [R, groups, group] by a scale that has so much of the range."""
-    low, high = (0, 15) if held.offsets or held.zeros else (-7, 7) if held.bits == 4 else (-127, 127)
-    if held.e4m3:
-        low, high = -448, 448
+    high = 7 if held.bits == 4 else int(LIMITS[held.q_dtype])
+    low, high = (0, 15) if held.offsets or held.zeros else (-high, high)
     offsets: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
     if held.offsets:
@@ -56,15 +57,13 @@ def _in_range(x: torch.Tensor, part: float, held: WeightFormat) -> QuantisedRows
     else:
         scales = (x.abs().amax(-1) * (part / high)).to(held.scale_dtype)
     inverse = scales.float().reciprocal()
-    inverse = torch.where(inverse.isfinite(), inverse, torch.zeros(()))  # of zeros
+    inverse = inverse.masked_fill_(~inverse.isfinite(), 0.0)  # of zeros
     q = x * inverse.unsqueeze(-1)
-    if held.e4m3:
-        return QuantisedRows(q.clamp_(low, high).to(torch.float8_e4m3fn).view(torch.int8), scales)
-    q.round_()
+    q = q if held.e4m3 else q.round_()
     if held.zeros:
         zeros = (start * -inverse).round_().clamp_(low, high).to(torch.uint8)
         q += zeros.unsqueeze(-1)
-    return QuantisedRows(q.clamp_(low, high).to(torch.int8), scales, offsets, zeros)
+    return QuantisedRows(q.clamp_(low, high).to(held.q_dtype).view(torch.int8), scales, offsets, zeros)
 
 
 def _squared_error(x: torch.Tensor, rows: QuantisedRows, importance: torch.Tensor | None) -> torch.Tensor:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from phalanx.kernels.activations import Activations, QuantisedActivations
 from phalanx.kernels.integer_inputs import rounded_inputs
 from phalanx.native import find_native
+
+if TYPE_CHECKING:
+    from phalanx.kernels.weight_on_gpu import WeightOnGpu
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of `ScaleType` in quantised.hpp
 OCTET = 8  # inputs that lie together
@@ -24,8 +28,9 @@ class WeightFormat(NamedTuple):
     inputs that share a scale, a multiple of 8; None for all of an output. scale_dtype: of scales and offsets: float32,
     float16 or bfloat16. zeros: whether there are any: of 4 bits, or of 8 bits and 128 more than what is subtracted. An
     offset of -scale * zero would have to be rounded. e4m3: whether q are the bits of FP8 numbers (E4M3, without
-    infinities: `torch.float8_e4m3fn`), of 8 bits and without offsets or zeros. integer_inputs: whether what is multiplied
-    by it is quantised as well, see `rounded_inputs`; of integers.
+    infinities: `torch.float8_e4m3fn`), of 8 bits and without offsets or zeros. activations: whether what is multiplied
+    by it is quantised as well: on CPUs by integers, see `rounded_inputs`; on GPUs with units that multiply so, to the
+    dtype of q with a scale a token.
     """
 
     bits: int
@@ -34,7 +39,22 @@ class WeightFormat(NamedTuple):
     offsets: bool = False
     zeros: bool = False
     e4m3: bool = False
-    integer_inputs: bool = False
+    activations: bool = False
+
+    @property
+    def q_dtype(self) -> torch.dtype:
+        """Of what the bits of q stand for."""
+        return torch.float8_e4m3fn if self.e4m3 else torch.int8
+
+    @property
+    def signed(self) -> bool:
+        """Whether integers are below zero, too."""
+        return not (self.bits == 4 and (self.offsets or self.zeros))
+
+    @property
+    def integer_inputs(self) -> bool:
+        """Whether products on CPUs are of integers."""
+        return self.activations and not self.e4m3
 
     def group_of(self, num_inputs: int) -> int:
         """Inputs of a group, of rows of so many."""
@@ -59,20 +79,21 @@ class QuantisedRows(NamedTuple):
 
 
 class QuantisedWeight:
-    """A matrix [N, K] of integers on the CPU: `put` fills it, `linear` multiplies bfloat16 rows by it.
+    """A matrix [N, K] in few bits: `put` fills it, `linear` multiplies rows of `dtype` by it.
 
     A product is exact up to its sums in float32 and the last rounding: what is multiplied are the integers, scaled once
     a group (`kernels/csrc/quantised.hpp`). By the native library they are read as they are held; without it PyTorch
-    multiplies by the matrix that they stand for, made anew for each product.
+    multiplies by the matrix that they stand for, made anew for each product. On a GPU `WeightOnGpu` does all this.
 
     Inputs may be held in another order than x has them, so that those of a group lie together, and with room between.
 
     shape, dtype, device and numel are those of the matrix that it stands for; nbytes is what is held.
     """
 
-    __slots__ = ("_address", "_library", "_matrix", "_order", "_parts", "data", "dtype", "format", "shape")
-
-    device = torch.device("cpu")
+    __slots__ = (
+        *("_address", "_library", "_matrix", "_order", "_parts"),
+        *("data", "device", "dtype", "format", "on_gpu", "shape"),
+    )
 
     def __init__(
         self,
@@ -82,16 +103,22 @@ class QuantisedWeight:
         dtype: torch.dtype = torch.bfloat16,
         room: torch.Tensor | None = None,
         order: torch.Tensor | None = None,
+        on_gpu: WeightOnGpu | None = None,
     ) -> None:
         """To be filled by `put`. dtype: of what is multiplied. room: uint8 zeros to lie in, as `make_quantised` cuts
         it, or its own. order: [held inputs] int64, which input of x each is, -1 for none; None for as they are.
+        on_gpu: where it is on a GPU, made by `make_quantised_on`, which knows the order as well.
         """
         self.shape = torch.Size((num_outputs, num_inputs))
         self.dtype = dtype
         self.format = held
+        self.device = torch.device("cpu") if on_gpu is None else on_gpu.data.device
+        self.on_gpu = on_gpu
         self._order = order
-        self._library = native_for(dtype)
+        self._library = native_for(dtype) if on_gpu is None else None
         self._parts: QuantisedRows | None = None
+        if on_gpu is not None:
+            return
         num_held = self.num_held
         if self._library is None:
             groups = num_outputs, held.num_groups(num_held)
@@ -125,18 +152,27 @@ class QuantisedWeight:
         return self._library is not None
 
     @property
+    def takes(self) -> torch.dtype | None:
+        """The dtype, of 8 bits, that activations are quantised to before they are multiplied by it; None for none."""
+        return None if self.on_gpu is None else self.on_gpu.takes
+
+    @property
     def itemsize(self) -> int:
         """Of a weight in memory, in whole bytes."""
         return 1
 
     @property
     def nbytes(self) -> int:
+        if self.on_gpu is not None:
+            return self.on_gpu.nbytes
         if self._parts is None:
             return int(self.data.nbytes)
         return sum(part.nbytes for part in self._parts if part is not None)
 
     def data_ptr(self) -> int:
         """By which profiles know it."""
+        if self.on_gpu is not None:
+            return self.on_gpu.data.data_ptr()
         return self._address if self._library is not None else id(self)
 
     def numel(self) -> int:
@@ -157,6 +193,9 @@ class QuantisedWeight:
         for each, wanted in ((rows.scales, dtype), (rows.offsets, dtype), (rows.zeros, torch.uint8)):
             if each is not None and (each.shape != groups or each.dtype != wanted):
                 raise ValueError(f"scales {list(each.shape)} {each.dtype} are not {list(groups)} {wanted}")
+        if self.on_gpu is not None:
+            self.on_gpu.put(first, rows)
+            return
         if self._parts is not None:
             with torch.inference_mode():  # these were perhaps made in it, by another thread
                 for held, part in zip(self._parts, rows, strict=True):
@@ -172,6 +211,8 @@ class QuantisedWeight:
 
     def held_rows(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         """The same of a matrix that begins with row `first` of a larger one; zeros for rows that it has not."""
+        if self.on_gpu is not None:
+            return self.on_gpu.held_rows(rows, first, self.dtype)
         rows = rows.to(torch.int64).contiguous()
         if self._parts is None:
             out = torch.empty(len(rows), self.shape[1], dtype=self.dtype)
@@ -182,15 +223,24 @@ class QuantisedWeight:
         out[here] = self._standing_for(rows[here] - first)
         return out
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, instructions: int = 0) -> torch.Tensor:
-        """x [T, K], bias [N] or None -> [T, N], by the set `instructions` of the library's `linear_sets`."""
+    def multiply(self, x: Activations, bias: torch.Tensor | None, instructions: int = 0) -> torch.Tensor:
+        """x [T, K], bias [N] or None -> [T, N], by the set `instructions` of the library's `linear_sets`. x: of
+        `dtype`, or quantised to what the weight `takes`.
+        """
         num_outputs, num_inputs = self.shape
+        if isinstance(x, QuantisedActivations):
+            if self.on_gpu is None or x.q.dtype != self.takes or x.shape[1] != num_inputs:
+                wanted = f"a weight {[num_outputs, num_inputs]} that takes {self.takes}"
+                raise ValueError(f"x is {list(x.shape)} {x.q.dtype}, for {wanted}")
+            return self.on_gpu.multiply(x, bias, self.dtype)
         if x.dim() != 2 or x.shape[1] != num_inputs or x.dtype != self.dtype:
             raise ValueError(
                 f"x is {list(x.shape)} {x.dtype}, for a weight {[num_outputs, num_inputs]} in {self.dtype}"
             )
         if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != self.dtype):
             raise ValueError(f"the bias is {list(bias.shape)} {bias.dtype}, of {num_outputs} outputs in {self.dtype}")
+        if self.on_gpu is not None:
+            return self.on_gpu.multiply(x, bias, self.dtype)
         if self._library is None:
             return self._multiply_whole(x, bias)
         if x.stride(1) != 1:
@@ -213,7 +263,7 @@ class QuantisedWeight:
         assert self._parts is not None
         if self._order is not None:
             x = torch.where(self._order >= 0, x[:, self._order], torch.zeros((), dtype=x.dtype))
-        y = F.linear(rounded_inputs(x, self.format.group_of(self._num_held)), dequantise(self._parts, self.format))
+        y = F.linear(rounded_inputs(x, self.format.group_of(self.num_held)), dequantise(self._parts, self.format))
         return (y if bias is None else y + bias.float()).to(self.dtype)
 
     def _standing_for(self, rows: torch.Tensor | slice) -> torch.Tensor:
@@ -249,12 +299,15 @@ def native_for(dtype: torch.dtype) -> ModuleType | None:
     return library if library is not None and library.linear_sets and dtype == torch.bfloat16 else None
 
 
-def told_of_quantised(dtype: torch.dtype) -> str:
-    """Who makes products of rows of this dtype by quantised weights, as half a sentence."""
+def told_of_quantised(dtype: torch.dtype, *, integer_inputs: bool = False) -> str:
+    """Who makes products of rows of this dtype by quantised weights on a CPU, as half a sentence. integer_inputs: as of
+    `WeightFormat`.
+    """
     library, told = find_native()
     native = native_for(dtype)
     if native is not None:
-        return f"native, {native.linear_sets[0]}: from quantised weights as they are held, activations as they are"
+        activations = "of layers in 8 bits, a scale for 64 inputs of a token" if integer_inputs else "as they are"
+        return f"native, {native.linear_sets[0]}: from quantised weights as they are held, activations {activations}"
     reason = told if library is None else "native products are in bfloat16 and need AVX2"
     return f"torch: quantised weights are made whole for each product ({reason})"
 

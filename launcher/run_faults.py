@@ -34,7 +34,6 @@ def find_faults(config: Config, plan: RunPlan, model: DecoderConfig, machine: Ma
     """Everything that is known to stop `plan`, before anything is started; empty where nothing is."""
     here = not config.cluster.elsewhere
     faults = [*_length_faults(config, model), *_stated_memory_faults(config, plan)]
-    faults += _quantization_faults(plan)
     if here:
         faults += [*_core_faults(config, plan, machine), *_gpu_faults(config, plan, machine)]
     if isinstance(config.engine.kv_cache, int):
@@ -52,11 +51,6 @@ def _length_faults(config: Config, model: DecoderConfig) -> Iterator[Fault]:
         yield _bad(
             "model.max_length", "the model cannot address so many positions", asked, f"at most {model.max_position}"
         )
-
-
-def _quantization_faults(plan: RunPlan) -> Iterator[Fault]:
-    if plan.quantization != "none" and plan.device == "cuda":
-        yield _bad("model.quantization", "weights are quantised on CPUs only", plan.quantization, "none on a GPU")
 
 
 def _stated_pool_faults(config: Config, plan: RunPlan) -> Iterator[Fault]:

@@ -97,7 +97,7 @@ def plan_run(
     shares_gpu = device == "cuda" and gpus < 1
     backend = "gloo" if config.comm.backend == "auto" and shares_gpu and layout.num_ranks > 1 else config.comm.backend
 
-    scheme, scheme_reason = _quantization(config, model, device)
+    scheme, scheme_reason = _quantization(config, model)
     bare = [plan_rank(config.engine, model, layout, place, dtype, device, scheme, entries) for place in layout.places()]
     pool, kv_choice, kv_reason = plan_kv_pool(config, model, machine, device, gpus, bare, layout.replicas)
     expected_tokens = (pool.expected_pages or 0) * pool.page_size
@@ -191,12 +191,10 @@ def _dtype(config: Config, model: DecoderConfig, device: str, machine: Machine) 
     return "float32", "this CPU has no bfloat16 instructions"
 
 
-def _quantization(config: Config, model: DecoderConfig, device: str) -> tuple[str, str]:
+def _quantization(config: Config, model: DecoderConfig) -> tuple[str, str]:
     asked, stored = config.model.quantization, model.quantization
     if asked == "auto" and stored is not None:
-        if device == "cpu":
-            return "stored", f"matrices of products stay as {stored.method} has stored them, by config.json"
-        return "none", f"what {stored.method} has stored is dequantised: quantised products run on CPUs"
+        return "stored", f"matrices of products stay as {stored.method} has stored them, by config.json"
     chosen = "none" if asked == "auto" else asked
     return chosen, _QUANTIZATION_REASONS[chosen]
 
@@ -215,6 +213,9 @@ _QUANTIZATION_REASONS = {
     "stored": "matrices of products stay as the checkpoint has them",
     "int8": "matrices of products in 8 bits, a scale an output, quantised while they are loaded",
     "int4": "matrices of layers in 4 bits, a scale and an offset for 32 inputs, the head in 8; while they are loaded",
+    "w8a8": "matrices of products in 8 bits, a scale an output; activations of layers, too; while they are loaded",
+    "w4a8": "layers in 4 bits, a scale and an offset for 32 inputs, head in 8; on CPUs activations of layers in 8, too",
+    "fp8": "matrices of layers in E4M3, a scale an output, head in int8; on GPUs with units for it activations, too",
 }
 
 

@@ -58,13 +58,15 @@ class ModelSection(Section):
         ge=1,
         description="Most tokens of a sequence, prompt and output. null: what the model and the KV cache allow.",
     )
-    quantization: Literal["auto", "none", "stored", "int8", "int4"] = Field(
+    quantization: Literal["auto", "none", "stored", "int8", "int4", "w8a8", "w4a8", "fp8"] = Field(
         default="auto",
-        description="Of the matrices of products, head included; activations keep model.dtype. none: in model.dtype, "
-        "dequantised where they are stored otherwise. stored: as the checkpoint has them: AWQ, GPTQ, FP8 and "
-        "compressed-tensors by its config.json, of a GGUF file Q8_0, Q4_0 and Q4_1, the others in model.dtype. int8: "
-        "in 8 bits with a scale an output; int4: layers in 4 bits with a scale and an offset for 32 inputs, the head "
-        "in 8; both quantised while they are loaded. On CPUs. auto: stored on CPUs where config.json has a "
+        description="Of the matrices of products, head included. none: in model.dtype, dequantised where they are "
+        "stored otherwise. stored: as the checkpoint has them: AWQ, GPTQ, FP8 and compressed-tensors by its "
+        "config.json, of a GGUF file Q8_0, Q4_0 and Q4_1, the others in model.dtype. Quantised while they are loaded: "
+        "int8: in 8 bits with a scale an output; int4: layers in 4 bits with a scale and an offset for 32 inputs, the "
+        "head in 8; w8a8 and w4a8: the same, and activations of layers in 8 bits, too, with a scale for 64 inputs of a "
+        "token on CPUs (32 with int4), for all on GPUs (with int4 as they are); fp8: E4M3 with a scale an output, the "
+        "head in int8, activations of layers too on GPUs with units for it. auto: stored where config.json has a "
         "quantization_config, else none.",
     )
 

@@ -90,7 +90,7 @@ class ActivationAware:
         layer = Layer(Share(self._config, self._stage, 0, self._comm, weights), name)
         attention, ffn = layer.attention, layer.ffn
         assert isinstance(ffn, FeedForward)
-        normed_TH = rms_norm(self._x_TH, layer.attention_norm, eps)
+        normed_TH = rms_norm(self._x_TH, weights[f"{name}.attention_norm"], eps)
 
         def attend() -> torch.Tensor:
             return attention(normed_TH, self._table, self._part, self._pages)
@@ -115,8 +115,8 @@ class ActivationAware:
             self._config.shape.num_kv_heads,
         )
         residual_TH = self._x_TH + attention.o(attended_TK)
-        ffn_normed_TH = rms_norm(residual_TH, layer.ffn_norm, eps)
-        gated_TK = ffn(ffn_normed_TH)
+        ffn_normed_TH = rms_norm(residual_TH, weights[f"{name}.ffn_norm"], eps)
+        gated_TK = silu_mul(ffn.gate_up(ffn_normed_TH))
         gate_up, down = weights[f"{name}.gate_up"], weights[f"{name}.down"]
         out_TH = linear(gated_TK, down)
         found[f"{name}.gate_up"] = self._search(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from phalanx.kernels import QuantisedRows, WeightFormat
 from phalanx.models.safetensors_writer import TensorPlan, encoding_of
@@ -110,7 +111,7 @@ def saved_form(scheme: str, group_size: int, scale_dtype: torch.dtype) -> SavedF
 def _words(values: torch.Tensor, bits: int) -> torch.Tensor:
     """[R, n] uint8 -> [R, ceil(n * bits / 32)] int32, from the lowest bits on, filled up with zeros."""
     missing = -values.shape[1] % (_WORD_BITS // bits)
-    octets = torch.nn.functional.pad(values, (0, missing)).contiguous()
+    octets = F.pad(values, (0, missing)).contiguous()
     if bits == 4:
         octets = octets[:, ::2] | octets[:, 1::2] << 4
     return octets.view(torch.int32)

@@ -15,21 +15,26 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.kernels import (
+    Activations,
     Arena,
     Experts,
     Graphs,
+    Norm,
     Recording,
     Weight,
     expert_ffn,
+    gated_linear,
     group_heads,
     is_native,
     linear,
+    plain_norm,
     rms_norm,
     rope_and_attend,
     rope_frequencies,
     rope_table,
     route,
-    silu_mul,
+    silu_gated,
+    taken_by,
     widen,
 )
 from phalanx.kernels.names import profiled
@@ -75,7 +80,7 @@ class Attention:
             self.qkv.weight.device,
         )
 
-    def __call__(self, x_TH: torch.Tensor, table: RopeTable, part: Part, pages: LayerPages) -> torch.Tensor:
+    def __call__(self, x_TH: Activations, table: RopeTable, part: Part, pages: LayerPages) -> torch.Tensor:
         """What goes into the row-parallel product `o`, [T, N * D]."""
         out_TND = rope_and_attend(
             self.qkv(x_TH),
@@ -101,10 +106,13 @@ class FeedForward:
         weights = share.weights
         self.gate_up = ColumnParallelLinear(weights[f"{name}.gate_up"], weights.get(f"{name}.gate_up_bias"))
         self.out = RowParallelLinear(share.comm, weights.get(f"{name}.down_bias"), weight=weights[f"{name}.down"])
+        self._gives = taken_by(self.out.weight)
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TH: Activations) -> Activations:
         """What goes into the row-parallel product `out`, [T, F]."""
-        return silu_mul(self.gate_up(x_TH))
+        if self._gives is None:
+            return gated_linear(x_TH, self.gate_up.weight, "silu", self.gate_up.bias)
+        return silu_gated(self.gate_up(x_TH), self._gives)
 
     @property
     def num_weights(self) -> int:
@@ -124,8 +132,9 @@ class MixtureOfExperts:
         self.down: Experts = weights[f"{name}.down"]
         self.out = RowParallelSum(share.comm)
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TH: Activations) -> torch.Tensor:
         """This rank's part of the sum, [T, H]."""
+        assert isinstance(x_TH, torch.Tensor)
         experts_TK, weights_TK = route(linear(x_TH, self.router), self.num_chosen, renormalise=self.renormalise)
         return expert_ffn(x_TH, experts_TK, weights_TK, self.gate_up, self.down)
 
@@ -141,11 +150,16 @@ class Layer:
     """
 
     def __init__(self, share: Share, name: str) -> None:
-        self.attention_norm = share.weights[f"{name}.attention_norm"]
+        weights = share.weights
         self.attention = Attention(share, name)
-        self.ffn_norm = share.weights[f"{name}.ffn_norm"]
+        self.attention_norm = self.attention.qkv.norm_before(weights[f"{name}.attention_norm"])
         self.ffn: FeedForward | MixtureOfExperts
-        self.ffn = MixtureOfExperts(share, name) if share.config.shape.num_experts else FeedForward(share, name)
+        self.ffn_norm: Norm = weights[f"{name}.ffn_norm"]
+        if share.config.shape.num_experts:
+            self.ffn = MixtureOfExperts(share, name)
+        else:
+            self.ffn = ffn = FeedForward(share, name)
+            self.ffn_norm = ffn.gate_up.norm_before(weights[f"{name}.ffn_norm"])
 
 
 class Decoder:
@@ -244,9 +258,9 @@ class Decoder:
         last_norm: torch.Tensor | None = None,
     ) -> None:
         """Through all layers. arena: whose turns they are. last_norm: of what is behind them, if that is wanted."""
-        dtype = self.layers[0].attention_norm.dtype
+        dtype = plain_norm(self.layers[0].attention_norm).dtype
         tables = [rope_table(part.positions, self.frequencies, dtype) for part in parts]
-        norms = [*(layer.attention_norm for layer in self.layers[1:]), last_norm]
+        norms: list[Norm | None] = [*(layer.attention_norm for layer in self.layers[1:]), last_norm]
         layers = zip(self.layers, cache, norms, strict=False)
         for number, (layer, pages, next_norm) in enumerate(layers, start=self._first_layer):
             self._comm.ledger.layer = number

@@ -22,7 +22,9 @@ _AT_ONCE = 1 << 20
 
 def weight_format(scheme: Scheme) -> WeightFormat:
     dtype = getattr(torch, scheme.scale_type)
-    return WeightFormat(scheme.bits, scheme.group_size, dtype, scheme.offsets, scheme.zeros, scheme.e4m3)
+    return WeightFormat(
+        scheme.bits, scheme.group_size, dtype, scheme.offsets, scheme.zeros, scheme.e4m3, scheme.activations
+    )
 
 
 class HeldInputs(NamedTuple):
@@ -85,12 +87,13 @@ def quantised_slice(
     piece: TensorSlice,
     scheme: Scheme,
     inputs: HeldInputs,
+    device: torch.device,
     *,
     stored: bool,
 ) -> Iterator[QuantisedRows]:
     """Rows of a slice, some at a time, with its inputs held as `inputs` says; as the whole matrix has them in `scheme`.
 
-    stored: whether the checkpoint has them so; else they are quantised here. Raises as `Checkpoint.read`.
+    stored: whether the checkpoint has them so; else they are quantised here, on `device`. Raises as `Checkpoint.read`.
     """
     region = _region(checkpoint, piece)
     if stored and checkpoint.entry(piece.tensor).packing is not None:
@@ -108,7 +111,8 @@ def quantised_slice(
         if stored:
             found = _unpacked(checkpoint.read_blocks(piece.tensor, some, around), scheme)
         else:
-            found = quantise(read_values(checkpoint, piece.tensor, some, around, torch.float32), weight_format(scheme))
+            values = read_values(checkpoint, piece.tensor, some, around, torch.float32)
+            found = quantise(values.to(device), weight_format(scheme))
         offsets = None if found.offsets is None else found.offsets[:, groups]
         yield QuantisedRows(_in_order(found.q[:, inside], inputs), found.scales[:, groups], offsets)
 

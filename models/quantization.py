@@ -13,7 +13,16 @@ from phalanx.models.tensor_entry import TensorEntry
 INT8 = Scheme(bits=8, group_size=None, scale_type="float32")
 INT4 = Scheme(bits=4, group_size=32, scale_type="float16", offsets=True)
 
-SCHEMES: Mapping[str, tuple[Scheme, Scheme]] = {"int8": (INT8, INT8), "int4": (INT4, INT8)}
+W8A8, W4A8 = INT8._replace(activations=True), INT4._replace(activations=True)
+FP8 = W8A8._replace(e4m3=True)
+
+SCHEMES: Mapping[str, tuple[Scheme, Scheme]] = {
+    "int8": (INT8, INT8),
+    "int4": (INT4, INT8),
+    "w8a8": (W8A8, INT8),
+    "w4a8": (W4A8, INT8),
+    "fp8": (FP8, INT8),
+}
 """Of the layers' matrices, and of head and tied embedding: a logit errs by all of a row's errors, and a vocabulary is a
 third of a small model. By the names of `model.quantization`, which may be `none` or `stored` beside them.
 """
@@ -24,6 +33,11 @@ STORED: Mapping[str, Scheme] = {
     "Q4_1": Scheme(bits=4, group_size=32, scale_type="float16", offsets=True),
 }
 """By the encodings of checkpoints whose blocks a product can read as they are."""
+
+
+def held_bytes(scheme: Scheme | None, param: Param, itemsize: int) -> int:
+    """Of a parameter on a rank. scheme: None for one that is held as it is, in numbers of `itemsize` bytes."""
+    return param.num_elements * itemsize if scheme is None else scheme.held_bytes(param)
 
 
 def scheme_of(

@@ -19,7 +19,8 @@ class Scheme(NamedTuple):
 
     group_size: inputs of an output that share a scale; None for all. scale_type: of scales and offsets; a zero is a
     byte. e4m3: whether it is an FP8 number in place of the integer. act_order: whether the inputs of a group are
-    scattered over all of them; a rank holds those of each group side by side.
+    scattered over all of them; a rank holds those of each group side by side. activations: whether these are quantised,
+    too, see `kernels.WeightFormat`.
     """
 
     bits: int
@@ -29,6 +30,7 @@ class Scheme(NamedTuple):
     zeros: bool = False
     e4m3: bool = False
     act_order: bool = False
+    activations: bool = False
 
     def num_groups(self, num_inputs: int) -> int:
         return 1 if self.group_size is None else -(-num_inputs // self.group_size)

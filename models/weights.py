@@ -9,11 +9,22 @@ from typing import Any
 
 import torch
 
-from phalanx.kernels import Experts, PackedExperts, PackedWeight, QuantisedWeight, Weight, make_packed, make_quantised
+from phalanx.errors import ModelError
+from phalanx.kernels import (
+    Experts,
+    PackedExperts,
+    PackedWeight,
+    QuantisedWeight,
+    Weight,
+    make_packed,
+    make_quantised,
+    make_quantised_on,
+)
+from phalanx.kernels.triton_gpu import applies_on, find_triton
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.params import Param, TensorSlice
 from phalanx.models.quantised_slice import held_inputs, quantised_slice, read_values, weight_format
-from phalanx.models.quantization import scheme_of
+from phalanx.models.quantization import held_bytes, scheme_of
 from phalanx.models.scheme import Scheme
 
 
@@ -54,8 +65,16 @@ def load_params(
         pieces: held_inputs(checkpoint, pieces, scheme, held, stored=stored)
         for (_, scheme, pieces), held in zip(matrices, formats, strict=True)
     }
-    orders = [each.order for each in inputs.values()]
-    place([param for param, _ in quantised], lambda shapes: make_quantised(shapes, formats, dtype, orders))
+    if applies_on(device):
+        for param, scheme in quantised:
+            orders = [inputs[pieces].order for pieces in param.matrices]
+            held = weight_format(scheme.of_cut(param))
+            places[param.name] = PackedExperts(make_quantised_on(device, param.shape[-2:], held, dtype, orders))
+    elif quantised and device.type != "cpu":
+        raise ModelError(f"model.quantization on {device} needs Triton; there is {find_triton().told}")
+    else:
+        orders = [each.order for each in inputs.values()]
+        place([param for param, _ in quantised], lambda shapes: make_quantised(shapes, formats, dtype, orders))
 
     def load(param: Param) -> Weight | Experts:
         held = places.get(param.name)
@@ -73,7 +92,7 @@ def load_params(
         for piece in pieces:
             if isinstance(weight, QuantisedWeight):
                 assert scheme is not None
-                for rows in quantised_slice(checkpoint, piece, scheme, inputs[pieces], stored=stored):
+                for rows in quantised_slice(checkpoint, piece, scheme, inputs[pieces], weight.device, stored=stored):
                     weight.put(first, rows)
                     first += len(rows.q)
                 continue
@@ -89,5 +108,5 @@ def load_params(
         for param, weight in zip(params, pool.map(load, params), strict=True):
             loaded[param.name] = weight
             if on_bytes is not None:
-                on_bytes(param.num_elements * dtype.itemsize)
+                on_bytes(held_bytes(schemes[param.name], param, dtype.itemsize))
     return loaded

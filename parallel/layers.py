@@ -10,7 +10,18 @@ from dataclasses import dataclass, field
 import torch
 
 from phalanx.comm.communicator import Communicator, Handle
-from phalanx.kernels import Recording, Weight, add_rms_norm, embedding, is_native, linear
+from phalanx.kernels import (
+    Activations,
+    Norm,
+    QuantisingNorm,
+    Recording,
+    Weight,
+    add_normed,
+    embedding,
+    is_native,
+    linear,
+    taken_by,
+)
 from phalanx.parallel.split import Interval
 
 
@@ -21,8 +32,13 @@ class ColumnParallelLinear:
     weight: Weight
     bias: torch.Tensor | None = None
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TH: Activations) -> torch.Tensor:
         return linear(x_TH, self.weight, self.bias)
+
+    def norm_before(self, norm: torch.Tensor) -> Norm:
+        """The norm [H] in front, which gives its rows as the product takes them."""
+        takes = taken_by(self.weight)
+        return norm if takes is None else QuantisingNorm(norm, takes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +52,12 @@ class RowParallelSum:
     comm: Communicator
     bias: torch.Tensor | None = None
 
-    def part(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def part(self, x_TI: Activations) -> torch.Tensor:
         """What this rank adds, [T, H]."""
+        assert isinstance(x_TI, torch.Tensor)
         return x_TI
 
-    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TI: Activations) -> torch.Tensor:
         return self.biased(self.comm.all_reduce(self.part(x_TI)))
 
     def biased(self, y_TH: torch.Tensor) -> torch.Tensor:
@@ -48,13 +65,13 @@ class RowParallelSum:
         return y_TH if self.bias is None else y_TH + self.bias
 
     def add_and_norm(
-        self, x_TI: torch.Tensor, residual_TH: torch.Tensor, norm_weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum added to the residual stream, normalised by `norm_weight` [H], and as it is: both [T, H]."""
-        if self.bias is None:
+        self, x_TI: Activations, residual_TH: torch.Tensor, norm: Norm, eps: float
+    ) -> tuple[Activations, torch.Tensor]:
+        """The sum added to the residual stream, normalised, and as it is: both [T, H]."""
+        if self.bias is None and isinstance(norm, torch.Tensor):
             y_TH = self.part(x_TI)
-            return self.comm.fused_all_reduce_rms_norm(y_TH, residual_TH, norm_weight, eps)
-        return add_rms_norm(self(x_TI), residual_TH, norm_weight, eps)
+            return self.comm.fused_all_reduce_rms_norm(y_TH, residual_TH, norm, eps)
+        return add_normed(self(x_TI), residual_TH, norm, eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +80,7 @@ class RowParallelLinear(RowParallelSum):
 
     weight: Weight = field(kw_only=True)
 
-    def part(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def part(self, x_TI: Activations) -> torch.Tensor:
         return linear(x_TI, self.weight)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import Weight
+from phalanx.kernels import Norm, Weight, plain_norm
 from phalanx.parallel.rates import LEAST_TOKENS, Rates, find_scattering, find_trial_tokens, measure_rates
 from phalanx.parallel.stream import ChunkedStream, ResidualStream, ScatteredStream, WholeStream
 
@@ -77,7 +77,7 @@ class Overlap:
         way = self.way(num_tokens)
         return way.num_pieces if way.name == "parts" else 1
 
-    def stream(self, x_TH: torch.Tensor, norm: torch.Tensor, eps: float, comm: Communicator) -> ResidualStream:
+    def stream(self, x_TH: torch.Tensor, norm: Norm, eps: float, comm: Communicator) -> ResidualStream:
         """Of all tokens of a step of one part. x_TH, norm, eps: as for any `ResidualStream`."""
         way = self.way(len(x_TH))
         if way.name == "chunks":
@@ -86,10 +86,10 @@ class Overlap:
             return ScatteredStream(x_TH, norm, eps, comm)
         return WholeStream(x_TH, norm, eps)
 
-    def measure(self, comm: Communicator, work: StageWork, weight: Weight, norm: torch.Tensor, most_tokens: int) -> str:
+    def measure(self, comm: Communicator, work: StageWork, weight: Weight, norm: Norm, most_tokens: int) -> str:
         """Finds the rates, on all ranks of the group at once; what is done in a step of `most_tokens` tokens, and why.
 
-        work: of this rank. weight: [H, I] of a row-parallel product. norm: [H].
+        work: of this rank. weight: [H, I] of a row-parallel product. norm: of the stream.
         """
         if self._asked == "auto" and most_tokens >= 2 * LEAST_TOKENS:
             most = comm.all_reduce(torch.tensor(work, dtype=torch.int64, device=comm.device), op="max")
@@ -97,7 +97,7 @@ class Overlap:
             trial_tokens = find_trial_tokens(comm, weight, most_tokens)
             if comm.in_background:
                 self._rates = measure_rates(comm, weight, most_tokens, trial_tokens)
-            self._scattered_from = find_scattering(comm, norm, weight, trial_tokens)
+            self._scattered_from = find_scattering(comm, plain_norm(norm), weight, trial_tokens)
         way = self.way(most_tokens)
         return f"{way.name} at {most_tokens} tokens: {way.reason}"
 

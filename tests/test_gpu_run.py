@@ -18,6 +18,7 @@ from benchmarks.gpu import MOST_LINES, ROOT, STAND_IN, bring_out, slug, summary,
 from benchmarks.gpu_parts.end_to_end import MODELS, Machine
 from benchmarks.gpu_parts.kernels import NormInputs, measure, norm_to_fp8
 from benchmarks.gpu_parts.limits import Outcome, Part, limit_s, run_parts
+from benchmarks.gpu_parts.promises import promises
 from benchmarks.gpu_parts.readings import Readings
 
 from phalanx.engine.messages import StepPlan, StepResult
@@ -112,6 +113,27 @@ def test_the_table_is_short_and_tells_both_what_held_and_what_ran() -> None:
     assert "0.70 (graphs)" in told
     assert "800 tok/s, 70%" in told
     assert "90000 tok/s, 40% of products" in lines[-1]
+
+
+def test_promises_of_quantised_weights_are_beside_the_peers_they_name() -> None:
+    def row(operator: str, load: str, peer: str, us: float, ratio: float) -> dict[str, object]:
+        found = {"operator": operator, "load": load, "peer": peer, "us": us, "peer_over_this": ratio}
+        return {"model": "8b", "share": 0.5, **found}
+
+    rows = [
+        row("linear_w4a16 o", "16 x 8192 x 8192", "torch", 20.0, 2.5),
+        row("linear_w4a16 o", "16 x 8192 x 8192", "torch._weight_int4pack_mm", 20.0, 0.5),
+        row("linear_fp8_w8a8 o", "1 x 4096 x 4096", "torch", 5.8, 2.0),
+        row("linear_fp8_w8a8 o", "8192 x 8192 x 8192", "torch._scaled_mm", 900.0, 0.9),
+    ]
+    told = {each.promise: each for each in promises({"operators 8b": {"operators": rows}})}
+    held = {name.split(":")[0]: each.held for name, each in told.items() if name.startswith(("W4A16", "fp8"))}
+    assert held == {
+        "W4A16, m 8-64, 8192^2": True,
+        "W4A16, m 8-64, 4096^2": None,
+        "fp8, m 1": True,
+        "fp8 8192^3": False,
+    }
 
 
 def test_results_say_where_when_and_of_what_they_are_and_are_brought_out(

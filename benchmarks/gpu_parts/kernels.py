@@ -23,6 +23,7 @@ from phalanx import kernels
 from phalanx.kernels.ceilings import Ceilings, measure_ceilings
 from phalanx.launcher.bench_kernels.cases import CACHED_BYTES, EPS, MODELS, MOST_COPIES, Case, Maker, Sizes
 from phalanx.launcher.bench_kernels.measure import read_case
+from phalanx.launcher.bench_kernels.optional_peers import missing_peers
 
 ROWS = (1, 16, 64, 512, 4096)
 CONTEXTS = ((1, 1024), (1, 4096), (16, 1024), (16, 4096), (64, 4096))
@@ -103,6 +104,16 @@ def square_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
             yield from maker.product_cases(num_rows)
 
 
+def quantised_square_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """4-bit weights at 8 to 64 rows, fp8 at few rows and at as many as there are outputs."""
+    for size in (8192, 4096, 2048):
+        sizes = Sizes(size, size // 128, 1, 128, size, 1)
+        for num_rows in (8, 16, 64) if size >= 4096 else ():
+            yield from Maker(sizes, dtype, device, "linear_w4a16 o").quantised_cases(num_rows)
+        for num_rows in (8192,) if size == 8192 else (1, 16, 64):
+            yield from Maker(sizes, dtype, device, "linear_fp8_w8a8 o").quantised_cases(num_rows)
+
+
 def all_cases(model: str, dtype: torch.dtype, device: torch.device) -> list[Iterator[Case]]:
     """The promises first, for a time limit takes what comes last."""
     maker = Maker(MODELS[model], dtype, device)
@@ -112,6 +123,7 @@ def all_cases(model: str, dtype: torch.dtype, device: torch.device) -> list[Iter
         maker._replace(only="paged_attention").cases((), CONTEXTS),
         norm_cases(maker),
         square_cases(dtype, device),
+        quantised_square_cases(dtype, device),
         prompt_cases(maker),
         maker.cases(ROWS, ()),
     ]
@@ -121,7 +133,11 @@ def read(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) -> d
     reading = read_case(case, ceilings, device, rounds)
     found: dict[str, Any] = {"us": reading.taken_us, "least_us": reading.least_us, "share": reading.share}
     if reading.peer_us is not None:
-        found |= {"peer_us": reading.peer_us, "peer_over_this": reading.peer_us / reading.taken_us}
+        found |= {
+            "peer": reading.peer_name,
+            "peer_us": reading.peer_us,
+            "peer_over_this": reading.peer_us / reading.taken_us,
+        }
     if case.num_flops:
         found["tflops"] = case.num_flops / reading.taken_us / 1e6
     return found
@@ -132,6 +148,7 @@ def measure(
     readings: Readings, model: str, groups: Iterable[Iterator[Case]], ceilings: Ceilings, device: torch.device
 ) -> None:
     readings.put("ceilings", ceilings._asdict())
+    readings.put("not installed", missing_peers())
     for cases in groups:
         try:
             for case in cases:

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 # ai-dynamo/aiconfigurator. By (sequences, context).
 FA3_DECODE_US = {(1, 1024): 11.7, (1, 4096): 13.5, (16, 1024): 33.0}
 
+# Products in fp8 of one row, in µs on an H100: the best that ai-dynamo/aiconfigurator measured. By (outputs, inputs).
+FP8_ROW_US = {(2048, 2048): 5.9, (4096, 4096): 11.6}
+
 Figures = Mapping[str, Any]
 
 
@@ -29,7 +32,9 @@ def promises(parts: Mapping[str, Figures]) -> list[Promise]:
     operators = [
         row for name, part in parts.items() if name.startswith("operators") for row in _rows(part, "operators")
     ]
-    found = {(row["model"], row["operator"], row["load"]): row for row in operators}
+    found = {
+        (row["model"], row["operator"], row["load"]): row for row in operators if row.get("peer", "torch") == "torch"
+    }
     at_8b = {(operator, load): row for (model, operator, load), row in found.items() if model == "8b"}
     norms = [row for (operator, load), row in at_8b.items() if operator.startswith("add_rms_norm") and "4096" in load]
     compiled = [row for row in norms if "peer_us" in row and "compile" in row["operator"]]
@@ -50,10 +55,35 @@ def promises(parts: Mapping[str, Figures]) -> list[Promise]:
         _of_rows("the same: faster than torch.compile", compiled, "peer_over_this", 1.0),
         _of_rows("GEMM at 4096-8192: >= 0.97 of cuBLAS", _squares(at_8b, large=True), "peer_over_this", 0.97),
         _of_rows("GEMM of m <= 16, K, N <= 4096: >= 1.2 of it", _squares(at_8b, large=False), "peer_over_this", 1.2),
+        *_quantised(operators),
         _of_rows("prefill attention from 1k on: >= 0.9 of cuDNN", long, "peer_over_this", 0.9),
         _of_rows("prefill attention under 1k: faster", short, "peer_over_this", 1.0),
         _step(parts),
         *_comm(parts),
+    ]
+
+
+def _quantised(operators: Iterable[Figures]) -> list[Promise]:
+    """Of `kernels.quantised_square_cases`."""
+
+    def beside(held: str, peer: str, sizes: Iterable[int], rows: Iterable[int]) -> list[Figures]:
+        loads = {f"{m} x {size} x {size}" for size in sizes for m in rows}
+        return [
+            row
+            for row in operators
+            if row["operator"] == f"linear_{held} o" and row.get("peer") == peer and row["load"] in loads
+        ]
+
+    few = {row["load"]: row["us"] for row in beside("fp8_w8a8", "torch", (2048, 4096), (1,))}
+    gained = [(f"{n}x{k}", us / few[load]) for (n, k), us in FP8_ROW_US.items() if (load := f"1 x {n} x {k}") in few]
+    ratio = "peer_over_this"
+    return [
+        _of_rows("W4A16, m 8-64, 8192^2: >= 2 of bf16", beside("w4a16", "torch", (8192,), (8, 16, 64)), ratio, 2.0),
+        _of_rows("W4A16, m 8-64, 4096^2: >= 1.2 of bf16", beside("w4a16", "torch", (4096,), (8, 16, 64)), ratio, 1.2),
+        _least("fp8, m 1: >= 1.5 of the best published", gained, 1.5),
+        _of_rows(
+            "fp8 8192^3: >= 0.97 of cuBLAS", beside("fp8_w8a8", "torch._scaled_mm", (8192,), (8192,)), ratio, 0.97
+        ),
     ]
 
 

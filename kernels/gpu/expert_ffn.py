@@ -125,10 +125,9 @@ def expert_ffn(
     x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
     """As `phalanx.kernels.expert_ffn`, which calls it."""
-    out = _fake(x_TH, experts_TK, weights_TK, gate_up, down)
     num_tokens, num_chosen = experts_TK.shape
     if not num_tokens:
-        return out
+        return _fake(x_TH, experts_TK, weights_TK, gate_up, down)
     x = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
     num_experts, hidden, num_columns = down.shape
     tile = tile_for(x.dtype, num_tokens * num_chosen, num_experts, target_of(x).arch)
@@ -137,6 +136,13 @@ def expert_ffn(
     _multiply(inner, x, gate_up, blocks, None, num_chosen, tile)
     parts = x.new_empty((num_tokens * num_chosen, hidden))
     _multiply(parts, inner, down, blocks, weights_TK.contiguous(), 1, tile)
+    return combined(parts, num_chosen)
+
+
+def combined(parts: torch.Tensor, num_chosen: int) -> torch.Tensor:
+    """The sums of so many rows each, in float32 and in their order."""
+    num_tokens, hidden = len(parts) // num_chosen, parts.shape[1]
+    out = parts.new_empty((num_tokens, hidden))
     block = min(_COLUMNS, triton.next_power_of_2(hidden))
     grid = (num_tokens * triton.cdiv(hidden, block),)
     _combine_kernel[grid](out, parts, WIDTH=hidden, CHOSEN=num_chosen, BLOCK=block, num_warps=4)

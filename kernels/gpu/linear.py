@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -13,9 +15,10 @@ from phalanx.kernels.gpu.linear_persistent import describable, persistent
 from phalanx.kernels.gpu.linear_stream_k import stream_k
 from phalanx.kernels.gpu.operator import operator
 from phalanx.kernels.gpu.target import target_of
-from phalanx.kernels.linear_table import Choice, Product, table_of, untuned
+from phalanx.kernels.linear_table import Choice, Held, Product, table_of, untuned
 
 _KERNELS = {"stream_k": stream_k, "persistent": persistent}
+_forced: list[Choice] = []
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -61,12 +64,12 @@ def multiply(
     of the weight's rows. choice: by the table of the GPU where it is None.
     """
     if choice is None:
-        choice = _choice(x, weight, bool(gate))
-    x, weight = _columns_side_by_side(x), _columns_side_by_side(weight)
+        choice = choice_for(x, x.dtype, weight.shape[0], gated=bool(gate))
+    x, weight = columns_side_by_side(x), columns_side_by_side(weight)
     unfit = choice.kernel == "persistent" and not (describable(x) and describable(weight))
     if choice.kernel == "cublas" or unfit:
         return _by_cublas(x, weight, bias, residual, gate)
-    residual = None if residual is None else _columns_side_by_side(residual)
+    residual = None if residual is None else columns_side_by_side(residual)
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty((x.shape[0], weight.shape[0] // (2 if gate else 1)))
     if out.numel():
@@ -74,15 +77,30 @@ def multiply(
     return out
 
 
-def _choice(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Choice:
+@contextmanager
+def forced(choice: Choice) -> Iterator[None]:
+    """Inside, products that say no choice are made by this one."""
+    _forced.append(choice)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choice_for(
+    x: torch.Tensor, dtype: torch.dtype, num_outputs: int, *, gated: bool = False, held: Held = ""
+) -> Choice:
+    """By the table of the GPU of x [m, k], unless one is `forced`. dtype: of the product."""
+    if _forced:
+        return _forced[-1]
     device = x.get_device() if x.is_cuda else None
-    return _chosen(device, x.dtype, x.shape[0], weight.shape[0], weight.shape[1], gated)
+    return _chosen(device, dtype, x.shape[0], num_outputs, x.shape[1], gated, held)
 
 
 @cache
-def _chosen(device: int | None, dtype: torch.dtype, m: int, n: int, k: int, gated: bool) -> Choice:
+def _chosen(device: int | None, dtype: torch.dtype, m: int, n: int, k: int, gated: bool, held: Held) -> Choice:
     """Looked up once a shape: there are few, and hundreds of products a step."""
-    product = Product(str(dtype).removeprefix("torch."), m, n, k, gated)
+    product = Product(str(dtype).removeprefix("torch."), m, n, k, gated, held)
     if m == 0 or k == 0 or device is None:
         return untuned(product)
     return table_of(torch.cuda.get_device_name(device)).choose(product)
@@ -99,7 +117,7 @@ def _by_cublas(
     return y if residual is None else y + residual
 
 
-def _columns_side_by_side(x: torch.Tensor) -> torch.Tensor:
+def columns_side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -1,8 +1,5 @@
-"""Products of few rows: every program reads an equal share of the weights, wherever tiles begin and end (Osama et al.
-2023, "Stream-K", arXiv 2301.03598).
-
-Where a tile is cut between programs each leaves its part of the sum, and the one that comes last adds the parts in
-order: the same numbers each time, whoever that is.
+"""Products of few rows: every program reads an equal share of the weights, wherever tiles begin and end; see
+`linear_shares`.
 """
 
 from __future__ import annotations
@@ -11,20 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from phalanx.kernels.gpu.linear_parts import MAX_TILES, counters_of, finished
-from phalanx.kernels.gpu.target import target_of
+from phalanx.kernels.gpu.linear_parts import finished
+from phalanx.kernels.gpu.linear_shares import met, room_to_meet, share_start, shared_by
 from phalanx.kernels.linear_table import Choice
-
-
-@triton.jit
-def _owner(step, num_steps, num_programs):
-    """The program whose share has this step."""
-    return (((step + 1) * num_programs.to(tl.int64) - 1) // num_steps).to(tl.int32)
-
-
-@triton.jit
-def _share_start(program, num_steps, num_programs):
-    return (program * num_steps.to(tl.int64) // num_programs).to(tl.int32)
 
 
 @triton.jit
@@ -95,13 +81,11 @@ def stream_k_kernel(
     GATED: tl.constexpr = GATE != ""
     OUTPUTS: tl.constexpr = N // 2 if GATED else N
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K  # of a tile
-    TILE: tl.constexpr = BLOCK_M * BLOCK_N
-    HALVES: tl.constexpr = 2 if GATED else 1
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     num_steps = tiles_m * ((OUTPUTS + BLOCK_N - 1) // BLOCK_N) * STEPS
-    begin = _share_start(program, num_steps, num_programs)
-    end = _share_start(program + 1, num_steps, num_programs)
+    begin = share_start(program, num_steps, num_programs)
+    end = share_start(program + 1, num_steps, num_programs)
     in_tile = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     for tile in range(begin // STEPS, tl.cdiv(end, STEPS)):
         first = tl.maximum(begin - tile * STEPS, 0)
@@ -128,25 +112,9 @@ def stream_k_kernel(
         )
         whole = last - first == STEPS
         if not whole:
-            # A program has at most two parts of tiles: one that it ends, and one that it begins.
-            slot = (program * 2 + tl.where(first == 0, 1, 0)).to(tl.int64) * HALVES * TILE
-            tl.store(partials + slot + in_tile, total)
-            if GATED:
-                tl.store(partials + slot + TILE + in_tile, up)
-            tl.debug_barrier()  # all threads have written before one tells
-            first_owner = _owner(tile * STEPS, num_steps, num_programs)
-            last_owner = _owner(tile * STEPS + STEPS - 1, num_steps, num_programs)
-            arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
-            if arrived == last_owner - first_owner:
-                total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if GATED else total
-                for owner in range(first_owner, last_owner + 1):
-                    slot = (owner * 2 + tl.where(owner == first_owner, 1, 0)).to(tl.int64) * HALVES * TILE
-                    total += tl.load(partials + slot + in_tile, cache_modifier=".cg")
-                    if GATED:
-                        up += tl.load(partials + slot + TILE + in_tile, cache_modifier=".cg")
-                tl.store(counters + tile, 0)
-                whole = True
+            total, up, whole = met(
+                total, up, partials, counters, in_tile, tile, program, first, num_steps, num_programs, STEPS, GATED
+            )
         if whole:
             rows, columns = row[:, None].to(tl.int64), column[None, :]
             inside = (rows < num_rows) & (columns < OUTPUTS)
@@ -165,20 +133,15 @@ def stream_k(
 ) -> None:
     """Fills out [m, outputs]. Columns of x, weight and residual lie side by side."""
     tiles = triton.cdiv(len(x), choice.block_m) * triton.cdiv(out.shape[1], choice.block_n)
-    if tiles > MAX_TILES:
-        raise ValueError(f"{tiles} tiles in a product of few rows; {MAX_TILES} is the most: take larger ones")
-    steps = tiles * triton.cdiv(weight.shape[1], choice.block_k)
-    num_programs = min(steps, choice.per_sm * target_of(x).num_sms)
-    size = 2 * num_programs * (2 if gate else 1) * choice.block_m * choice.block_n
-    partials = torch.empty(size, dtype=torch.float32, device=x.device)
+    num_programs = shared_by(x, tiles, triton.cdiv(weight.shape[1], choice.block_k), choice)
+    tile_size = (2 if gate else 1) * choice.block_m * choice.block_n
     stream_k_kernel[(num_programs,)](
         out,
         x,
         weight,
         bias,
         residual,
-        partials,
-        counters_of(x),
+        *room_to_meet(x, num_programs, tile_size),
         x.stride(0),
         weight.stride(0),
         0 if residual is None else residual.stride(0),

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from phalanx import kernels
-from phalanx.kernels import Experts, PackedExperts, PackedWeight, SamplingRows, choose_packing
+from phalanx.kernels import Experts, PackedExperts, PackedWeight, SamplingRows, WeightFormat, choose_packing
+from phalanx.kernels.linear_table import Held
+from phalanx.launcher.bench_kernels import optional_peers
+from phalanx.launcher.bench_kernels.quantised import formats_on, peers, quantised, taken
 
 EPS = 1e-5
 PAGE_SIZE = 16
@@ -44,9 +47,17 @@ MODELS = {
 }
 
 
+# Rows of operators on rows, and (sequences, length) of decode steps, by the kind of device.
+LOADS = {
+    "cpu": ((1, 32, 512), ((1, 256), (1, 4096), (32, 256))),
+    "cuda": ((1, 16, 64, 512, 4096), ((1, 1024), (1, 4096), (16, 1024), (64, 4096))),
+}
+
+
 class Case(NamedTuple):
     """One operator in one shape. call, peer: with the number of a copy of the inputs; peer: PyTorch's own, None where
-    it has none that is comparable. num_bytes, num_flops: the least to be moved and calculated, once.
+    it has none that is comparable, or what `peer_name` says. num_bytes, num_flops: the least to be moved and
+    calculated, once.
     """
 
     operator: str
@@ -56,6 +67,7 @@ class Case(NamedTuple):
     num_copies: int
     num_bytes: float
     num_flops: float = 0.0
+    peer_name: str = "torch"
 
 
 class Maker(NamedTuple):
@@ -77,8 +89,10 @@ class Maker(NamedTuple):
             yield from self._wanted(self.search_cases(num_rows))
         if "paged_attention".startswith(self.only):
             for num, length in contexts:
-                yield self.attention_case([1] * num, [length] * num, f"decode {num} at {length}")
-            yield self.attention_case([512], [512], "prefill 512")
+                yield from self.attention_cases([1] * num, [length] * num, f"decode {num} at {length}")
+            yield from self.attention_cases([512], [512], "prefill 512")
+        for num_rows in rows:
+            yield from self.quantised_cases(num_rows)
 
     def _wanted(self, cases: Iterator[Case]) -> Iterator[Case]:
         return (case for case in cases if case.operator.startswith(self.only))
@@ -96,8 +110,9 @@ class Maker(NamedTuple):
         def add_norm(i: int) -> torch.Tensor:
             return F.rms_norm(x[i] + residual[i], (sizes.hidden,), weight, EPS)
 
-        yield Case("rms_norm", load, lambda i: kernels.rms_norm(x[i], weight, EPS), norm, copies, 2 * moved)
-        yield Case(
+        plain = Case("rms_norm", load, lambda i: kernels.rms_norm(x[i], weight, EPS), norm, copies, 2 * moved)
+        yield from _beside(plain, optional_peers.norms(x, weight, EPS))
+        added = Case(
             "add_rms_norm",
             load,
             lambda i: kernels.add_rms_norm(x[i], residual[i], weight, EPS),
@@ -105,6 +120,7 @@ class Maker(NamedTuple):
             copies,
             4 * moved,
         )
+        yield from _beside(added, optional_peers.added_norms(x, residual, weight, EPS))
         yield Case(
             "add_rms_norm int8",
             load,
@@ -115,7 +131,7 @@ class Maker(NamedTuple):
         )
         gate_copies = _num_copies(2 * num_rows * sizes.ffn * self.dtype.itemsize)
         gate_up = self._random(gate_copies, num_rows, 2 * sizes.ffn)
-        yield Case(
+        gated = Case(
             "silu_mul",
             load,
             lambda i: kernels.silu_mul(gate_up[i]),
@@ -123,6 +139,7 @@ class Maker(NamedTuple):
             gate_copies,
             1.5 * gate_up[0].nbytes,
         )
+        yield from _beside(gated, optional_peers.gates(gate_up))
         qkv = self._random(copies, num_rows, (sizes.queries + 2 * sizes.keys) * sizes.head_dim)
         cache = self._random(2, num_rows // PAGE_SIZE + 1, PAGE_SIZE, sizes.keys, sizes.head_dim)
         positions = torch.arange(num_rows, device=self.device)
@@ -138,6 +155,42 @@ class Maker(NamedTuple):
         )
 
     def product_cases(self, num_rows: int) -> Iterator[Case]:
+        for name, (outputs, inputs) in self._products(num_rows).items():
+            if f"linear {name}".startswith(self.only):  # before weights are made
+                yield self._product(f"linear {name}", num_rows, outputs, inputs)
+
+    def quantised_cases(self, num_rows: int) -> Iterator[Case]:
+        """Of the products of a layer."""
+        for name, (outputs, inputs) in self._products(num_rows).items():
+            for held_name, held in formats_on(self.device).items():
+                operator = f"linear_{held_name} {name}"
+                if name != "head" and operator.startswith(self.only):
+                    yield from self._quantised(operator, held_name, held, num_rows, outputs, inputs)
+
+    def _quantised(
+        self, operator: str, name: Held, held: WeightFormat, num_rows: int, outputs: int, inputs: int
+    ) -> Iterator[Case]:
+        """A case a peer. What quantises activations is not counted: the norm or the gate in front does."""
+        copies = _num_copies(outputs * inputs * held.bits // 8)
+        x = self._random(num_rows, inputs)
+        plains = [self._random(outputs, inputs) for _ in range(_num_copies(outputs * inputs * self.dtype.itemsize))]
+        weights = quantised(plains[0], held, copies)
+        rows = taken(x, weights[0])
+        moved = weights[0].nbytes + num_rows * (inputs * (1 if rows is not x else x.itemsize) + outputs * x.itemsize)
+        for peer_name, peer in peers(name, x, plains, held):
+            yield Case(
+                operator,
+                f"{num_rows} x {outputs} x {inputs}",
+                lambda i: kernels.linear(rows, weights[i]),
+                peer,
+                copies,
+                moved,
+                2.0 * num_rows * outputs * inputs,
+                peer_name,
+            )
+
+    def _products(self, num_rows: int) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each."""
         sizes = self.sizes
         heads = (sizes.queries + 2 * sizes.keys) * sizes.head_dim
         shapes = {
@@ -148,9 +201,7 @@ class Maker(NamedTuple):
             shapes |= {"gate_up": (2 * sizes.ffn, sizes.hidden), "down": (sizes.hidden, sizes.ffn)}
         if num_rows <= 64:
             shapes["head"] = (sizes.vocab, sizes.hidden)
-        for name, (outputs, inputs) in shapes.items():
-            if f"linear {name}".startswith(self.only):  # before weights are made
-                yield self._product(f"linear {name}", num_rows, outputs, inputs)
+        return shapes
 
     def mixture_cases(self, rows: tuple[int, ...]) -> Iterator[Case]:
         """Of one layer, whose experts are too large for a cache."""
@@ -226,6 +277,10 @@ class Maker(NamedTuple):
         yield Case("sample top_p", load, lambda i: kernels.sample(logits[i], rows), None, copies, moved)
 
     def attention_case(self, new: list[int], lengths: list[int], load: str) -> Case:
+        """Beside PyTorch's."""
+        return next(self.attention_cases(new, lengths, load))
+
+    def attention_cases(self, new: list[int], lengths: list[int], load: str) -> Iterator[Case]:
         sizes = self.sizes
         pages_each = -(-max(lengths) // PAGE_SIZE)
         tables = torch.randperm(len(lengths) * pages_each).view(len(lengths), pages_each)
@@ -240,7 +295,7 @@ class Maker(NamedTuple):
         moved = 2 * (sum(lengths) * sizes.keys + sum(new) * sizes.queries) * sizes.head_dim * self.dtype.itemsize
         flops = 4.0 * pairs * sizes.queries * sizes.head_dim
         peer = self._sdpa(len(new), new[0], lengths[0], copies)
-        return Case(
+        case = Case(
             "paged_attention",
             load,
             lambda i: kernels.paged_attention(query, cache[0, i], cache[1, i], plan, heads, scale=scale),
@@ -249,6 +304,8 @@ class Maker(NamedTuple):
             moved,
             flops,
         )
+        others = optional_peers.decodes(query, cache[0], cache[1], tables, lengths, scale)
+        yield from _beside(case, others if max(new) == 1 else iter(()))
 
     def _sdpa(self, num_sequences: int, new: int, length: int, copies: int) -> Callable[[int], object]:
         """PyTorch's attention, which reads keys and values of sequences side by side."""
@@ -259,6 +316,13 @@ class Maker(NamedTuple):
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+
+def _beside(case: Case, others: optional_peers.Calls) -> Iterator[Case]:
+    """The case, and once more beside each of the other peers."""
+    yield case
+    for name, call in others:
+        yield case._replace(peer=call, peer_name=name)
 
 
 def _num_copies(num_bytes: int) -> int:

@@ -23,6 +23,12 @@ class KernelReading(NamedTuple):
     least_us: float
     num_bytes: float
     num_flops: float
+    peer_name: str = "torch"
+
+    @property
+    def not_torch(self) -> str:
+        """The name of another peer than PyTorch's usual operator, behind a figure."""
+        return "" if self.peer_name == "torch" else f", {self.peer_name}"
 
     @property
     def share(self) -> float:
@@ -43,4 +49,6 @@ def read_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int)
     medians = [statistics.median(readings) for readings in taken_us]
     peer_us = medians[1] if len(medians) > 1 else None
     counted = case.num_bytes, case.num_flops
-    return KernelReading(case.operator, case.load, medians[0], peer_us, ceilings.least_us(*counted), *counted)
+    return KernelReading(
+        case.operator, case.load, medians[0], peer_us, ceilings.least_us(*counted), *counted, case.peer_name
+    )

@@ -1,4 +1,4 @@
-"""`phalanx bench kernels`: what each operator takes, beside PyTorch's own and what the device could do."""
+"""`phalanx bench kernels`: what each operator takes, beside its peers and what the device could do."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def bench_kernels(
     from phalanx.kernels import triton_gpu
     from phalanx.kernels.ceilings import measure_ceilings
     from phalanx.launcher.bench.report import processor
-    from phalanx.launcher.bench_kernels.cases import MODELS, Maker
+    from phalanx.launcher.bench_kernels.cases import LOADS, MODELS, Maker
     from phalanx.launcher.bench_kernels.measure import read_case
+    from phalanx.launcher.bench_kernels.optional_peers import told_of_missing
     from phalanx.launcher.machine import this_machine
     from phalanx.native import find_native, resize_pool
 
@@ -59,10 +60,8 @@ def bench_kernels(
     torch.set_num_threads(num_threads)
     resize_pool(num_threads)
     name = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {num_threads} threads"
-    built = triton_gpu.find_triton().told if on_gpu else find_native().told
+    built = f"{triton_gpu.find_triton().told}{told_of_missing()}" if on_gpu else find_native().told
     maker = Maker(MODELS[model], getattr(torch, dtype), place, only)
-    rows = (1, 16, 64, 512, 4096) if on_gpu else (1, 32, 512)
-    contexts = ((1, 1024), (1, 4096), (16, 1024), (64, 4096)) if on_gpu else ((1, 256), (1, 4096), (32, 256))
     console = Console(highlight=False)
     readings = []
     with torch.inference_mode():
@@ -72,7 +71,7 @@ def bench_kernels(
             f"{'copies' if on_gpu else 'reads'} {ceilings.bytes_per_s / 1e9:.1f} GB/s, multiplies {dtype} at "
             f"{ceilings.flops_per_s / 1e9:.0f} GFLOP/s"
         )
-        for case in maker.cases(rows, contexts):
+        for case in maker.cases(*LOADS[place.type]):
             readings.append(read_case(case, ceilings, place, rounds))
     table = Table("operator", "shape", "µs", "least µs", "of roofline", "torch µs", "torch / this", box=None)
     for reading in readings:
@@ -84,7 +83,7 @@ def bench_kernels(
             f"{reading.least_us:.1f}",
             f"{reading.share:.0%}",
             "" if peer is None else f"{peer:.1f}",
-            "" if peer is None else f"{peer / reading.taken_us:.2f}",
+            "" if peer is None else f"{peer / reading.taken_us:.2f}{reading.not_torch}",
         )
     console.print(table)
     if json_file is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 
@@ -34,11 +36,16 @@ class Mixture:
         self.down = (torch.randn(experts, hidden, columns, device=device) / columns**0.5).to(dtype)
         logits = torch.randn(tokens, experts, device=device)
         logits[:, experts // 2] += 3  # many rows for one expert
-        chosen_experts, weights = routed(logits, chosen, "softmax", True)
-        self.experts, self.weights = chosen_experts.int(), weights.float()
-        self.exact = torch.zeros(tokens, hidden, dtype=torch.float64, device=device)
+        chosen_experts, self._weights = routed(logits, chosen, "softmax", True)
+        self.experts, self.weights = chosen_experts.int(), self._weights.float()
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """By the weights that it has when it is first asked for."""
+        exact = torch.zeros(self.x.shape, dtype=torch.float64, device=self.x.device)
         x = self.x.double()
-        for token in range(tokens):
-            for expert, weight in zip(chosen_experts[token].tolist(), weights[token], strict=True):
+        for token, experts in enumerate(self.experts.tolist()):
+            for expert, weight in zip(experts, self._weights[token], strict=True):
                 gate, up = (self.gate_up[expert].double() @ x[token]).chunk(2)
-                self.exact[token] += weight * (self.down[expert].double() @ (gate / (1 + (-gate).exp()) * up))
+                exact[token] += weight * (self.down[expert].double() @ (gate / (1 + (-gate).exp()) * up))
+        return exact

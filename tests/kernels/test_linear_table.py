@@ -72,7 +72,8 @@ def test_untuned_large_products_and_float32_go_to_cublas() -> None:
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
-    table = LinearTable("NVIDIA H100 80GB HBM3", {Product("bfloat16", 1, 64, 64, True): Reading(FEW, 1.25, 2.5)})
+    products = Product("bfloat16", 1, 64, 64, True), Product("bfloat16", 1, 64, 64, held="w8a8")
+    table = LinearTable("NVIDIA H100 80GB HBM3", {product: Reading(FEW, 1.25, 2.5) for product in products})
     path = table.save(tmp_path)
     assert path.name == "nvidia-h100-80gb-hbm3.json"
     assert load_table("NVIDIA H100 80GB HBM3", tmp_path) == table
@@ -96,6 +97,15 @@ def test_cublas_is_taken_where_nothing_is_faster() -> None:
     assert readings[product].choice == CUBLAS
 
 
+def test_quantised_weights_are_never_left_to_cublas() -> None:
+    product = Product("bfloat16", 8, 4096, 4096, held="w4a16")
+    best = candidates(product)[1]
+    taken_us = {CUBLAS: 5.0, best: 9.0}
+    assert tune([product], lambda _, choice: taken_us.get(choice, math.inf)) == {product: Reading(best, 9.0, 5.0)}
+    table = LinearTable("a GPU", {product._replace(held=""): Reading(FEW, 1.0, 2.0)})
+    assert table.choose(product) == untuned(product)
+
+
 def test_no_product_is_begun_when_time_is_up() -> None:
     left = iter([True, True, False])
     some = products_of("1b", "bfloat16")[:5]
@@ -105,7 +115,8 @@ def test_no_product_is_begun_when_time_is_up() -> None:
 @given(products)
 def test_candidates_fit_their_products(product: Product) -> None:
     tried = list(candidates(product))
-    assert tried[0] == CUBLAS
+    assert tried[0] == (untuned(product) if product.held else CUBLAS)
+    assert not product.held or {choice.kernel for choice in tried} <= {"stream_k", "tiles"}
     assert len(tried) == len(set(tried)) > 5
     assert all(choice.block_m >= 16 and choice.block_n >= 16 for choice in tried[1:])
     assert product.distance(product) < FARTHEST
@@ -113,7 +124,8 @@ def test_candidates_fit_their_products(product: Product) -> None:
 
 def test_products_as_they_are_said() -> None:
     assert parse_product("16,28672,4096,gated", "float16") == Product("float16", 16, 28672, 4096, True)
-    for wrong in ("16,28672", "1,2,3,4", "0,2,3", "a,b,c"):
+    assert parse_product("16,64,128,fp8_w8a8", "float16") == Product("float16", 16, 64, 128, held="fp8_w8a8")
+    for wrong in ("16,28672", "1,2,3,4", "0,2,3", "a,b,c", "1,2,3,gated,w4a16"):
         with pytest.raises(ValueError, match=r"no product|invalid literal"):
             parse_product(wrong, "float16")
 

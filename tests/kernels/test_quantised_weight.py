@@ -34,10 +34,10 @@ FORMATS = [
     WeightFormat(8, None, torch.bfloat16, zeros=True),
     WeightFormat(8, e4m3=True),
     WeightFormat(8, 128, torch.bfloat16, e4m3=True),
-    WeightFormat(8, integer_inputs=True),
-    WeightFormat(8, 96, torch.float16, zeros=True, integer_inputs=True),
-    WeightFormat(4, 128, torch.bfloat16, integer_inputs=True),
-    WeightFormat(4, 32, torch.float16, offsets=True, integer_inputs=True),
+    WeightFormat(8, activations=True),
+    WeightFormat(8, 96, torch.float16, zeros=True, activations=True),
+    WeightFormat(4, 128, torch.bfloat16, activations=True),
+    WeightFormat(4, 32, torch.float16, offsets=True, activations=True),
 ]
 
 
@@ -96,10 +96,12 @@ def e4m3_values(bits: torch.Tensor) -> torch.Tensor:
 
 
 def as_read(x: torch.Tensor, held: WeightFormat) -> torch.Tensor:
-    """Rows as the product reads them, in float64: of every 64 inputs of a group integers, the largest of which is 127."""
+    """Rows as the product reads them, in float64: of every 64 inputs of a group integers, the largest 127."""
     if not held.integer_inputs:
         return x.double()
-    parts = [part for group in x.float().split(held.group_of(x.shape[1]), 1) for part in group.split(64, 1)]
+    parts = [
+        part for group in torch.split(x.float(), held.group_of(x.shape[1]), 1) for part in torch.split(group, 64, 1)
+    ]
     read = []
     for part in parts:
         largest = part.abs().amax(1, keepdim=True)

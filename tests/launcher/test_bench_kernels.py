@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from phalanx.cli import app
 from phalanx.errors import PhalanxError
 from phalanx.kernels.ceilings import Ceilings
+from phalanx.launcher.bench_kernels import optional_peers
 from phalanx.launcher.bench_kernels.cases import Maker, Sizes
 from phalanx.launcher.bench_kernels.measure import read_case
 
@@ -53,6 +54,34 @@ def test_a_mixture_reads_the_experts_that_it_chooses() -> None:
     operators = {case.operator: case.call(0) for case in maker.cases((2,), ())}
     assert {"route", "expert_ffn"} <= set(operators)
     assert not {"linear gate_up", "linear down"} & set(operators)
+
+
+def test_quantised_weights_are_read_in_their_bits() -> None:
+    cases = {case.operator: case for case in MAKER.quantised_cases(4)}
+    assert "linear_w4a16 down" in cases
+    assert "linear_w8a16 qkv" in cases
+    down = cases["linear_w8a16 down"]
+    assert down.num_flops == 2 * 4 * 64 * 96
+    assert 64 * 96 <= down.num_bytes - 2 * 4 * (64 + 96) <= 1.5 * 64 * 96  # and scales, rounded up to blocks
+    down.call(down.num_copies - 1)
+
+
+def test_a_peer_that_is_not_installed_is_named_and_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optional_peers, "MODULES", {"Nobody's kernels": "nobodys_kernels", "torch": "torch"})
+    assert optional_peers.told_of_missing() == "; not installed, so not beside these: Nobody's kernels"
+    assert optional_peers.installed("Nobody's kernels", "nobodys_kernels.ops", torch.device("cuda")) is None
+    assert optional_peers.installed("torch", "torch.nn", torch.device("cuda")) is torch.nn
+    [alone] = [case for case in MAKER.row_cases(2) if case.operator == "rms_norm"]
+    assert alone.peer_name == "torch"
+
+
+def test_another_peer_stands_beside_the_same_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = torch.nn.SiLU()
+    monkeypatch.setattr(optional_peers, "gates", lambda gate_up: iter([("Another", lambda i: gate(gate_up[i]))]))
+    ours, again = [case for case in MAKER.row_cases(2) if case.operator == "silu_mul"]
+    assert (ours.peer_name, again.peer_name) == ("torch", "Another")
+    reading = read_case(again, Ceilings(1e9, 1e9), CPU, rounds=1)
+    assert reading.not_torch == ", Another"
 
 
 def test_the_median_counts() -> None:

@@ -15,6 +15,7 @@ from phalanx.comm.machine import find_obstacle
 from phalanx.errors import ModelError
 from phalanx.launcher.check import CheckReport, check
 from phalanx.launcher.machine import Gpu, Machine, this_machine
+from phalanx.launcher.rank_plan import RankPlan
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.shape import ModelShape
@@ -284,6 +285,19 @@ def test_figures_that_contradict_the_model_are_exit_code_2(overrides: list[str],
 def test_what_this_machine_lacks_is_exit_code_3(overrides: list[str], machine: Machine, path: str) -> None:
     report = small(*overrides, machine=machine)
     assert (report.exit_code, error_paths(report)) == (3, [path])
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("fp8", 8), ("w8a8", 8), ("int4", 5)])
+def test_quantised_weights_are_counted_on_gpus_as_on_cpus(quantization: str, bits: int) -> None:
+    def plan(device: str) -> RankPlan:
+        report = small(f"model.quantization={quantization}", f"cluster.device={device}", machine=ONE_GPU)
+        assert report.ok
+        assert report.plan is not None
+        return report.plan.ranks[0]
+
+    on_gpu, on_cpu = plan("cuda"), plan("cpu")
+    assert on_gpu.weight_bytes / on_gpu.parameters == pytest.approx(on_cpu.weight_bytes / on_cpu.parameters, rel=1e-3)
+    assert bits / 8 <= on_gpu.weight_bytes / on_gpu.parameters < 1.02
 
 
 def test_plain_processes_may_take_more_cores_than_there_are() -> None:

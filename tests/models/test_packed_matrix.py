@@ -57,7 +57,7 @@ def held(checkpoint: Checkpoint, pieces: Sequence[TensorSlice]) -> torch.Tensor:
     weight = QuantisedWeight(num_rows, num_columns, of_cut, torch.float32, None, inputs.order)
     first = 0
     for piece in pieces:
-        for rows in quantised_slice(checkpoint, piece, scheme, inputs, stored=True):
+        for rows in quantised_slice(checkpoint, piece, scheme, inputs, weight.device, stored=True):
             weight.put(first, rows)
             first += len(rows.q)
     assert first == num_rows

@@ -69,7 +69,9 @@ def test_the_sum_is_added_to_the_stream_and_normalised(
     def rank(number: int, join: Join) -> tuple[torch.Tensor, torch.Tensor]:
         part = split[number].slice
         layer = RowParallelLinear(join("stage", number, split.num_parts), bias, weight=weight[:, part].contiguous())
-        return layer.add_and_norm(x[:, part].contiguous(), residual, norm, 1e-5)
+        normed, stream = layer.add_and_norm(x[:, part].contiguous(), residual, norm, 1e-5)
+        assert isinstance(normed, torch.Tensor)
+        return normed, stream
 
     stream = residual + F.linear(x, weight, bias)
     exact = stream.double()

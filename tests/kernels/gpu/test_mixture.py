@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from tests.kernels.gpu.poison import poisoned, relative_error
 from tests.kernels.mixtures import Mixture, routed
 
-from phalanx.kernels import expert_ffn, route
+from phalanx.kernels import PackedExperts, WeightFormat, expert_ffn, make_quantised_on, quantise, route
 from phalanx.kernels.gpu.expert_blocks import expert_blocks
 from phalanx.kernels.gpu.target import A100, assumed
+from phalanx.kernels.quantised_weight import dequantise
+from phalanx.kernels.weight_on_gpu import numbers_of
 
 ERROR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}  # gates and outputs are rounded on the way
 dtypes = st.sampled_from(list(ERROR))
@@ -87,6 +89,35 @@ def test_experts_without_tma(device: torch.device) -> None:
         check(Mixture(60, 72, 40, 4, 2, torch.bfloat16, device))
 
 
+@pytest.mark.parametrize(
+    ("held", "tokens", "dtype"),
+    [
+        (WeightFormat(4, 32, torch.float16, offsets=True), 3, torch.float32),
+        (WeightFormat(4, 32, torch.float16), 50, torch.bfloat16),
+        (WeightFormat(8), 5, torch.bfloat16),
+        (WeightFormat(8, 8, torch.float16), 3, torch.float32),
+        (WeightFormat(8, e4m3=True), 120, torch.float32),
+    ],
+)
+def test_experts_by_quantised_weights(
+    device: torch.device, held: WeightFormat, tokens: int, dtype: torch.dtype
+) -> None:
+    mixture = Mixture(tokens, 72, 40, 3, 2, dtype, device)
+    packed = []
+    for name in ("gate_up", "down"):
+        plain = getattr(mixture, name)
+        weights = make_quantised_on(device, plain.shape[1:], held, dtype, [None] * 3)
+        for weight, each in zip(weights, plain, strict=True):
+            weight.put(0, quantise(each, held))
+        assert weights[1].on_gpu is not None
+        standing_for = [dequantise(quantise(each, held), held) for each in plain]
+        setattr(mixture, name, torch.stack(standing_for))
+        packed.append(PackedExperts(weights))
+    with poisoned():
+        actual = expert_ffn(mixture.x, mixture.experts, mixture.weights, *packed)
+    assert relative_error(actual, mixture.exact) < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
 def check(mixture: Mixture) -> None:
     with poisoned():
         actual = expert_ffn(mixture.x, mixture.experts, mixture.weights, mixture.gate_up, mixture.down)
@@ -99,3 +130,11 @@ def test_they_are_registered(device: torch.device) -> None:
     torch.library.opcheck(torch.ops.phalanx.route.default, (torch.randn(3, 8, device=device), 2, "softmax", True))
     arguments = (mixture.x, mixture.experts, mixture.weights, mixture.gate_up, mixture.down)
     torch.library.opcheck(torch.ops.phalanx.expert_ffn.default, arguments)
+    held = WeightFormat(8)
+    numbers = [
+        numbers_of(make_quantised_on(device, shape, held, torch.bfloat16, [None] * 4)) for shape in ((32, 32), (32, 16))
+    ]
+    assert numbers[0] is not None
+    assert numbers[1] is not None
+    quantised = (*arguments[:3], *numbers[0], *numbers[1])
+    torch.library.opcheck(torch.ops.phalanx.expert_ffn_quantised.default, quantised)

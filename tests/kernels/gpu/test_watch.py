@@ -7,7 +7,16 @@ import torch
 from tests.kernels.attention_steps import make_step, plan_of
 from tests.kernels.gpu.test_attention import on
 
-from phalanx.kernels import gated_linear, group_heads, linear, paged_attention, rms_norm, triton_gpu
+from phalanx.kernels import (
+    WeightFormat,
+    gated_linear,
+    group_heads,
+    linear,
+    make_quantised_on,
+    paged_attention,
+    rms_norm,
+    triton_gpu,
+)
 from phalanx.kernels.triton_gpu import operators_watched
 from phalanx.kernels.watch import CallWatch, Work
 
@@ -38,4 +47,24 @@ def test_calls_are_told_with_bytes_and_operations(device: torch.device, window: 
         Work("linear", (3, 48, 64), item * (48 * 64 + 3 * (64 + 48)), 2 * 3 * 48 * 64, weight.data_ptr()),
         Work("gated_linear", (3, 48, 64), item * (48 * 64 + 3 * (64 + 24)), 2 * 3 * 48 * 64, weight.data_ptr()),
         Work("paged_attention", (3, num_read), 2 * item * width * (num_read * 2 + 3 * 3), 4 * num_seen * 3 * width),
+    ]
+
+
+def test_products_by_quantised_weights_are_told_with_their_bytes(device: torch.device) -> None:
+    int4, w8a8 = WeightFormat(4, 32, torch.float16, offsets=True), WeightFormat(8, activations=True)
+    weights = [
+        weight for held in (int4, w8a8) for weight in make_quantised_on(device, (48, 64), held, torch.float32, [None])
+    ]
+    x = torch.randn(3, 64, device=device)
+    watch = CallWatch()
+    with operators_watched(), watch.watching():
+        for weight in weights:
+            linear(x, weight)
+    flops, item = 2 * 3 * 48 * 64, 4
+    four = 48 * (64 // 2 + 2 * 2 * 2) + item * 3 * (64 + 48)
+    both = 48 * (64 + 4) + 3 * (64 + 4 + item * 48)
+    assert [call.work for call in watch.take()] == [
+        Work("linear_w4a16", (3, 48, 64), four, flops, weights[0].data_ptr()),
+        Work("quantise_rows", (3, 64), 1.5 * item * 3 * 64),
+        Work("linear_w8a8", (3, 48, 64), both, flops, weights[1].data_ptr()),
     ]
