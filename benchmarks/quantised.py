@@ -137,20 +137,25 @@ def read_quality(source: ModelSource, count: int, console: Console) -> dict[str,
         model = Model(source, case)
         told = [model.logprobs(tokens) for tokens in texts]
         reference = reference or told
-        losses = [-each[:-1].gather(1, tokens[1:, None]) for each, tokens in zip(told, texts, strict=True)]
-        divergences = [
-            F.kl_div(each, exact, log_target=True, reduction="none").sum(-1)
-            for each, exact in zip(told, reference, strict=True)
-        ]
-        same = [(each.argmax(-1) == exact.argmax(-1)) for each, exact in zip(told, reference, strict=True)]
-        found[name] = Quality(
-            perplexity=float(torch.cat(losses).mean().exp()),
-            divergence=float(torch.cat(divergences).mean()),
-            same=float(torch.cat(same).float().mean()),
-            weight_bytes=model.weight_bytes,
-        )
+        found[name] = judge(told, reference, texts, model.weight_bytes)
         console.print(f"{name}: {found[name]}")
     return found
+
+
+def judge(
+    told: list[torch.Tensor], reference: list[torch.Tensor], texts: list[torch.Tensor], weight_bytes: int
+) -> Quality:
+    """told, reference: log probabilities of each text, [WINDOW, vocabulary]."""
+    pairs = list(zip(told, reference, strict=True))
+    losses = [-each[:-1].gather(1, tokens[1:, None]) for each, tokens in zip(told, texts, strict=True)]
+    divergences = [F.kl_div(each, exact, log_target=True, reduction="none").sum(-1) for each, exact in pairs]
+    same = [each.argmax(-1) == exact.argmax(-1) for each, exact in pairs]
+    return Quality(
+        perplexity=float(torch.cat(losses).mean().exp()),
+        divergence=float(torch.cat(divergences).mean()),
+        same=float(torch.cat(same).float().mean()),
+        weight_bytes=weight_bytes,
+    )
 
 
 def read_speed(model: str, rounds: int, scale: float, console: Console) -> dict[str, list[Reading]]:

@@ -40,7 +40,7 @@ from phalanx.kernels import (
 from phalanx.kernels.names import profiled
 from phalanx.models.batch import Batch, KVCache, LayerPages, Part
 from phalanx.models.captured import CapturedSteps
-from phalanx.models.config import DecoderConfig, RopeConfig
+from phalanx.models.config import DecoderConfig
 from phalanx.models.recorded import Passed, RecordedSteps
 from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, RowParallelSum, VocabParallelEmbedding
 from phalanx.parallel.layout import Stage
@@ -202,7 +202,7 @@ class Decoder:
             self.norm = weights["norm"]
             self.head = ColumnParallelLinear(weights["head"] if "head" in weights else weights["embed"])
         attention = self.layers[0].attention.qkv.weight
-        self.frequencies = _rope_frequencies(config.shape.head_dim, config.rope).to(attention.device)
+        self.frequencies = rope_frequencies_of(config).to(attention.device)
 
     def num_parts(self, num_tokens: int) -> int:
         """Of the batch of a step of so many tokens; the same on all ranks of the stage."""
@@ -350,14 +350,16 @@ class Decoder:
         return head is not None and recorded is not None and num_rows * head.weight.shape[0] <= recorded.most_logits
 
 
-def _rope_frequencies(head_dim: int, config: RopeConfig) -> torch.Tensor:
-    if config.scaling == "llama3":
+def rope_frequencies_of(config: DecoderConfig) -> torch.Tensor:
+    """Of rotation, as `kernels.rope_frequencies` gives them."""
+    head_dim, rope = config.shape.head_dim, config.rope
+    if rope.scaling == "llama3":
         return rope_frequencies(
             head_dim,
-            config.theta,
-            factor=config.factor,
-            low_freq_factor=config.low_freq_factor,
-            high_freq_factor=config.high_freq_factor,
-            original_max_position=config.original_max_position,
+            rope.theta,
+            factor=rope.factor,
+            low_freq_factor=rope.low_freq_factor,
+            high_freq_factor=rope.high_freq_factor,
+            original_max_position=rope.original_max_position,
         )
-    return rope_frequencies(head_dim, config.theta, factor=config.factor)
+    return rope_frequencies(head_dim, rope.theta, factor=rope.factor)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from phalanx.errors import ModelError, RequestError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import tokenizers
 
 _SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
@@ -64,6 +66,10 @@ class Tokenizer:
     def special_texts(self) -> frozenset[str]:
         """The texts of the control tokens, which are left out of what is decoded."""
         return frozenset(self._backend.id_to_token(token) or "" for token in self._special) - {""}
+
+    def save(self, path: Path) -> None:
+        """As a `tokenizer.json`."""
+        self._backend.save(str(path))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it are taken as such.

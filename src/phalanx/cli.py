@@ -18,6 +18,7 @@ from phalanx.launcher.commands.check import check
 from phalanx.launcher.commands.deployments import launch, status, stop
 from phalanx.launcher.commands.generate import generate
 from phalanx.launcher.commands.profile import profile
+from phalanx.launcher.commands.quantize import quantize
 from phalanx.launcher.rank_main import OPENMP_SPINS
 from phalanx.serve.commands.bench_serve import bench_serve
 from phalanx.serve.commands.serve import serve
@@ -40,6 +41,7 @@ bench.command("kernels")(bench_kernels)
 bench.command("serve")(bench_serve)
 app.add_typer(bench, name="bench")
 app.command()(profile)
+app.command()(quantize)
 
 
 def _print_version(wanted: bool) -> None:
