@@ -68,6 +68,14 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 
+class Contestant(NamedTuple):
+    """engine: a key of ENGINES. python: which runs it. settings: what its `serving` is given, beside lengths."""
+
+    engine: str
+    python: str
+    settings: Mapping[str, Any]
+
+
 class Figure(NamedTuple):
     """A column. scale: from seconds, or tokens per second, to its unit. is_rate: whether more is better."""
 
@@ -238,46 +246,61 @@ def spelt(figures: Mapping[str, float]) -> str:
     return ", ".join(f"{FIGURES[name].title} {FIGURES[name].shown(value)}" for name, value in figures.items())
 
 
+def versions_of(engine: str, python: str) -> dict[str, str | None]:
+    """Of what its figures depend on in this Python; None for what is not installed."""
+    command = [python, HERE / "measure.py", "--versions", *ENGINES[engine].distributions]
+    versions: dict[str, str | None] = json.loads(run(command))
+    return versions
+
+
 def take_readings(
-    arguments: argparse.Namespace, pythons: Mapping[str, str], models: Mapping[str, str]
+    contestants: Mapping[str, Contestant], workloads: Sequence[WorkloadName], most: int | None, rounds: int
 ) -> dict[str, list[Reading]]:
-    """A reading of each engine in `models` in each round, in turn."""
-    runs = Runs.of(arguments.workloads, resolve_model(MODEL).config.shape.vocab_size, arguments.requests)
+    """A reading of each contestant in each round, in turn. most: requests of a workload, or all."""
+    runs = Runs.of(workloads, resolve_model(MODEL).config.shape.vocab_size, most)
     console = Console(stderr=True)
-    readings: dict[str, list[Reading]] = {name: [] for name in models}
-    for number in range(arguments.rounds):
-        for name, taken in readings.items():
-            engine = {"model": models[name], "dtype": arguments.dtype, "num_threads": arguments.threads}
-            if name == OURS and arguments.phalanx_config:
-                engine["config"] = str(arguments.phalanx_config)
-            with console.status(f"round {number + 1} of {arguments.rounds}: {name}"):
-                answer = run([pythons[name], HERE / "measure.py", name], runs.job(engine))
-            taken.append(runs.reading(name, json.loads(answer)))
-            console.print(f"round {number + 1}, {name}: {spelt(taken[-1].figures)}", soft_wrap=True, highlight=False)
+    readings: dict[str, list[Reading]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name, (engine, python, settings) in contestants.items():
+            with console.status(f"round {number + 1} of {rounds}: {name}"):
+                answer = run([python, HERE / "measure.py", engine], runs.job(settings))
+            readings[name].append(runs.reading(name, json.loads(answer)))
+            figures = spelt(readings[name][-1].figures)
+            console.print(f"round {number + 1}, {name}: {figures}", soft_wrap=True, highlight=False)
     return readings
+
+
+def medians_of(readings: Mapping[str, Sequence[Reading]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {figure: statistics.median(reading.figures[figure] for reading in taken) for figure in taken[0].figures}
+        for name, taken in readings.items()
+    }
+
+
+def agreement_with(name: str, readings: Mapping[str, Sequence[Reading]]) -> dict[str, str]:
+    """In how many requests the first token is the one that contestant `name` chose."""
+    expected = readings[name][0].first_tokens
+    return {
+        other: f"{sum(map(int.__eq__, taken[0].first_tokens, expected))} of {len(expected)}"
+        for other, taken in readings.items()
+    }
 
 
 def main() -> None:
     arguments = arguments_given()
     pythons = {name: arguments.pythons.get(name, sys.executable) for name in (OURS, *arguments.peers)}
-    versions = {
-        name: json.loads(run([python, HERE / "measure.py", "--versions", *ENGINES[name].distributions]))
-        for name, python in pythons.items()
-    }
+    versions = {name: versions_of(name, python) for name, python in pythons.items()}
     missing = [name for name in arguments.peers if versions[name][ENGINES[name].distributions[0]] is None]
     models = {name: model_file(ENGINES[name].form, arguments) for name in pythons if name not in missing}
+    contestants: dict[str, Contestant] = {}
+    for name, model in models.items():
+        settings = {"model": model, "dtype": arguments.dtype, "num_threads": arguments.threads}
+        if name == OURS and arguments.phalanx_config:
+            settings["config"] = str(arguments.phalanx_config)
+        contestants[name] = Contestant(name, pythons[name], settings)
     load_before = os.getloadavg()
-    readings = take_readings(arguments, pythons, models)
-
-    medians = {
-        name: {figure: statistics.median(reading.figures[figure] for reading in taken) for figure in taken[0].figures}
-        for name, taken in readings.items()
-    }
-    expected = readings[OURS][0].first_tokens
-    agreement = {
-        name: f"{sum(map(int.__eq__, taken[0].first_tokens, expected))} of {len(expected)}"
-        for name, taken in readings.items()
-    }
+    readings = take_readings(contestants, arguments.workloads, arguments.requests, arguments.rounds)
+    medians, agreement = medians_of(readings), agreement_with(OURS, readings)
     console = Console()
     for table in tables(medians, agreement):
         console.print(table)
