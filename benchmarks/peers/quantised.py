@@ -1,7 +1,7 @@
 """Quantised weights of Phalanx beside llama.cpp's: workloads of `phalanx bench` on smollm2-135m, greedy.
 
     python benchmarks/peers/quantised.py [--python PATH] [--ours none stored int8 int4] [--theirs bfloat16 Q8_0 Q4_1]
-        [--workloads W1 W2] [--rounds 3] [--threads N] [--json FILE]
+        [--workloads W1 W2] [--rounds 3] [--retakes 0] [--threads N] [--json FILE]
 
 Ours are schemes of `model.quantization`, each in bfloat16; `none` is bfloat16 itself. Theirs are forms of the GGUF
 file, all of the same weights (export_model.py): Q4_1 is the built-in file, which `stored` reads as well. llama.cpp
@@ -9,7 +9,8 @@ multiplies blocks with activations in 8 bits, ours where the scheme says so.
 
 All take turns in every round, as in compare.py beside it, whose columns these are. A ratio is the median over the
 rounds of the peer's time over ours, or our rate over the peer's, in one round, with the least and the most: above 1,
-ours is faster.
+ours is faster. On a machine that is not quiet, `--retakes` has readings taken again beside which other processes took
+more than a tenth of a core: a thread that shares its core holds up all that wait for it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.peers.compare import (  # noqa: E402
+from benchmarks.peers.turns import (  # noqa: E402
     CHOICES,
     ENGINES,
     FIGURES,
@@ -42,10 +43,12 @@ from benchmarks.peers.compare import (  # noqa: E402
     agreement_with,
     exported,
     medians_of,
-    processor,
+    spelt_out,
     take_readings,
     versions_of,
 )
+
+from phalanx.launcher.bench.report import processor  # noqa: E402
 
 PEER = "llama_cpp"
 REFERENCE = "none"  # our scheme that quantises nothing
@@ -84,6 +87,7 @@ def arguments_given() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=CHOICES, default=("W1", "W2"))
     parser.add_argument("--requests", type=int, metavar="N", help="only the first N of a workload")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--retakes", type=int, default=0, metavar="N", help="of a reading that others disturbed")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores of each engine")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
@@ -122,7 +126,7 @@ def repeatable_command(arguments: argparse.Namespace) -> str:
     """The command line without what belongs to one machine."""
     command = ["benchmarks/peers/quantised.py", "--ours", *arguments.ours, "--theirs", *arguments.theirs]
     command += ["--workloads", *arguments.workloads, "--rounds", str(arguments.rounds)]
-    command += ["--threads", str(arguments.threads)]
+    command += ["--retakes", str(arguments.retakes), "--threads", str(arguments.threads)]
     if arguments.requests is not None:
         command += ["--requests", str(arguments.requests)]
     return shlex.join(command)
@@ -135,7 +139,7 @@ def main() -> None:
         raise SystemExit(f"{PEER} is not installed: {ENGINES[PEER].install}; name its Python after --python")
     contestants = contestants_of(arguments)
     load_before = os.getloadavg()
-    readings = take_readings(contestants, arguments.workloads, arguments.requests, arguments.rounds)
+    readings = take_readings(contestants, arguments.workloads, arguments.requests, arguments.rounds, arguments.retakes)
     medians = medians_of(readings)
     agreement = agreement_with(next(iter(readings)), readings)
     reference = f"{OURS} {REFERENCE}"
@@ -169,7 +173,7 @@ def main() -> None:
                 for name, others in compared.items()
             },
             "same_first_tokens": agreement,
-            "readings": {name: [reading.figures for reading in taken] for name, taken in readings.items()},
+            "readings": spelt_out(readings),
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
