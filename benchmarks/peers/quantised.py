@@ -117,8 +117,8 @@ def tables(
         measured.add_row(name, *(FIGURES[each].shown(value) for each, value in figures.items()), agreement[name])
     times = Table("times faster", "than", *titles, box=None)
     for name, others in compared.items():
-        for other, figures in others.items():
-            times.add_row(name, other, *map(str, figures.values()))
+        for other, ratios in others.items():
+            times.add_row(name, other, *map(str, ratios.values()))
     return measured, times
 
 

@@ -184,7 +184,7 @@ def busy_elsewhere_s() -> float:
 
 def versions_of(engine: str, python: str) -> dict[str, str | None]:
     """Of what its figures depend on in this Python; None for what is not installed."""
-    command = [python, HERE / "measure.py", "--versions", *ENGINES[engine].distributions]
+    command = [python, str(HERE / "measure.py"), "--versions", *ENGINES[engine].distributions]
     versions: dict[str, str | None] = json.loads(run(command))
     return versions
 

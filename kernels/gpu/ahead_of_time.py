@@ -6,16 +6,18 @@ very arguments, constants and options that it would have on the GPU.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import pkgutil
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -127,10 +129,27 @@ def compiled(cases: Iterable[Case]) -> list[Future[tuple[Compiled, ...]]]:
     """Each launch of each case, compiled by a thread a core: the compiler needs Python's lock for half of its time."""
     # All of them first: while launches are caught, the modules that a compiler reads hold no kernels.
     caught = [(case, launches_of(case.example, case.arch)) for case in cases]
+    _parse_in_turns()
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     futures = [pool.submit(_compile_all, case, launches) for case, launches in caught]
     pool.shutdown(wait=False)
     return futures
+
+
+def _parse_in_turns() -> None:
+    """From now on: CPython counts the depth of syntax trees of all threads together, and where two make one at a time
+    it may find that it has changed, and raises SystemError (python/cpython issue 106905; seen with 3.11.7).
+    """
+    parse, turn = ast.parse, threading.Lock()
+    if hasattr(parse, "__wrapped__"):
+        return
+
+    @wraps(parse)
+    def parse_alone(*args: Any, **options: Any) -> Any:
+        with turn:
+            return parse(*args, **options)
+
+    ast.parse = parse_alone
 
 
 def _compile_all(case: Case, launches: Sequence[Launch]) -> tuple[Compiled, ...]:

@@ -96,14 +96,17 @@ def test_what_is_wrong_with_a_checkpoint_is_found_before_anything_is_started(qua
     assert "bits is 3; supported: 4" in checked(directory).errors[0].message
 
 
-def test_a_gpu_has_it_dequantised_unless_it_is_asked_otherwise(quantised: Any) -> None:
+def test_a_gpu_holds_it_as_it_is_stored_too(quantised: Any) -> None:
     directory = quantised("awq")
     machine = Machine(2, 2**33, 2**33, bfloat16=True, gpus=(Gpu("H100", 80 * 2**30),))
     report = checked(directory, machine)
     assert report.plan is not None
-    assert report.plan.quantization == "none"
-    assert "dequantised" in next(each.reason for each in report.decisions if each.name == "quantization")
-    assert checked(directory, machine, "stored").errors[0].path == "model.quantization"
+    assert report.plan.quantization == "stored"
+    assert "as awq has stored them" in next(each.reason for each in report.decisions if each.name == "quantization")
+    asked = checked(directory, machine, "none")
+    assert asked.plan is not None
+    assert asked.plan.quantization == "none"
+    assert asked.plan.ranks[0].weight_bytes > report.plan.ranks[0].weight_bytes
 
 
 def test_a_shape_is_counted_as_its_config_says(quantised: Any, tmp_path: Path) -> None:
