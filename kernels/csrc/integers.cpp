@@ -8,6 +8,8 @@
 
 namespace phalanx {
 
+constexpr size_t kAheadOfIntegers = 2 * kAheadBytes;  // one row passes sooner than in bfloat16
+
 void integer_linear(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t x_stride,
                     const QuantisedMatrix& weight, const uint16_t* bias, size_t num_rows) {
   const IntegerKernels& functions = *kernels.quantised->integers;
@@ -45,7 +47,7 @@ void integer_linear(const LinearKernels& kernels, uint16_t* y, const uint16_t* x
     for (size_t each = first_tile; each < end_tile; each++) {
       const size_t row = first_row(each);
       tile.x = rows_of(each);
-      tile.ahead_bytes = each > first_tile ? kNearBytes : kAheadBytes;
+      tile.ahead_bytes = each > first_tile ? kNearBytes : kAheadOfIntegers;
       tile.y = y + row * weight.num_outputs() + column;
       by_rows[first_row(each + 1) - row](tile);
     }
