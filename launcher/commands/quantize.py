@@ -76,8 +76,11 @@ def quantize(
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     way = "AWQ" if options.scales_inputs else "round to nearest"
     with Progress(*columns, console=console) as bars:
-        task = bars.add_task(f"{source.name} to {scheme.value}, {way}: layers", total=source.config.shape.num_layers)
-        made = quantise_model(source, directory, options, lambda done, _: bars.update(task, completed=done))
+        title, num_layers = f"{source.name} to {scheme.value}, {way}: layers", source.config.shape.num_layers
+        task = bars.add_task(title, total=num_layers, visible=False)  # until it is known that nothing stops it
+        made = quantise_model(
+            source, directory, options, lambda done, _: bars.update(task, completed=done, visible=True)
+        )
     told = f"{directory}: {format_bytes(made.num_bytes)} in place of {format_bytes(made.plain_bytes)}"
     if made.found:
         told += (
