@@ -52,7 +52,7 @@ from phalanx.models.captured import choose_graphs
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.params import kv_bytes_per_token, rank_params
-from phalanx.models.quantization import held_bytes, scheme_of
+from phalanx.models.quantization import held_bytes, multiplies_integers, scheme_of
 from phalanx.models.weights import load_params
 from phalanx.native import resize_pool
 from phalanx.parallel.overlap import Overlap
@@ -113,7 +113,7 @@ class Rank:
         checkpoint = Checkpoint(spec.entries)
         packing = choose_packing(self._dtype, self._device)
         if self._device.type == "cpu":
-            told = told_of_quantised(self._dtype, integer_inputs=spec.quantization in ("w8a8", "w4a8"))
+            told = told_of_quantised(self._dtype, integer_inputs=multiplies_integers(spec.quantization))
             self.choices["cpu products"] = packing.told if spec.quantization == "none" else told
         else:
             self.choices["gpu kernels"] = find_triton().told

@@ -310,7 +310,7 @@ def told_of_quantised(dtype: torch.dtype, *, integer_inputs: bool = False) -> st
     library, told = find_native()
     native = native_for(dtype)
     if native is not None:
-        activations = "of layers in 8 bits, a scale for 64 inputs of a token" if integer_inputs else "as they are"
+        activations = "of layers in 8 bits, a scale for at most 64 inputs" if integer_inputs else "as they are"
         return f"native, {native.linear_sets[0]}: from quantised weights as they are held, activations {activations}"
     reason = told if library is None else "native products are in bfloat16 and need AVX2"
     return f"torch: quantised weights are made whole for each product ({reason})"

@@ -142,15 +142,16 @@ def make_quantised_on(
     takes them.
     """
     num_outputs, num_inputs = shape
-    together = all(order is None for order in orders)
+    # Inputs in orders of their own are of unlike numbers, too.
+    sets = [orders] if all(order is None for order in orders) else [[order] for order in orders]
     weights = []
     with torch.inference_mode(False):  # they are filled by other threads
-        numbers = Numbers.make(len(orders) if together else 0, num_outputs, num_inputs, held, device)
-        for index, order in enumerate(orders):
-            num_held = num_inputs if order is None else len(order)
-            of_it = numbers if together else Numbers.make(1, num_outputs, num_held, held, device)
-            on_gpu = WeightOnGpu(of_it, index if together else 0, num_held, held, num_inputs, order)
-            weights.append(QuantisedWeight(num_outputs, num_inputs, held, dtype, order=order, on_gpu=on_gpu))
+        for together in sets:
+            num_held = num_inputs if together[0] is None else len(together[0])
+            numbers = Numbers.make(len(together), num_outputs, num_held, held, device)
+            for index, order in enumerate(together):
+                on_gpu = WeightOnGpu(numbers, index, num_held, held, num_inputs, order)
+                weights.append(QuantisedWeight(num_outputs, num_inputs, held, dtype, order=order, on_gpu=on_gpu))
     return weights
 
 

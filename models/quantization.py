@@ -36,6 +36,12 @@ STORED: Mapping[str, Scheme] = {
 """By the encodings of checkpoints whose blocks a product can read as they are."""
 
 
+def multiplies_integers(quantization: str) -> bool:
+    """Whether activations of layers become integers on a CPU. quantization: as `model.quantization`."""
+    layers, _ = SCHEMES.get(quantization, (None, None))
+    return layers is not None and layers.activations and not layers.e4m3
+
+
 def _input_group(unit: int) -> int:
     """Inputs that share a scale: all that do are on one rank in every layout, whose cuts leave `unit` together."""
     group = math.gcd(unit, 64)

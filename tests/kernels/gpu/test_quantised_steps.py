@@ -19,6 +19,7 @@ from phalanx.kernels import (
     Activations,
     PackedExperts,
     QuantisedActivations,
+    QuantisedRows,
     QuantisedWeight,
     QuantisingNorm,
     WeightFormat,
@@ -218,6 +219,34 @@ def test_it_takes_the_bytes_of_its_numbers_and_gives_rows_of_a_vocabulary_shard(
     assert weight.nbytes <= 1.02 * held.num_bytes(120, 576)
     tokens = torch.tensor([250, 3, 200, 199, 319, 320])
     assert torch.equal(weight.held_rows(tokens.to(device), 200).cpu(), other.held_rows(tokens, 200))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_zeros_and_inputs_in_any_order_multiply_as_what_they_stand_for(
+    device: torch.device, bits: int, scattered: bool
+) -> None:
+    """As AWQ's and GPTQ's checkpoints have them, act-order and room between groups included."""
+    held, num_outputs, num_inputs = WeightFormat(bits, 32, torch.float16, zeros=True), 40, 90
+    generator = torch.Generator().manual_seed(bits)
+    order = torch.randperm(96, generator=generator) if scattered else torch.arange(96)
+    order = torch.where(order < num_inputs, order, -1)
+    low, high = (0, 16) if bits == 4 else (-128, 128)
+    q = torch.randint(low, high, (num_outputs, 96), generator=generator, dtype=torch.int8)
+    scales = torch.rand(num_outputs, 3, generator=generator).add(0.1).half()
+    zeros = torch.randint(0, 2**bits, (num_outputs, 3), generator=generator, dtype=torch.uint8)
+    group = torch.arange(96) // 32
+    less = zeros.double() - (128 if bits == 8 else 0)
+    exact = torch.zeros(num_outputs, num_inputs, dtype=torch.float64)
+    exact[:, order[order >= 0]] = (scales.double()[:, group] * (q.double() - less[:, group]))[:, order >= 0]
+    [weight] = make_quantised_on(device, (num_outputs, num_inputs), held, torch.float32, [order])
+    weight.put(0, QuantisedRows(q, scales, None, zeros))
+    x = torch.randn(5, num_inputs, generator=generator)
+    assert relative_error(weight.multiply(x.to(device), None).cpu(), x.double() @ exact.T) < 1e-5
+    taken = weight.held_rows(torch.tensor([7, 100, 139, 140]).to(device), 100).cpu().double()
+    assert relative_error(taken[2], exact[39]) < 1e-6
+    assert relative_error(taken[1], exact[0]) < 1e-6
+    assert not taken[[0, 3]].any()
 
 
 def test_what_a_weight_does_not_take_is_refused(device: torch.device) -> None:
