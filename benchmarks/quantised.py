@@ -6,8 +6,8 @@
 Quality: on windows of 512 tokens of the texts of Python's own `help`, against the same model in float32: perplexity,
 the Kullback-Leibler divergence of the distribution of the next token, and how often the likeliest token is the same.
 The cache in 8 bits is read by every token of a window, beside weights in bfloat16.
-Speed: engines of one rank and two threads take turns at W1 and W2 in bfloat16, in an order that is reversed from round
-to round; ratios are medians over the rounds.
+Speed: engines of one rank and two threads take turns at W1, W2 and prompts of W3 in bfloat16, in an order that is
+reversed from round to round; ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=1.0, help="times all lengths of W1 and W2 in tokens")
+    parser.add_argument("--scale", type=float, default=1.0, help="times all lengths of the workloads in tokens")
     parser.add_argument("--quality-only", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -185,7 +185,16 @@ def main() -> None:
         speed = read_speed(arguments.model, arguments.rounds, arguments.scale, console)
     gains = {name: gain(taken, speed["none"]) for name, taken in speed.items()}
     table = Table(
-        "weights", "MiB", "perplexity", "divergence", "same token", "W1, ms a token", "W2, tokens/s", "times", box=None
+        "weights",
+        "MiB",
+        "perplexity",
+        "divergence",
+        "same token",
+        "W1, ms a token",
+        "W2, tokens/s",
+        "W3, prompt tokens/s",
+        "times",
+        box=None,
     )
     for name, each in quality.items():
         row = [name, f"{each.weight_bytes / 2**20:.0f}", f"{each.perplexity:.3f}", f"{each.divergence:.5f}"]
@@ -193,7 +202,8 @@ def main() -> None:
         if name in speed:
             row.append(f"{1e3 * statistics.median(reading.token_s for reading in speed[name]):.1f}")
             row.append(f"{statistics.median(reading.tokens_per_s for reading in speed[name]):.0f}")
-            row.append(f"x {gains[name].token_s:.2f}, x {gains[name].tokens_per_s:.2f}")
+            row.append(f"{statistics.median(reading.prompt_tokens_per_s for reading in speed[name]):.0f}")
+            row.append(", ".join(f"x {times:.2f}" for times in gains[name]))
         table.add_row(*row)
     Console().print(table)
     if arguments.json is not None:

@@ -2,8 +2,9 @@
 
     python benchmarks/tensor.py [--model smollm2-135m] [--rounds 7] [--scale 1.0] [--json FILE]
 
-All engines are up at once and take turns, W1 and W2, in an order that is reversed from round to round; an engine that
-has nothing to do takes no core. Ratios are medians over the rounds of what two ranks gained in the round.
+All engines are up at once and take turns, W1, W2 and two requests of W3, in an order that is reversed from round to
+round; an engine that has nothing to do takes no core. Ratios are medians over the rounds of what two ranks gained in
+the round.
 """
 
 from __future__ import annotations
@@ -36,11 +37,15 @@ WHOLE: dict[str, int] = {"1 rank, 1 thread": 1, "1 rank, 2 threads": 2}  # threa
 CUT: dict[str, dict[str, int]] = {"tensor 2": {"tensor": 2}, "pipeline 2": {"pipeline": 2}}  # of one thread a rank
 
 
+PROMPTS = 2  # requests of W3
+
+
 class Reading(NamedTuple):
-    """token_s: of W1, the mean time between tokens. tokens_per_s: of W2."""
+    """token_s: of W1, the mean time between tokens. tokens_per_s: of W2. prompt_tokens_per_s: of W3's requests."""
 
     token_s: float
     tokens_per_s: float
+    prompt_tokens_per_s: float
 
 
 def engine_of(
@@ -56,12 +61,23 @@ def engine_of(
     return AsyncEngine.from_config(load_config(sections), ranks_apart=True)
 
 
-async def read(engine: AsyncEngine, one: Sequence[RequestShape], many: Sequence[RequestShape]) -> Reading:
+async def read(
+    engine: AsyncEngine, one: Sequence[RequestShape], many: Sequence[RequestShape], prompts: Sequence[RequestShape]
+) -> Reading:
     [single] = await play(engine, one)
     token_s = (single.token_s[-1] - single.token_s[0]) / (len(single.token_s) - 1)
+    many_s, prompts_s = await took_s(engine, many), await took_s(engine, prompts)
+    return Reading(
+        token_s,
+        sum(shape.max_tokens for shape in many) / many_s,
+        sum(len(shape.prompt) for shape in prompts) / prompts_s,
+    )
+
+
+async def took_s(engine: AsyncEngine, shapes: Sequence[RequestShape]) -> float:
     began_s = time.perf_counter()
-    await play(engine, many)
-    return Reading(token_s, sum(shape.max_tokens for shape in many) / (time.perf_counter() - began_s))
+    await play(engine, shapes)
+    return time.perf_counter() - began_s
 
 
 async def measure(
@@ -73,11 +89,13 @@ async def measure(
             engine = engines[name]
             shapes = [
                 [scaled(turned(shape, number), scale) for shape in workload(which, vocab_size=engine.vocab_size)]
-                for which in ("W1", "W2")
+                for which in ("W1", "W2", "W3")
             ]
+            shapes[-1] = shapes[-1][:PROMPTS]
             found[name].append(await read(engine, *shapes))
         words = ", ".join(
-            f"{1e3 * taken[-1].token_s:.1f} ms {taken[-1].tokens_per_s:.0f}/s" for taken in found.values()
+            f"{1e3 * token_s:.1f} ms {tokens_per_s:.0f}/s {prompt_tokens_per_s:.0f}/s"
+            for token_s, tokens_per_s, prompt_tokens_per_s in (taken[-1] for taken in found.values())
         )
         console.print(f"round {number}: {words}")
     return {name: taken[1:] for name, taken in found.items()}
@@ -89,6 +107,7 @@ def gain(cut: Sequence[Reading], whole: Sequence[Reading]) -> Reading:
     return Reading(
         statistics.median(other.token_s / ours.token_s for ours, other in pairs),
         statistics.median(ours.tokens_per_s / other.tokens_per_s for ours, other in pairs),
+        statistics.median(ours.prompt_tokens_per_s / other.prompt_tokens_per_s for ours, other in pairs),
     )
 
 
@@ -97,7 +116,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--scale", type=float, default=1.0, help="times all lengths of W1 and W2 in tokens")
+    parser.add_argument("--scale", type=float, default=1.0, help="times all lengths of the workloads in tokens")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     with ExitStack() as closes:
@@ -111,14 +130,20 @@ def main() -> None:
         found = asyncio.run(measure(engines, arguments.rounds, arguments.scale, Console(stderr=True)))
     gains = {cut: {whole: gain(found[cut], found[whole]) for whole in WHOLE} for cut in CUT}
     table = Table(
-        "medians", "W1, ms a token", "W2, tokens/s", *(f"against {whole}: W1, W2" for whole in WHOLE), box=None
+        "medians",
+        "W1, ms a token",
+        "W2, tokens/s",
+        "W3, prompt tokens/s",
+        *(f"against {whole}: W1, W2, W3" for whole in WHOLE),
+        box=None,
     )
     for name, taken in found.items():
         table.add_row(
             name,
             f"{1e3 * statistics.median(each.token_s for each in taken):.1f}",
             f"{statistics.median(each.tokens_per_s for each in taken):.0f}",
-            *(f"x {each.token_s:.2f}, x {each.tokens_per_s:.2f}" for each in gains.get(name, {}).values()),
+            f"{statistics.median(each.prompt_tokens_per_s for each in taken):.0f}",
+            *(", ".join(f"x {times:.2f}" for times in each) for each in gains.get(name, {}).values()),
         )
     Console().print(table)
     if arguments.json is not None:
