@@ -1,9 +1,11 @@
 # `make help` lists the targets. Variables: PYTHON (the Python to use), TORCH_INDEX (package index to take PyTorch from),
-# PROMPT (for `make demo`), PYTEST_ARGS (for `make test`, such as PYTEST_ARGS="-k split").
+# PROMPT (for `make demo`), PYTEST_ARGS (for `make test`, such as PYTEST_ARGS="-k split"), PROCESSES (that tests run on; 0: one
+# after another in pytest's own).
 BIN := .venv/bin
 PYTHON ?=
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+PROCESSES ?= 2
 PROMPT ?= Why is the sky blue?
 export PROMPT
 
@@ -26,8 +28,10 @@ lint: setup ## Check style, formatting, types and the floors between the rooms
 	@echo "lint 3/4: mypy" && $(BIN)/mypy
 	@echo "lint 4/4: import-linter" && $(BIN)/lint-imports --no-logo --no-cache
 
+# Files are dealt out in the order that tests/turns.py gives them.
 test: setup lint ## Lint, then run every test
-	$(BIN)/python -m pytest --durations=10 --durations-min=2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder \
+		--durations=10 --durations-min=2 $(PYTEST_ARGS)
 
 # On a machine with a GPU, from the checkout: with PYTHON if given, else .venv where that is made, else the machine's own.
 gpu: ## Test and measure everything on this machine's GPU, in under 10 minutes; installs nothing

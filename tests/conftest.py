@@ -1,11 +1,13 @@
-"""Models that tests in several rooms use."""
+"""Models that tests in several rooms use, and what tests on several processes share."""
 
 from __future__ import annotations
 
 import signal
 
 import pytest
+import torch
 from hypothesis import settings
+from tests import turns
 
 from phalanx.models.resolve import ModelSource, resolve_model
 
@@ -16,6 +18,12 @@ settings.load_profile("phalanx")
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would be what the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(turns)
+    if given := getattr(config, "workerinput", None):  # of pytest-xdist, in the processes that it runs tests on
+        torch.set_num_threads(max(1, torch.get_num_threads() // given["workercount"]))
 
 
 @pytest.fixture(scope="session")

@@ -281,6 +281,7 @@ def test_an_error_behind_the_calls_ends_the_group_with_nccls_own_words() -> None
     run(2, use, timeout_s=4.0)
 
 
+@pytest.mark.alone
 def test_abort_returns_within_a_second_even_where_nccl_does_not() -> None:
     def use(rank: Rank) -> float:
         rank.nccl.comms[0].hangs.set()
@@ -292,6 +293,7 @@ def test_abort_returns_within_a_second_even_where_nccl_does_not() -> None:
     assert max(run(1, use)) < 1.0
 
 
+@pytest.mark.alone
 def test_the_ledger_has_the_gpus_times_and_not_the_threads() -> None:
     def use(rank: Rank) -> None:
         rank.ledger.begin_step(7)

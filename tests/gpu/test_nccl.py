@@ -16,6 +16,8 @@ from phalanx.comm.nccl import NcclCommunicator
 from phalanx.comm.nccl_binding import DATA_TYPES, NcclBinding
 from phalanx.errors import CommError
 
+pytestmark = pytest.mark.alone  # it compares times
+
 NUM = 1 << 20
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from math import prod
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.skipif(not PACKING.usable, reason=f"needs native produc
 SPREADS = [0, 3, 30]
 ROWS = st.one_of(st.integers(1, 30), st.sampled_from([48, 64, 385, 800]))
 SIZES = st.one_of(st.integers(1, 200), st.sampled_from([576, 1536, 2047, 2049, 4100]))
+# (rows, inputs, outputs): any two of them large, but not all three, where a reference in float64 takes seconds.
+SHAPES = st.tuples(ROWS, SIZES, SIZES).filter(lambda shape: prod(shape) <= 2**30)
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +71,11 @@ def spread_weight(num_outputs: int, num_inputs: int, spread: int, seed: int) -> 
 
 
 @settings(max_examples=100, deadline=None)
-@given(ROWS, SIZES, SIZES, st.booleans(), st.sampled_from(SPREADS), st.sampled_from(SETS or [0]), st.integers(0, 99))
+@given(SHAPES, st.booleans(), st.sampled_from(SPREADS), st.sampled_from(SETS or [0]), st.integers(0, 99))
 def test_products_are_those_of_float64_but_for_rounding(
-    num_rows: int, num_inputs: int, num_outputs: int, biased: bool, spread: int, chosen: int, seed: int
+    shape: tuple[int, int, int], biased: bool, spread: int, chosen: int, seed: int
 ) -> None:
+    num_rows, num_inputs, num_outputs = shape
     x = random(num_rows, num_inputs, seed=seed)
     weight = spread_weight(num_outputs, num_inputs, spread, seed=seed + 1)
     bias = random(num_outputs, seed=seed + 2) if biased else None

@@ -27,6 +27,8 @@ from phalanx.launcher.bench_comm.ranks import Ranks
 from phalanx.launcher.config import load_config
 from phalanx.parallel.layout import Layout, StageRequest, build_layout
 
+pytestmark = pytest.mark.alone  # it compares times
+
 PNG = b"\x89PNG\r\n\x1a\n"
 CONFIG = {
     "model": {"path": "shape:llama-3.1-8b", "dtype": "bfloat16"},

@@ -112,8 +112,10 @@ def test_ranks_share_the_cores_of_the_machine() -> None:
         assert [(r.choices["threads"], r.choices["omp"]) for r in formation.ready] == [(threads, threads)] * 2
 
 
-@pytest.mark.skipif(not can_divide_cores(), reason="needs two cores of unlimited time that no other run has taken")
+@pytest.mark.alone
 def test_ranks_keep_to_cores_of_their_own_and_other_runs_off_them() -> None:
+    if not can_divide_cores():
+        pytest.skip("needs two cores of unlimited time that no other run has taken")
     with start(2) as formation:
         held = [ready.cores.cpus for ready in formation.ready]
         assert all(held)

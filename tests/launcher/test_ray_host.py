@@ -91,6 +91,7 @@ class TestPrivateRay:
         assert any("raylet" in command for command in commands)
         assert not [command for command in commands if "monitor.py" in command]
 
+    @pytest.mark.alone
     def test_formations_run_side_by_side_and_share_the_cores(self) -> None:
         can_divide = can_divide_cores()
         with start(2) as first, start(1) as second:
@@ -183,6 +184,7 @@ class TestTwoNodes:
                 assert [zones[node_id] for _, node_id in sorted(group["bundles_to_node_id"].items())] == ["b", "a"]
             assert not live_groups()
 
+    @pytest.mark.alone
     def test_a_stage_that_fits_on_no_node_is_refused_within_seconds(self, settings: ClusterSettings) -> None:
         started = time.monotonic()
         with pytest.raises(PlacementError, match="stage 0 needs 3 ranks on one node") as refused:

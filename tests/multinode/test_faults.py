@@ -15,6 +15,8 @@ from tests.multinode.net_engine import NetEngine
 from tests.multinode.netlab import Net
 from tests.tiny_models import TINY_MODELS, VOCAB, make
 
+pytestmark = pytest.mark.alone  # it compares times, and looks at everybody's shared memory
+
 CUT_S = 1.5
 LIMIT_S = 2.0
 LONG = [[(17 * prompt + 5 * place) % VOCAB for place in range(200)] for prompt in range(4)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pytest
 from tests.comm.rank_pool import RankPool
 from tests.multinode.host_ranks import rank_reduces_until, rank_reduces_until_it_fails
 from tests.multinode.netlab import Net
@@ -78,6 +79,7 @@ def test_a_link_cut_for_good_ends_the_wait_at_its_limit_and_names_who_did_not_co
     assert answers[2]["missing"] == [0, 1]
 
 
+@pytest.mark.alone
 def test_a_link_throttled_to_a_tenth_makes_the_run_slower_and_nothing_else(
     net: Net, host_pool: RankPool, tmp_path: Path
 ) -> None:

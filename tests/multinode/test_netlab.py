@@ -74,6 +74,7 @@ def test_each_host_has_its_own_name_interfaces_and_ports_and_reaches_the_others(
     assert socket.gethostname() not in net.hosts
 
 
+@pytest.mark.alone
 def test_a_link_is_as_fast_as_its_rate_and_follows_a_change(net: Net) -> None:
     num_bytes = 1_000_000
     taken_s = {}
@@ -129,6 +130,7 @@ def test_a_host_that_cannot_be_made_takes_the_others_with_it(needs_hosts: None) 
     assert namespaces(os.getpid()) == before
 
 
+@pytest.mark.alone
 def test_what_a_killed_program_left_is_removed_by_the_next(needs_hosts: None) -> None:
     code = (
         "import os, signal, subprocess\nfrom tests.multinode.netlab import Net\n"

@@ -40,7 +40,7 @@ def sections(folder: Path, **serve: Any) -> dict[str, Any]:
     template.write_text(CHAT_TEMPLATE)
     return {
         "model": {"path": str(model), "dtype": "float32"},
-        "cluster": {"ray": "none", "device": "cpu", "cpus_per_rank": 1},
+        "cluster": {"ray": "none", "device": "cpu", "cpus_per_rank": 1, "pin_cores": False},
         "engine": {"kv_cache": "8MiB", "page_size": 4},
         "serve": {"model_name": "tiny", "chat_template": str(template), **serve},
     }

@@ -680,6 +680,7 @@ def report(swept: tuple[Result, Path]) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.alone
 def test_the_knee_of_a_known_server_is_found(report: dict[str, Any]) -> None:
     rates = {point["rate_per_s"]: point["falls_behind"] for point in report["points"]}
     found = report["knee"]["rate_per_s"]

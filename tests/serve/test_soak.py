@@ -20,6 +20,8 @@ from tests.serve.prober import Prober, Probes
 from tests.serve.soak_model import LONG_TEXT, soak_sections
 from tests.serve.streams import Asked, ask
 
+pytestmark = pytest.mark.alone  # it counts tokens in a time
+
 NUM_CLIENTS = 60
 SECONDS = 8.0
 HANGING_S = 20.0  # no answer takes so long on a machine however slow, unless something holds the event loop
