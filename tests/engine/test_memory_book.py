@@ -105,13 +105,16 @@ def test_graphs_have_room_kept_by_the_first_and_then_count_as_they_are() -> None
     graphs.capture(lambda: None)
     book.reserve_graphs(kept_bytes=8 * MIB, num_graphs=10, most_places=32)
     assert in_mib(book)["graphs"] == 8 + 10 * 3 + 8 + 4  # kept, of the driver, by the step's tokens, logits
+    graphs.capture(lambda: None)  # the same step once more, as where it has transfers
+    book.reserve_graphs(kept_bytes=8 * MIB, num_graphs=10, most_places=32)
+    assert in_mib(book)["graphs"] == 8 + 10 * 2 * 3 + 8 + 4
     graphs.reset()
     book.book(WORKSPACES, WORKSPACES)
     assert in_mib(book)["workspaces"] == 0
     memory.give_back()
-    for _ in range(20):
+    for _ in range(40):
         graphs.capture(lambda: None)
-    assert in_mib(book)["graphs"] == 5 + 20 * 3
+    assert in_mib(book)["graphs"] == 5 + 40 * 3
     book.book(WORKSPACES, WORKSPACES)
     assert in_mib(book)["workspaces"] == 0
 
@@ -190,6 +193,21 @@ def test_too_few_pages_say_which_settings_would_give_enough() -> None:
     assert pages_within(room_bytes, float(fitting["engine.kv_cache_share"]), MIB) >= 100
     spared = 64 * MIB * (1024 - int(fitting["engine.max_batch_tokens"])) // 1024
     assert pages_within(room_bytes + spared, 0.5, MIB) >= 100
+
+
+def test_pages_in_8_bits_are_proposed_with_what_they_take_where_they_would_fit() -> None:
+    narrow = SIZES._replace(narrow_page_bytes=MIB * 33 // 64)
+    _, book = loaded(total=760, sizes=narrow)
+    assert book.room_bytes() == 110 * MIB
+    fitting = book.too_few_pages(110 * MIB)
+    assert "engine.kv_cache_dtype: int8, whose pages take 103 MiB in place of 200 MiB" in fitting
+    assert not [each for each in book.too_few_pages(100 * MIB) if "int8" in each]
+
+    memory, book = loaded(total=1000, sizes=narrow._replace(share=None))
+    memory.take(300)
+    book.book(PAGES, WORKSPACES)
+    text = error_of(book, "a first step", ACTIVATIONS, lambda: memory.use(100))
+    assert "or engine.kv_cache_dtype: int8 and engine.kv_cache: 155MiB, for as many tokens; or" in text
 
 
 def test_where_no_parts_are_told_there_is_no_account() -> None:

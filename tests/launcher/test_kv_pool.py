@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,6 +12,7 @@ from phalanx.launcher.check import CheckReport, check
 from phalanx.launcher.kv_pool import KVPool
 from phalanx.launcher.machine import Gpu, Machine
 from phalanx.launcher.run_plan import RunPlan
+from phalanx.launcher.sizes import parse_size
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.shape import ModelShape
@@ -154,6 +156,11 @@ def test_ranks_measure_on_gpus_and_elsewhere(overrides: list[str], machine: Mach
     assert why.startswith(f"{share:g} of ")
 
 
+def test_pages_are_of_whole_tiles_on_gpus_unless_their_size_is_stated() -> None:
+    assert (pool_of().page_size, pool_of(machine=ONE_GPU).page_size) == (16, 64)
+    assert pool_of("engine.page_size=32", machine=ONE_GPU).page_size == 32
+
+
 def test_a_stated_size_is_not_measured_anywhere() -> None:
     pool = pool_of("cluster.ray=auto", "cluster.device=cuda", "engine.kv_cache=64MiB")
     assert not pool.measured
@@ -189,10 +196,11 @@ def test_stated_or_seen_device_memory_gives_an_estimate(
     share = plan.kv_pool.share
     assert share is not None
     spare = device_bytes - rank.weight_bytes - rank.work_bytes
-    pages = min(int(share * spare) // (PAGE_SIZE * TOKEN_BYTES), 1024 * 512)
+    page_size = 16 if "cluster.device=cpu" in overrides else 64
+    pages = min(int(share * spare) // (page_size * TOKEN_BYTES), 1024 * 8192 // page_size)
     assert (plan.num_pages, plan.kv_pool.expected_pages) == (0, pages)
-    assert plan.kv_capacity_tokens == pages * PAGE_SIZE
-    assert rank.kv_bytes == pages * PAGE_SIZE * TOKEN_BYTES
+    assert plan.kv_capacity_tokens == pages * page_size
+    assert rank.kv_bytes == pages * page_size * TOKEN_BYTES
 
 
 def test_ranks_on_cpus_elsewhere_measure_no_more_than_they_may_use() -> None:
@@ -200,7 +208,7 @@ def test_ranks_on_cpus_elsewhere_measure_no_more_than_they_may_use() -> None:
     cpu = pool_of(*elsewhere, "cluster.device=cpu")
     gpu = pool_of(*elsewhere, "cluster.device=cuda", "cluster.device_memory=10GiB")
     assert cpu.limit_pages == cpu.expected_pages
-    assert gpu.limit_pages == 64 * 8192 // PAGE_SIZE
+    assert gpu.limit_pages == 64 * 8192 // 64
 
 
 # The tightest rank
@@ -252,6 +260,22 @@ def test_the_free_memory_that_is_asked_for_is_enough() -> None:
     assert with_free(400).errors[0].allowed == "with at least 896 MiB free"
     assert with_free(897).ok
     assert not with_free(895).ok
+
+
+@pytest.mark.parametrize("setting", ["", "cluster.device_memory", "engine.kv_cache"])
+def test_pages_in_8_bits_are_proposed_with_what_they_need(setting: str) -> None:
+    def with_size(size: int, *overrides: str) -> CheckReport:
+        stated = (f"{setting}={size}",) if setting else ()
+        machine = LAPTOP if setting else replace(LAPTOP, free_bytes=size)
+        return checked(*stated, "model.max_length=8192", *overrides, machine=machine)
+
+    (found,) = with_size(100 * MIB if setting == "engine.kv_cache" else 300 * MIB).errors
+    told = re.search(r"with engine\.kv_cache_dtype: int8 (.*) suffice", found.suggestion or "")
+    assert told is not None
+    needed = parse_size(told[1])  # in three figures
+    assert with_size(needed * 101 // 100, "engine.kv_cache_dtype=int8").ok
+    (found,) = with_size(needed * 98 // 100, "engine.kv_cache_dtype=int8").errors
+    assert "int8" not in (found.suggestion or "")
 
 
 def test_a_system_that_does_not_say_what_is_free_asks_for_a_size() -> None:
