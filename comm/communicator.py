@@ -12,7 +12,8 @@ import torch
 
 from phalanx.comm.board import Call, Causes, RankStatus, WaitBoard, find_causes
 from phalanx.comm.group import GroupSpec
-from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
+from phalanx.comm.ledger import UNKNOWN_S
+from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, TimedWork, WaitTimeoutError, Work
 from phalanx.errors import CommError
 from phalanx.kernels import Recording, add_rms_norm
 from phalanx.kernels.names import in_range, profiled
@@ -466,12 +467,16 @@ class Communicator(ABC):
             self._board.waiting = None
         self._num_open -= 1
         ended_s = self._clock_s()
-        self._record(call, started_s, ended_s - blocked_from_s, ended_s)
+        if isinstance(work, TimedWork):
+            took_s = work.took_s
+        else:
+            took_s = ended_s - started_s if starting_s is None else UNKNOWN_S
+        self._record(call, started_s, ended_s - blocked_from_s, ended_s, took_s)
 
-    def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float) -> None:
+    def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float, took_s: float) -> None:
         op, seq, peer, num_bytes = call
         peer = -1 if peer is None else peer
-        self.ledger.record(seq, self.group, op, num_bytes, started_s, waited_s, ended_s, peer)
+        self.ledger.record(seq, self.group, op, num_bytes, started_s, waited_s, ended_s, peer, took_s=took_s)
 
     def _describe(self, call: Call) -> str:
         op, seq, peer, num_bytes = call

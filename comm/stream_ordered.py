@@ -100,7 +100,7 @@ class StreamOrderedCommunicator(Communicator):
         flight.work = work
         return _Flying(self._flights, flight, work)
 
-    def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float) -> None:
+    def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float, took_s: float) -> None:
         """Nothing: what the thread has measured is not what the GPU does. `Flights` writes the entry."""
 
     # ---- the watchdog's thread ----

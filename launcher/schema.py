@@ -205,9 +205,10 @@ class CommSection(Section):
     overlap: Literal["auto", "none", "chunks", "parts", "sequence"] = Field(
         default="auto",
         description="Transfers behind compute. none: never. auto: between stages always, inside a stage the way that "
-        "pays most by rates measured at the start. By name, in all steps of 128 tokens and more: chunks: a product is "
-        "cut, and summed behind the rest of it; parts: two parts of the tokens pass a block behind each other's sums; "
-        "sequence: between reduce-scatter and all-gather each rank has its own part of the tokens.",
+        "pays most by rates measured at the start and, on CPUs, seen since. By name, in all steps of 128 tokens and "
+        "more: chunks: a product is cut, and summed behind the rest of it; parts: two parts of the tokens pass a block "
+        "behind each other's sums; sequence: between reduce-scatter and all-gather each rank has its own part of the "
+        "tokens.",
     )
     compress: Literal["none", "int8", "fp8"] = Field(
         default="none",
