@@ -522,11 +522,16 @@ class Communicator(ABC):
         ]
         return WaitTimeoutError(
             f"{what} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: "
-            f"{_ranks(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). {_verdict(causes)}; if it "
+            f"{_ranks(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). "
+            f"{_verdict(causes, [rank for rank in causes.guilty or missing if self._is_elsewhere(rank)])}; if it "
             f"is only slow, raise the limit (timeout_s){self._who(sorted({*missing, *causes.guilty}))}",
             missing,
             causes.guilty,
         )
+
+    def _is_elsewhere(self, rank: int) -> bool:
+        """Whether a rank is known to be on another machine."""
+        return bool(self.machines) and self.machines[rank] != self.machines[self.rank]
 
     def _who(self, others: Sequence[int | None]) -> str:
         """What this rank and others are, beside their numbers, as the end of a message."""
@@ -565,12 +570,14 @@ def _whereabouts(op: str, seq: int, group: str, status: RankStatus | None, arriv
     return f"{'has started it, ' if arrived else 'is '}{status.told(group)}"
 
 
-def _verdict(causes: Causes) -> str:
+def _verdict(causes: Causes, elsewhere: Sequence[int]) -> str:
+    """elsewhere: of the ranks that it comes down to, those on other machines."""
+    link = f", or the link between here and {_ranks(elsewhere)} is cut" if elsewhere else ""
     if causes.guilty:
-        return f"The cause is most likely {_ranks(causes.guilty)}, not seen waiting for anybody"
+        return f"The cause is most likely {_ranks(causes.guilty)}, not seen waiting for anybody{link}"
     if causes.elsewhere:
         return f"The cause lies in another group, where {_ranks(causes.elsewhere)} waits"
-    return "The ranks wait for each other: they do not make the same calls in the same order"
+    return f"The ranks wait for each other: they do not make the same calls in the same order{link}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
