@@ -6,8 +6,8 @@
 The hosts are network namespaces of this machine, joined at each of the rates (Mbit/s); a rank on each, on a core of its
 own, with one thread. They hold the layers of a model of random weights (a few, all alike) and run a prompt of each
 length through them in turns: with its sums one after the other (`none`), by each of the ways of `parallel/overlap.py`,
-and as `auto` decides by the rates measured there. Beside them the computing alone and the sums alone. eta is what was
-hidden of what can be: (none - auto) / min(computing, sums).
+and as `auto` decides by the rates measured there and seen since. Beside them the computing alone and the sums alone.
+eta is what was hidden of what can be: (none - auto) / min(computing, sums).
 """
 
 from __future__ import annotations
@@ -87,10 +87,12 @@ class Share:
     def decoder(self, comm: Communicator, overlap: Overlap | None) -> Decoder:
         return Decoder(self._config, self._stage, self._rank, comm, self._weights, overlap)
 
-    def measured(self, comm: Communicator) -> tuple[Overlap, str]:
+    def measured(self, comm: Communicator) -> Overlap:
         overlap, decoder = Overlap(), self.decoder(comm, None)
         layer, work = decoder.layers[0], decoder.work()
-        return overlap, overlap.measure(comm, work, decoder.summed_weight, layer.ffn_norm, self._most_tokens)
+        overlap.measure(comm, work, decoder.summed_weight, layer.ffn_norm, self._most_tokens)
+        overlap.follow(comm)
+        return overlap
 
     def prefill(self, decoder: Decoder, num_tokens: int) -> None:
         tokens = tuple(range(num_tokens))
@@ -117,7 +119,7 @@ def rank_main(
     found = []
     rendezvous = f"tcp://{address}:{PORT}"
     with create_communicator(backend, rank=rank, size=2, rendezvous=rendezvous) as comm, torch.inference_mode():
-        auto, told = share.measured(comm)
+        auto = share.measured(comm)
         decoders = {way: share.decoder(comm, auto if way == "auto" else Overlap(way)) for way in WAYS}
         alone = share.decoder(SilentCommunicator(GroupSpec(rank, 2)), None)
         for num_tokens in tokens:
@@ -145,7 +147,7 @@ def rank_main(
                 {
                     "tokens": num_tokens,
                     "chosen": auto.way(num_tokens).name,
-                    "told": told,
+                    "told": auto.told(num_tokens),
                     "medians_ms": {name: 1e3 * taken for name, taken in medians.items()},
                     "faster": ratios,
                     "eta": hidden,

@@ -12,7 +12,8 @@ import torch
 
 from phalanx.comm.board import Call, Causes, RankStatus, WaitBoard, find_causes
 from phalanx.comm.group import GroupSpec
-from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
+from phalanx.comm.ledger import UNKNOWN_S
+from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, TimedWork, WaitTimeoutError, Work
 from phalanx.errors import CommError
 from phalanx.kernels import Graph, Graphs, Recording, add_rms_norm
 from phalanx.kernels.names import in_range, profiled
@@ -470,12 +471,16 @@ class Communicator(ABC):
             self._board.waiting = None
         self._num_open -= 1
         ended_s = self._clock_s()
-        self._record(call, started_s, ended_s - blocked_from_s, ended_s)
+        if isinstance(work, TimedWork):
+            took_s = work.took_s
+        else:
+            took_s = ended_s - started_s if starting_s is None else UNKNOWN_S
+        self._record(call, started_s, ended_s - blocked_from_s, ended_s, took_s)
 
-    def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float) -> None:
+    def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float, took_s: float) -> None:
         op, seq, peer, num_bytes = call
         peer = -1 if peer is None else peer
-        self.ledger.record(seq, self.group, op, num_bytes, started_s, waited_s, ended_s, peer)
+        self.ledger.record(seq, self.group, op, num_bytes, started_s, waited_s, ended_s, peer, took_s=took_s)
 
     def _describe(self, call: Call) -> str:
         op, seq, peer, num_bytes = call
@@ -521,11 +526,16 @@ class Communicator(ABC):
         ]
         return WaitTimeoutError(
             f"{what} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: "
-            f"{_ranks(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). {_verdict(causes)}; if it "
+            f"{_ranks(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). "
+            f"{_verdict(causes, [rank for rank in causes.guilty or missing if self._is_elsewhere(rank)])}; if it "
             f"is only slow, raise the limit (timeout_s){self._who(sorted({*missing, *causes.guilty}))}",
             missing,
             causes.guilty,
         )
+
+    def _is_elsewhere(self, rank: int) -> bool:
+        """Whether a rank is known to be on another machine."""
+        return bool(self.machines) and self.machines[rank] != self.machines[self.rank]
 
     def _who(self, others: Sequence[int | None]) -> str:
         """What this rank and others are, beside their numbers, as the end of a message."""
@@ -564,12 +574,14 @@ def _whereabouts(op: str, seq: int, group: str, status: RankStatus | None, arriv
     return f"{'has started it, ' if arrived else 'is '}{status.told(group)}"
 
 
-def _verdict(causes: Causes) -> str:
+def _verdict(causes: Causes, elsewhere: Sequence[int]) -> str:
+    """elsewhere: of the ranks that it comes down to, those on other machines."""
+    link = f", or the link between here and {_ranks(elsewhere)} is cut" if elsewhere else ""
     if causes.guilty:
-        return f"The cause is most likely {_ranks(causes.guilty)}, not seen waiting for anybody"
+        return f"The cause is most likely {_ranks(causes.guilty)}, not seen waiting for anybody{link}"
     if causes.elsewhere:
         return f"The cause lies in another group, where {_ranks(causes.elsewhere)} waits"
-    return "The ranks wait for each other: they do not make the same calls in the same order"
+    return f"The ranks wait for each other: they do not make the same calls in the same order{link}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -9,6 +9,8 @@ from queue import SimpleQueue
 
 import torch
 
+from phalanx.comm.work import TimedWork
+
 Job = Callable[[float], None]
 """Given the time by which it must be done, of the monotonic clock; raises LateError where it would pass that."""
 
@@ -68,7 +70,7 @@ class _Now:
         return True
 
 
-class _Queued:
+class _Queued(TimedWork):
     """A job for the thread."""
 
     __slots__ = ("_error", "_job", "done")
@@ -79,11 +81,13 @@ class _Queued:
         self.done = threading.Event()
 
     def run(self, deadline_s: float) -> None:
+        began_s = time.perf_counter()
         try:
             self._job(deadline_s)
         except Exception as error:  # raised where it is waited for
             self._error = error
         finally:
+            self.took_s = time.perf_counter() - began_s
             del self._job  # and with it the tensors, and whoever else could not be released while the thread lives
             self.done.set()
 

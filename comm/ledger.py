@@ -19,7 +19,9 @@ class LedgerEntry(NamedTuple):
     operation in its group (see `Communicator`). num_bytes: of the tensor operated on, the longer one where input and
     result differ. started_us: on the ledger's clock. waited_us: blocked in starting or in `wait`: the exposed part.
     total_us: from the start until `wait` returned; an asynchronous operation that ended before it was waited for ended
-    somewhere within. Of operations ordered by a GPU's streams all times are the GPU's, read from events it has passed.
+    somewhere within. took_us: that the transfer itself was under way, without what it stood in line behind others of
+    this rank, but with what it waited for other ranks; -1 where that is not known. Of operations ordered by a GPU's
+    streams all times are the GPU's, read from events it has passed.
     """
 
     step: int
@@ -33,6 +35,7 @@ class LedgerEntry(NamedTuple):
     total_us: float
     peer: int = -1
     last: int = -1
+    took_us: float = -1.0
 
     @property
     def hidden_us(self) -> float:
@@ -86,8 +89,10 @@ class Taken(NamedTuple):
     entries: tuple[LedgerEntry, ...] = ()
 
 
-# Of an entry, in its order, but for the times: started, waited and ended, in seconds.
-_Recorded = tuple[int, int, int, str, str, int, float, float, float, int, int]
+UNKNOWN_S = -1e-6  # in place of a duration
+
+# Of an entry, in its order, but for the times: started, waited and ended, and took, in seconds.
+_Recorded = tuple[int, int, int, str, str, int, float, float, float, int, int, float]
 
 
 class Ledger:
@@ -132,14 +137,16 @@ class Ledger:
         peer: int = -1,
         last: int = -1,
         place: tuple[int, int] | None = None,
+        took_s: float = UNKNOWN_S,
     ) -> None:
         """Writes down an operation. started_s, ended_s: by the ledger's clock. waited_s: seconds that it blocked.
+        took_s: as `took_us` of an entry.
 
         place: (step, layer) that it belongs to where those are no longer the present ones.
         """
         self.num_recorded += 1
         step, layer = (self.step, self.layer) if place is None else place
-        self._entries.append((step, layer, seq, group, op, num_bytes, started_s, waited_s, ended_s, peer, last))
+        self._entries.append((step, layer, seq, group, op, num_bytes, started_s, waited_s, ended_s, peer, last, took_s))
 
     @property
     def newest(self) -> LedgerEntry | None:
@@ -156,6 +163,12 @@ class Ledger:
         self._settle()
         return [_entry(each) for each in self._entries if step is None or each[0] == step]
 
+    def since(self, num_recorded: int) -> list[LedgerEntry]:
+        """What was recorded after the first so many operations, the oldest first, as far as it is held."""
+        self._settle()
+        new = list(islice(reversed(self._entries), self.num_recorded - num_recorded))
+        return [_entry(each) for each in reversed(new)]
+
     def take(self, *, whole: bool = False) -> Taken:
         """Totals of what was recorded since the last call, by layer, operation and group, and by who was waited for;
         of no more than is still held. whole: with the entries themselves.
@@ -167,7 +180,7 @@ class Ledger:
         num_held = min(num_new, len(self._entries))
         self._num_taken = self.num_recorded
         recorded = list(islice(reversed(self._entries), num_held))
-        for _, layer, _, group, op, size, start_s, waited_s, end_s, peer, last in recorded:
+        for _, layer, _, group, op, size, start_s, waited_s, end_s, peer, last, _ in recorded:
             sums = totals.setdefault((layer, op, group), [0, 0, 0.0, 0.0])
             sums[0] += 1
             sums[1] += size
@@ -206,6 +219,6 @@ class Ledger:
 
 
 def _entry(recorded: _Recorded) -> LedgerEntry:
-    step, layer, seq, group, op, size, start_s, waited_s, end_s, peer, last = recorded
+    step, layer, seq, group, op, size, start_s, waited_s, end_s, peer, last, took_s = recorded
     times_us = start_s * 1e6, waited_s * 1e6, (end_s - start_s) * 1e6
-    return LedgerEntry(step, layer, seq, group, op, size, *times_us, peer, last)
+    return LedgerEntry(step, layer, seq, group, op, size, *times_us, peer, last, took_s * 1e6)

@@ -133,7 +133,7 @@ class StreamOrderedCommunicator(Communicator):
             (graph.timed if timed else graph.plain).replay()
         flight.passed = self._flights.mark()
 
-    def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float) -> None:
+    def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float, took_s: float) -> None:
         """Nothing: what the thread has measured is not what the GPU does. `Flights` writes the entry."""
 
     # ---- the watchdog's thread ----

@@ -21,6 +21,13 @@ class Work(Protocol):
         ...
 
 
+class TimedWork:
+    """Work that knows, once it is done, how many seconds its transfer was under way."""
+
+    __slots__ = ("took_s",)
+    took_s: float
+
+
 class FinishedWork:
     """Work with nothing left to do."""
 

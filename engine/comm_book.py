@@ -20,6 +20,7 @@ class CommBook:
     def __init__(self) -> None:
         self._totals: dict[int, dict[tuple[int, str, str], CommTotals]] = {}
         self._waits: dict[int, dict[int, float]] = {}
+        self._overlaps: dict[int, str] = {}
         self._last_steps: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -33,6 +34,8 @@ class CommBook:
             waits = self._waits.setdefault(report.rank, {})
             for late in report.late:
                 waits[late.rank] = waits.get(late.rank, 0.0) + late.exposed_us
+            if report.overlap:
+                self._overlaps[report.rank] = report.overlap
 
     @property
     def last_step(self) -> int:
@@ -47,6 +50,13 @@ class CommBook:
     def waits(self) -> Waits:
         with self._lock:
             return {rank: dict(waits) for rank, waits in sorted(self._waits.items())}
+
+    def overlaps(self) -> Mapping[int, str]:
+        """By the first rank of a stage: how its sums are hidden now, and why, where that is no longer by the rates
+        measured at the start.
+        """
+        with self._lock:
+            return dict(sorted(self._overlaps.items()))
 
 
 def waits_between(before: Waits, after: Waits) -> Waits:

@@ -244,13 +244,16 @@ class StageReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class CommReport(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """What a rank's transfers took since its last report. last_step: the latest step that is in it. late: what this
-    rank waited for others, by their numbers in the replica, as far as it knows whom it waited for.
+    rank waited for others, by their numbers in the replica, as far as it knows whom it waited for. overlap: how sums
+    are hidden now, and why, of the first rank of a stage where steps have moved the rates that were measured at the
+    start.
     """
 
     rank: int
     last_step: int
     totals: tuple[CommTotals, ...]
     late: tuple[LateTotals, ...] = ()
+    overlap: str = ""
 
 
 class OperatorEntry(NamedTuple):

@@ -237,6 +237,7 @@ class Rank:
             self.groups.everyone.barrier()  # all at once, as in a step
             self._ceilings = measure_ceilings(self._device, self._dtype)
             give_back()
+        self._overlap.follow(self._comm)
         self._took("warmup")
 
     def _compile(self) -> None:
@@ -313,7 +314,9 @@ class Rank:
             known = (each for each in taken.late if each.group in members)
             late = (each._replace(rank=members[each.group][each.rank]) for each in known)
             others = tuple(each for each in late if each.rank != rank)
-            yield CommReport(rank, steps[-1].step, taken.totals, others)
+            tells = self._overlap.has_moved and self._place.tensor_rank == 0
+            overlap = self._overlap.told(self._spec.max_batch_tokens) if tells else ""
+            yield CommReport(rank, steps[-1].step, taken.totals, others, overlap)
         if self._spec.trace:
             seen = Seen() if self._profiler is None else self._profiler.take()
             yield TraceReport(rank, steps, taken.entries, clock, members, taken.num_lost, seen.operators, seen.torch)

@@ -38,7 +38,8 @@ class CommUse:
 
     ops: by operation. layers: number of each layer and what was exposed in it, in the mean over its ranks; -1 for what
     belongs to none. ranks: what each rank waited; who waits least is whom the others wait for.
-    waits: for each rank what all others together waited for it, as far as they know for whom.
+    waits: for each rank what all others together waited for it, as far as they know for whom. overlaps: by the first
+    rank of a stage how its sums are hidden, where that has changed since the start.
     """
 
     steps: int
@@ -46,12 +47,18 @@ class CommUse:
     layers: tuple[tuple[int, float], ...]
     ranks: tuple[tuple[int, float], ...]
     waits: tuple[tuple[int, float], ...] = ()
+    overlaps: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def of(
-        cls, totals: RankTotals, steps: int, waits: Waits | None = None, links: Mapping[str, GroupLink] | None = None
+        cls,
+        totals: RankTotals,
+        steps: int,
+        waits: Waits | None = None,
+        links: Mapping[str, GroupLink] | None = None,
+        overlaps: Mapping[int, str] | None = None,
     ) -> CommUse:
-        """totals, waits: of `steps` steps. links: by group."""
+        """totals, waits: of `steps` steps. links: by group. overlaps: as `CommBook.overlaps` tells them."""
         steps = max(1, steps)
         sums: dict[str, list[float]] = {}
         layers, ranks, layer_ranks = defaultdict[int, float](float), defaultdict[int, float](float), Counter[int]()
@@ -73,6 +80,7 @@ class CommUse:
             layers=tuple((layer, layers[layer] / layer_ranks[layer]) for layer in sorted(layers)),
             ranks=tuple(sorted(ranks.items())),
             waits=tuple(sorted(late.items())),
+            overlaps=tuple((overlaps or {}).items()),
         )
 
     def to_json(self) -> dict[str, object]:
@@ -142,4 +150,4 @@ def comm_words(use: CommUse) -> Sequence[str]:
             f"the others waited for rank {waits[0][1]}: it waited {waits[0][0]:,.0f} us a step itself, they "
             f"{waits[1][0]:,.0f} to {waits[-1][0]:,.0f}"
         )
-    return words
+    return [*words, *(f"overlap in the stage of rank {rank} now: {told}" for rank, told in use.overlaps)]

@@ -59,9 +59,9 @@ def _comm(llm: LLM) -> list[CommUse]:
     if not await_reports(llm):
         return []
     uses = [
-        CommUse.of(totals, stats.steps, waits, llm.link_rates(replica))
-        for replica, (totals, stats, waits) in enumerate(
-            zip(llm.comm_totals(), llm.replica_stats(), llm.comm_waits(), strict=True)
+        CommUse.of(totals, stats.steps, waits, llm.link_rates(replica), overlaps)
+        for replica, (totals, stats, waits, overlaps) in enumerate(
+            zip(llm.comm_totals(), llm.replica_stats(), llm.comm_waits(), llm.comm_overlaps(), strict=True)
         )
     ]
     return [use for use in uses if use.ops]

@@ -110,7 +110,7 @@ class RayHost:
         """Ends the actors, which have no more to do or did not end in time, and gives their resources back."""
         import ray
 
-        pids = [self._pid(rank) for rank, node in self._nodes.items() if node.address == ray.util.get_node_ip_address()]
+        pids = [self._pid(rank) for rank in self._nodes if self._is_here(rank)]
         for actor in self._actors.values():
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(actor, no_restart=True)
@@ -193,12 +193,25 @@ class RayHost:
         try:
             report = msgspec.msgpack.decode(ray.get(run), type=RankReport)
         except ray.exceptions.ActorDiedError as error:
-            return RankExit(rank, node, "killed", _cause_of_death(str(error)), self._last_words(rank))
+            return RankExit(rank, node, "killed", _cause_of_death(str(error), self._head), self._last_words(rank))
         except Exception as error:
             return RankExit(rank, node, "failed", f"its actor failed: {type(error).__name__}", str(error))
         if report.message is None:
             return RankExit(rank, node, "ended", "returned")
         return RankExit(rank, node, "failed", report.message, report.traceback, report.symptom)
+
+    @property
+    def _head(self) -> str:
+        """The node where Ray's head runs, as a reader knows it."""
+        import ray
+
+        address = ray.get_runtime_context().gcs_address.rpartition(":")[0]
+        return next((str(node) for node in self._nodes.values() if node.address == address), address)
+
+    def _is_here(self, rank: int) -> bool:
+        import ray
+
+        return bool(self._nodes[rank].address == ray.util.get_node_ip_address())
 
     def _pid(self, rank: int) -> int | None:
         import ray
@@ -212,7 +225,7 @@ class RayHost:
         """What the rank's process last wrote to standard error, where Ray's files of it are on this machine."""
         import ray
 
-        pid = self._pid(rank)
+        pid = self._pid(rank) if self._is_here(rank) else None  # elsewhere it says nothing about this machine's files
         session = ray._private.worker._global_node
         if pid is None or session is None:
             return ""
@@ -226,14 +239,18 @@ class RayHost:
         return ""
 
 
-def _cause_of_death(text: str) -> str:
-    """One line out of Ray's account, which is a page of guesses."""
+def _cause_of_death(text: str, head: str) -> str:
+    """One line out of Ray's account, which is a page of guesses. head: the node where Ray's head runs."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     detail = next(
         (line for line in lines if "its node has died" in line or "node died" in line or "exit detail" in line), ""
     )
     if "node" in detail and "exit detail" not in detail:
-        return "its node was lost"
+        return (
+            f"its node was lost: Ray's head on {head} has not heard of it for longer than its health checks allow "
+            "(RAY_health_check_*, where the head is started). The machine or its Ray has ended, or the link between "
+            "the two nodes is cut"
+        )
     return "its process was killed or crashed (a signal, or out of memory)"
 
 

@@ -201,13 +201,19 @@ class CommSection(Section):
     backend: str = Field(
         default="auto", min_length=1, description="Communicator between the ranks of a stage; auto: the best at hand."
     )
-    timeout_s: float = Field(default=60.0, gt=0, description="Seconds an operation may wait for another rank.")
+    timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds an operation may wait for another rank. Between nodes of a Ray cluster a cut that lasts "
+        "longer than Ray's own health checks allow, about a minute by default, ends the run in any case.",
+    )
     overlap: Literal["auto", "none", "chunks", "parts", "sequence"] = Field(
         default="auto",
         description="Transfers behind compute. none: never. auto: between stages always, inside a stage the way that "
-        "pays most by rates measured at the start. By name, in all steps of 128 tokens and more: chunks: a product is "
-        "cut, and summed behind the rest of it; parts: two parts of the tokens pass a block behind each other's sums; "
-        "sequence: between reduce-scatter and all-gather each rank has its own part of the tokens.",
+        "pays most by rates measured at the start and, on CPUs, seen since. By name, in all steps of 128 tokens and "
+        "more: chunks: a product is cut, and summed behind the rest of it; parts: two parts of the tokens pass a block "
+        "behind each other's sums; sequence: between reduce-scatter and all-gather each rank has its own part of the "
+        "tokens.",
     )
     compress: Literal["none", "int8", "fp8"] = Field(
         default="none",

@@ -280,6 +280,12 @@ class Served:
         """By replica and rank: for whom it waited so far, where it knows."""
         return [driver.engine.comm_book.waits() for driver in self._drivers]
 
+    def comm_overlaps(self) -> list[Mapping[int, str]]:
+        """By replica and first rank of a stage: how its sums are hidden now, where steps have shown other rates than
+        were measured at the start.
+        """
+        return [driver.engine.comm_book.overlaps() for driver in self._drivers]
+
     def link_rates(self, replica: int) -> dict[str, GroupLink]:
         """The links of a replica's groups, where they are between machines and of known rates."""
         return group_links(self._formations[replica].ready)

@@ -212,6 +212,10 @@ class Decoder:
         """Hidden states [T, H] after this stage's layers; x is token ids [T] on the first stage, hidden states
         elsewhere. Several parts of a batch pass each block in turns, so that the sums of one travel behind the other.
         """
+        with self._overlap.over(len(x)):
+            return self._through_layers(x, batch, cache)
+
+    def _through_layers(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         embed, norm, eps = self.embed, self.layers[0].attention_norm, self.norm_eps
         if len(batch.parts) == 1:
             if embed is not None and not self._records_embedding:

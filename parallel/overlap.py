@@ -9,6 +9,7 @@ What the two take of each other, cores or memory, is measured too.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,11 +17,13 @@ import torch
 
 from phalanx.comm.communicator import Communicator
 from phalanx.kernels import Norm, Weight, plain_norm
+from phalanx.parallel.followed import FollowedRates
 from phalanx.parallel.rates import LEAST_TOKENS, Rates, find_scattering, find_trial_tokens, measure_rates
 from phalanx.parallel.stream import ChunkedStream, ResidualStream, ScatteredStream, WholeStream
 
 PIECES = (2, 4, 8)
 ASKED_PIECES = {"chunks": 4, "parts": 2}  # of ways that are asked for by name
+_UNWATCHED = nullcontext()
 WORTH = 0.92  # what the predicted time must fall to: pieces are slower than they should be, and predictions too rosy
 
 
@@ -51,7 +54,8 @@ class Way(NamedTuple):
 
 
 class Overlap:
-    """The decision for the steps of a rank. Every rank of a group decides alike, since they agree on what it rests on.
+    """The decision for the steps of a rank. Every rank of a group decides alike, since they agree on what it rests on:
+    rates measured at the start, and from `follow` on those that steps show.
 
     asked: `auto`, or the way to be taken by all steps of `2 * LEAST_TOKENS` tokens and more. work, rates: the same on
     all ranks, as `measure` finds them.
@@ -61,6 +65,7 @@ class Overlap:
         self._asked = asked
         self._work = work
         self._rates = rates
+        self._followed: FollowedRates | None = None
         self._scattered_from: int | None = None
 
     def way(self, num_tokens: int) -> Way:
@@ -70,12 +75,32 @@ class Overlap:
             return Way(self._asked, "comm.overlap says so", ASKED_PIECES.get(self._asked, 1))
         if self._work is None:
             return Way("none", "nothing was measured")
-        return choose_way(num_tokens, self._work, self._rates, self._scattered_from)
+        rates = self._rates if self._followed is None else self._followed.rates
+        return choose_way(num_tokens, self._work, rates, self._scattered_from)
 
     def num_parts(self, num_tokens: int) -> int:
         """That the tokens of a step pass the layers in."""
         way = self.way(num_tokens)
         return way.num_pieces if way.name == "parts" else 1
+
+    def follow(self, comm: Communicator) -> None:
+        """From now on the rates are those that steps show, where they were measured; on all ranks of the group at once.
+
+        Not on a GPU: its times are known only once it has passed the step, and nobody waits for that.
+        """
+        if self._work is not None and self._rates is not None and comm.device.type == "cpu":
+            self._followed = FollowedRates(comm, self._work, self._rates)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether steps have shown other rates than were measured at the start."""
+        return self._followed is not None and self._followed.rates is not self._rates
+
+    def over(self, num_tokens: int) -> AbstractContextManager[None]:
+        """Around the computing of a step of so many tokens, from which the rates may be learned. A collective call."""
+        if self._followed is None or self._work is None or num_tokens < 2 * LEAST_TOKENS:
+            return _UNWATCHED
+        return self._followed.over(num_tokens, serial_times(num_tokens, self._work, self._followed.rates)[2])
 
     def stream(self, x_TH: torch.Tensor, norm: Norm, eps: float, comm: Communicator) -> ResidualStream:
         """Of all tokens of a step of one part. x_TH, norm, eps: as for any `ResidualStream`."""
@@ -98,8 +123,12 @@ class Overlap:
             if comm.in_background:
                 self._rates = measure_rates(comm, weight, most_tokens, trial_tokens)
             self._scattered_from = find_scattering(comm, plain_norm(norm), weight, trial_tokens)
-        way = self.way(most_tokens)
-        return f"{way.name} at {most_tokens} tokens: {way.reason}"
+        return self.told(most_tokens)
+
+    def told(self, num_tokens: int) -> str:
+        """What is done in a step of so many tokens, and why."""
+        way = self.way(num_tokens)
+        return f"{way.name} at {num_tokens} tokens: {way.reason}"
 
 
 @lru_cache(maxsize=4096)
@@ -118,6 +147,8 @@ def choose_way(num_tokens: int, work: StageWork, rates: Rates | None, scattered_
         }
         name, num_pieces = best = min(predicted, key=lambda way: predicted[way])
         told = f"{compute_s * 1e3:.3g} ms of computing and {transfer_s * 1e3:.3g} ms of transfers"
+        if rates.source:
+            told += f", {rates.source},"
         if rates.contention > 0.01:
             told += f", {rates.contention:.0%} of what is hidden lost again to cores and memory that both want,"
         if predicted[best] <= WORTH * serial_s:

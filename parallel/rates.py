@@ -25,7 +25,7 @@ GAINED = 0.95  # what the time of a sum must fall to, to be taken for faster
 class Rates(NamedTuple):
     """Of a rank and its group. flops_per_s: of products. weights_per_s: elements of weights that products can read.
     latency_s, bytes_per_s: of sums over the ranks. contention: by how many seconds all takes longer for each that one
-    of the two passes under the other.
+    of the two passes under the other. source: what they are known from, where that is not the measurement at the start.
     """
 
     flops_per_s: float
@@ -33,6 +33,7 @@ class Rates(NamedTuple):
     bytes_per_s: float
     contention: float = 0.0
     weights_per_s: float = math.inf
+    source: str = ""
 
     def compute_s(self, num_tokens: int, num_elements: int) -> float:
         """Of products of so many tokens with weights of so many elements."""

@@ -127,12 +127,14 @@ def _round(
     """stages: all steps of all rounds."""
     numbers = _numbers(before, after)
     start, end = EngineStats.together(before.stats), EngineStats.together(after.stats)
+    overlaps = engine.comm_overlaps()
     uses = [
         CommUse.of(
             between(before.totals[replica], after.totals[replica]),
             len(mine),
             waits_between(before.waits[replica], after.waits[replica]),
             engine.link_rates(replica),
+            overlaps[replica],
         )
         for replica, mine in enumerate(numbers)
     ]

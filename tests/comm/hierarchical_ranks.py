@@ -74,8 +74,13 @@ def rank_many_under_way(comm: Communicator, store: Store, count: int) -> object:
 def rank_entries(comm: Communicator, store: Store) -> object:
     comm.barrier()
     comm.all_reduce(torch.ones(1000))
-    comm.all_reduce(torch.ones(1000), async_op=True).wait()
-    return [(entry.op, entry.seq, entry.num_bytes, entry.group == comm.group) for entry in comm.ledger.entries()]
+    handle = comm.all_reduce(torch.ones(1000), async_op=True)
+    time.sleep(0.2)  # what it takes itself does not grow with how late it is waited for
+    handle.wait()
+    *_, late = entries = comm.ledger.entries()
+    assert 0 < late.took_us < late.total_us - 0.1e6
+    assert all(0 < entry.took_us <= entry.total_us for entry in entries)
+    return [(entry.op, entry.seq, entry.num_bytes, entry.group == comm.group) for entry in entries]
 
 
 def rank_counts_sends(comm: Communicator, store: Store, count: int) -> object:

@@ -50,6 +50,16 @@ def test_what_is_taken_is_summed_by_layer_and_told_once() -> None:
     assert [(each.op, each.num_ops) for each in ledger.take().totals] == [("barrier", 1)]
 
 
+def test_what_came_since_is_read_in_order_as_far_as_it_is_held() -> None:
+    ledger = Ledger(capacity=3)
+    for seq in range(5):
+        ledger.record(seq, "world", "barrier", 0, 1.0, 0.5, 2.0, took_s=0.25)
+    assert [each.seq for each in ledger.since(3)] == [3, 4]
+    assert [each.seq for each in ledger.since(0)] == [2, 3, 4]
+    assert [each.took_us for each in ledger.since(4)] == [0.25e6]
+    assert ledger.since(5) == []
+
+
 def test_what_has_given_way_is_not_taken() -> None:
     ledger = Ledger(capacity=2)
     for seq in range(5):

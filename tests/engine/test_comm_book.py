@@ -25,6 +25,15 @@ def test_the_last_step_is_the_one_that_all_have_told_of() -> None:
     assert book.last_step == 4
 
 
+def test_how_sums_are_hidden_is_what_was_told_last() -> None:
+    book = CommBook()
+    assert book.overlaps() == {}
+    for told in ("", "parts", "none", ""):
+        book.add(CommReport(0, 4, (), overlap=told))
+    book.add(CommReport(1, 4, ()))
+    assert book.overlaps() == {0: "none"}
+
+
 def test_what_came_between_two_readings_is_their_difference() -> None:
     book = CommBook()
     book.add(CommReport(0, 1, (total(0, 1, 5.0), total(1, 1))))

@@ -56,6 +56,11 @@ def test_where_ranks_know_for_whom_they_waited_that_one_is_named() -> None:
     assert len(comm_words(even)) == 1
 
 
+def test_a_choice_that_steps_have_moved_is_told() -> None:
+    use = CommUse.of(TOTALS, 10, overlaps={2: "none at 512 tokens: too slow a link"})
+    assert "overlap in the stage of rank 2 now: none at 512 tokens: too slow a link" in comm_words(use)
+
+
 def ready(rank: int, node: str, mbits_per_s: float) -> RankReady:
     groups = {"pipeline": (0, 1, 2), "stage0": (0, 1)}
     return RankReady(rank, node, 1, {}, 0, 0, 0, groups=groups, link_bytes_per_s=mbits_per_s * 1e6 / 8)

@@ -284,6 +284,17 @@ def test_hiding_transfers_leaves_the_logits_those_of_transformers(
     assert error.largest < 1e-4 * error.scale
 
 
+@pytest.mark.skipif(not choose_packing(torch.bfloat16, CPU).usable, reason="needs the native products")
+@pytest.mark.parametrize("layout", ["tensor-4", "ragged-3-1"])
+def test_hiding_transfers_changes_no_bit(models: Models, layout: str) -> None:
+    """So that the choice may change while sequences run."""
+    ways = [
+        phalanx_logits(models("smollm2").source, LAYOUTS[layout], WHOLE, torch.bfloat16, overlap=way)
+        for way in ("none", "chunks", "parts", "sequence")
+    ]
+    assert all(torch.equal(one, other) for way in ways[1:] for one, other in zip(ways[0], way, strict=True))
+
+
 @pytest.mark.parametrize("layout", ["1x1", "tensor-4", "weights-2-1", "ragged-3-1"])
 @every_dense_family  # in a mixture one choice of experts that nearly ties, and turns, turns all that follows
 def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(

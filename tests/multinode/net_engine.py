@@ -23,21 +23,25 @@ ANSWER_LIMIT_S = 60.0
 class NetEngine:
     """The program's other end, in the test. One formation at a time."""
 
-    def __init__(self, net: Net, hosts: Sequence[str]) -> None:
-        """hosts: of each rank; the program runs in the first."""
-        self._seats = Seats.of(net, hosts)
+    def __init__(self, net: Net, hosts: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        """hosts: of each rank; the program runs in the first. env: with which it joins a Ray that runs there, which
+        then says where ranks go.
+        """
+        seats = Seats.of(net, hosts).to_json() if env is None else ""
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
         self.process: subprocess.Popen[str] = net.popen(
             hosts[0],
-            [sys.executable, "-m", "tests.multinode.net_engine", self._seats.to_json()],
-            env={"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "tests.multinode.net_engine", seats],
+            env={**(env or {}), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def open(self, config: Mapping[str, Any]) -> None:
-        self.ask("open", config=config)
+    def open(self, config: Mapping[str, Any]) -> list[str]:
+        """Starts a formation; what was decided, and why."""
+        told: list[str] = self.ask("open", config=config)
+        return told
 
     def close(self) -> None:
         """Ends the formation."""
@@ -63,21 +67,23 @@ class NetEngine:
 
 
 class _Program:
-    def __init__(self, seats: Seats) -> None:
+    def __init__(self, seats: Seats | None) -> None:
         self._seats = seats
 
-    def open(self, config: dict[str, Any]) -> str:
+    def open(self, config: dict[str, Any]) -> list[str]:
         from phalanx import LLM
         from phalanx.launcher.config import load_config
+        from phalanx.launcher.formation import open_host
 
-        self._llm = LLM.from_config(load_config(config), open_host=self._seats.open)
-        return "open"
+        opens = open_host if self._seats is None else self._seats.open
+        self._llm = LLM.from_config(load_config(config), open_host=opens)
+        return [f"{each.name}: {each.choice}: {each.reason}" for each in self._llm.startup.decisions]
 
     def close(self) -> str:
         self._llm.close()
         return "closed"
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, started: str = "", stop: str = "") -> dict[str, Any]:
+    def generate(self, prompts: list[Any], max_tokens: int, started: str = "", stop: str = "") -> dict[str, Any]:
         """Tokens and seconds of each round, over and over until the file `stop` is there; `started` is written after
         three rounds. Without files one round.
         """
@@ -107,7 +113,19 @@ class _Program:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(call, prompts))
 
-    def _round(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    def transfers(self) -> dict[str, Any]:
+        """What all ranks have summed so far, by the ledger: bytes, seconds. overlaps: what is told of hiding them."""
+        while not self._llm.all_is_told():
+            time.sleep(0.02)
+        ops = ("all_reduce", "fused_all_reduce_rms_norm")
+        sums = [each for mine in self._llm.comm_totals()[0].values() for each in mine if each.op in ops]
+        return {
+            "bytes": sum(each.num_bytes for each in sums),
+            "seconds": sum(each.exposed_us + each.hidden_us for each in sums) / 1e6,
+            "overlaps": [*self._llm.comm_overlaps()[0].values()],
+        }
+
+    def _round(self, prompts: list[Any], max_tokens: int) -> list[list[int]]:
         from phalanx import SamplingParams
 
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
@@ -117,7 +135,7 @@ class _Program:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what torch prints must not get between the answers
-    program = _Program(Seats.from_json(sys.argv[1]))
+    program = _Program(Seats.from_json(sys.argv[1]) if sys.argv[1] else None)
     for line in sys.stdin:
         arguments = json.loads(line)
         answers.write(json.dumps(getattr(program, arguments.pop("do"))(**arguments)) + "\n")

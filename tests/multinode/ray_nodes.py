@@ -18,14 +18,14 @@ from tests.multinode.netlab import Net
 PORT = 6379
 START_LIMIT_S = 40.0
 STORE_BYTES = 80 << 20
-# A node is taken for dead after about 2 s of silence instead of 30. The token: without one of its own a cluster would
+# A node is taken for dead after about 6 s of silence instead of 60. The token: without one of its own a cluster would
 # take that of the user, where there is one.
 SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_health_check_initial_delay_ms": "500",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "500",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_failure_threshold": "6",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
