@@ -1,6 +1,6 @@
 """What an all-reduce between ranks of one machine takes: native library, torch alone, gloo, and a peer's where it is.
 
-    python benchmarks/shm.py [--rounds 15] [--peer PYTHON] [--json FILE]
+    python benchmarks/shm.py [--rounds 15] [--shapes 1x576 ...] [--peer PYTHON] [--json FILE]
 
 2 ranks on 2 cores, each on its own, then 4 ranks on the same 2. The ways take turns, size by size, in one run; figures
 are medians over the rounds of the mean time of a call, on rank 0, all of the Python call counted. `fused` is
@@ -20,11 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SHAPES = ((1, 576), (1, 2048), (8, 2048), (32, 2048), (256, 2048), (2048, 4096))
+SHAPES = ("1x576", "1x2048", "8x2048", "32x2048", "256x2048", "2048x4096")
 WAYS = ("shm", "shm-torch", "gloo", "vllm", "fused", "apart")
 BUDGET_S = 0.05  # of one reading
 BYTES_A_SECOND, SECONDS_A_CALL = 2e9, 20e-6  # a guess, for the number of calls in a reading
@@ -155,12 +155,14 @@ class Ranks:
         return answers
 
 
-def measure(size: int, rounds: int, peer: str | None, folder: Path) -> dict[str, Any]:
+def measure(
+    size: int, shapes: Sequence[tuple[int, int]], rounds: int, peer: str | None, folder: Path
+) -> dict[str, Any]:
     ours = Ranks(sys.executable, "phalanx", size, folder)
     theirs = Ranks(peer, "peer", size, folder) if peer else None
     try:
         rows = []
-        for shape in SHAPES:
+        for shape in shapes:
             readings: dict[str, list[float]] = {way: [] for way in WAYS if way != "vllm" or theirs}
             for _ in range(rounds):
                 for way, taken in readings.items():
@@ -193,6 +195,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--peer", metavar="PYTHON")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -203,10 +206,12 @@ def main() -> None:
         serve = serve_phalanx if arguments.serve == "phalanx" else serve_peer
         serve(arguments.rank, arguments.size, arguments.rendezvous)
         return
+    shapes = [(int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in arguments.shapes)]
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for size in arguments.ranks:
-            results.append(measure(size, arguments.rounds, arguments.peer if size == 2 else None, Path(folder)))
+            peer = arguments.peer if size == 2 else None
+            results.append(measure(size, shapes, arguments.rounds, peer, Path(folder)))
             show(results[-1])
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
