@@ -1,7 +1,7 @@
 """Drawing tokens from logits whose vocabulary is cut over the ranks of a stage.
 
-Every rank draws the same tokens, since all see the same few candidates: of each row only a rank's best entries leave
-it, never its whole shard, except where top_p asks for a set that wide.
+Every rank draws the same tokens, since all see the same few candidates, or sums: of each row only a rank's best entries
+leave it, never its whole shard. No rank waits for a GPU to know how to go on.
 
 Shapes: B rows, V vocabulary rows of this rank, C candidates; T tokens of a prompt.
 """
@@ -20,7 +20,8 @@ from phalanx.comm.communicator import Communicator
 from phalanx.engine.logit_rules import LogitRules
 from phalanx.engine.logprobs import LogprobRows, token_logprobs
 from phalanx.engine.messages import Sampling
-from phalanx.engine.vocab_shard import VocabShard, blocks, on_device
+from phalanx.engine.nucleus import Scaled, find_nucleus
+from phalanx.engine.vocab_shard import Candidates, VocabShard, blocks, lags, on_device
 from phalanx.kernels import SamplingRows, gumbel_noise, sample, triton_gpu
 from phalanx.parallel.split import Split
 
@@ -127,11 +128,16 @@ class Sampler:
         sampled = facts["temperature"] > 0
         if not sampled.any():
             return self._shard.argmax(logits_BV)
-        if self._shard.whole and triton_gpu.applies_on(logits_BV.device):
+        if self._shard.whole and (triton_gpu.applies_on(logits_BV.device) or lags(logits_BV)):
             return sample(logits_BV, _sampling_rows(facts, logits_BV))
-        cut = sampled & ((facts["top_k"] > 0) | (facts["top_p"] < 1))
+        limited, nucleus = sampled & (facts["top_k"] > 0), sampled & (facts["top_k"] == 0) & (facts["top_p"] < 1)
         tokens_B = torch.empty(facts.size, dtype=torch.int64, device=logits_BV.device)
-        for rows, draw in ((~sampled, self._greedy), (sampled & ~cut, self._from_all), (cut, self._from_best)):
+        for rows, draw in (
+            (~sampled, self._greedy),
+            (sampled & ~limited & ~nucleus, self._from_all),
+            (limited, self._from_best),
+            (nucleus, self._from_nucleus),
+        ):
             if rows.all():
                 return draw(logits_BV, facts)
             if rows.any():
@@ -143,56 +149,67 @@ class Sampler:
         return self._shard.argmax(logits_BV)
 
     def _from_all(self, logits_BV: torch.Tensor, facts: Facts) -> torch.Tensor:
-        """Draws from the whole distribution, or what min_p leaves of it: the largest of scaled logit + Gumbel noise."""
+        """Draws from the whole distribution, or what min_p leaves of it."""
         temperature_B1 = _column(facts["temperature"], logits_BV)
-        floor_B1 = None
-        if facts["min_p"].any():
-            top_B1 = self._shard.max(logits_BV.amax(1).double()).unsqueeze(1)
-            floor_B1 = _floor(top_B1 / temperature_B1, facts)
+        floor_B1 = _floor(self._top(logits_BV) / temperature_B1, facts) if facts["min_p"].any() else None
+        return self._likeliest(logits_BV, facts, lambda block: _scaled(logits_BV, temperature_B1, floor_B1, block))
+
+    def _likeliest(self, logits_BV: torch.Tensor, facts: Facts, scaled: Scaled) -> torch.Tensor:
+        """Draws from what `scaled` leaves of the rows: the largest of scaled logit + Gumbel noise."""
         tokens_V = torch.arange(self._shard.rows.start, self._shard.rows.stop, device=logits_BV.device)
         best = []
         for block in blocks(facts.size, logits_BV):
-            scaled_BV = _scaled(logits_BV, temperature_B1, floor_B1, block)
-            best.append(scaled_BV.add_(_noise(facts[block], tokens_V)).max(1))
+            best.append(scaled(block).add_(_noise(facts[block], tokens_V)).max(1))
         value_B = torch.cat([value_B for value_B, _ in best])
         return self._shard.winner(value_B, torch.cat([column_B for _, column_B in best]))
 
     def _from_best(self, logits_BV: torch.Tensor, facts: Facts) -> torch.Tensor:
-        """Draws where top_k or top_p leave only the best candidates."""
+        """Draws where top_k leaves only the best candidates; top_p counts in their mass."""
+        best = self._shard.candidates(logits_BV, int(facts["top_k"].max()))
         temperature_B1 = _column(facts["temperature"], logits_BV)
-        unlimited = facts["top_k"] == 0
-        count = int(facts["top_k"].max())
-        if unlimited.any():
-            count = max(count, FIRST_NUCLEUS)
-        best = self._shard.candidates(logits_BV, count)
-        floor_B1 = _floor(best.values[:, :1] / temperature_B1, facts) if facts["min_p"].any() else None
-        values_BC = _scaled(best.values, temperature_B1, floor_B1)
-        if unlimited.any():
-            totals = [
-                _scaled(logits_BV, temperature_B1, floor_B1, block).logsumexp(1)
-                for block in blocks(facts.size, logits_BV)
-            ]
-            total_B1 = self._shard.logsumexp(torch.cat(totals)).unsqueeze(1)
-            # No row needs more candidates than its top_k, or hold its top_p of the mass.
-            mass_B1 = _column(np.where(unlimited, facts["top_p"], 0.0), logits_BV)
-            while (
-                (values_BC - total_B1).exp().sum(1, keepdim=True) < mass_B1
-            ).any() and count < self._shard.vocab_size:
-                count *= 2
-                best = self._shard.candidates(logits_BV, count)
-                values_BC = _scaled(best.values, temperature_B1, floor_B1)
-        limit_B1 = _column(np.where(unlimited, count, facts["top_k"]), logits_BV)
+        values_BC = _scaled(best.values, temperature_B1, _floor(best.values[:, :1] / temperature_B1, facts))
         order_C = torch.arange(values_BC.shape[1], device=logits_BV.device)
-        values_BC = values_BC.masked_fill(order_C >= limit_B1, -math.inf)
-        # The mass that top_p counts in: of the k best where top_k cuts, else of all that is left.
-        kept_B1 = values_BC.logsumexp(1, keepdim=True)
-        if unlimited.any():
-            kept_B1 = torch.where(_column(unlimited, logits_BV), total_B1, kept_B1)
-        before_BC = (values_BC - kept_B1).exp().cumsum(1).roll(1, dims=1)
-        before_BC[:, 0] = 0  # the most likely candidate is always kept
-        values_BC = values_BC.masked_fill(before_BC >= _column(facts["top_p"], logits_BV), -math.inf)
-        choice_B1 = (values_BC + _noise(facts, best.tokens)).argmax(1, keepdim=True)
-        return best.tokens.gather(1, choice_B1).squeeze(1)
+        values_BC = values_BC.masked_fill(order_C >= _column(facts["top_k"], logits_BV), -math.inf)
+        return _from_candidates(best, values_BC, values_BC.logsumexp(1, keepdim=True), facts)
+
+    def _from_nucleus(self, logits_BV: torch.Tensor, facts: Facts) -> torch.Tensor:
+        """Draws where top_p alone cuts: from as many of the best candidates as hold its mass where asking whether they
+        do costs nothing, which is the faster way, else from all that it leaves.
+        """
+        best = None if lags(logits_BV) else self._shard.candidates(logits_BV, FIRST_NUCLEUS)
+        temperature_B1, top_p_B1 = _column(facts["temperature"], logits_BV), _column(facts["top_p"], logits_BV)
+        top_B1 = (self._top(logits_BV) if best is None else best.values[:, :1]) / temperature_B1
+        floor_B1 = _floor(top_B1, facts)
+
+        def left(block: slice) -> torch.Tensor:
+            return _scaled(logits_BV, temperature_B1, floor_B1, block)
+
+        if best is None:
+            nucleus = find_nucleus(self._shard, logits_BV, left, top_B1, top_p_B1)
+            return self._likeliest(
+                logits_BV, facts, lambda block: left(block).masked_fill_(~nucleus.holds(logits_BV, block), -math.inf)
+            )
+        totals = [left(block).logsumexp(1) for block in blocks(facts.size, logits_BV)]
+        total_B1 = self._shard.logsumexp(torch.cat(totals)).unsqueeze(1)
+        values_BC, count = _scaled(best.values, temperature_B1, floor_B1), FIRST_NUCLEUS
+        while ((values_BC - total_B1).exp().sum(1, keepdim=True) < top_p_B1).any() and count < self._shard.vocab_size:
+            count *= 2
+            best = self._shard.candidates(logits_BV, count)
+            values_BC = _scaled(best.values, temperature_B1, floor_B1)
+        return _from_candidates(best, values_BC, total_B1, facts)
+
+    def _top(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """The largest logit of each row over all ranks, [B, 1] float64."""
+        return self._shard.max(logits_BV.amax(1).double()).unsqueeze(1)
+
+
+def _from_candidates(best: Candidates, values_BC: torch.Tensor, mass_B1: torch.Tensor, facts: Facts) -> torch.Tensor:
+    """Draws from what top_p leaves of the candidates. mass_B1: the logarithm of what it counts in."""
+    before_BC = (values_BC - mass_B1).exp().cumsum(1).roll(1, dims=1)
+    before_BC[:, 0] = 0  # the most likely candidate is always kept
+    values_BC = values_BC.masked_fill(before_BC >= _column(facts["top_p"], values_BC), -math.inf)
+    choice_B1 = (values_BC + _noise(facts, best.tokens)).argmax(1, keepdim=True)
+    return best.tokens.gather(1, choice_B1).squeeze(1)
 
 
 def _sampling_rows(facts: Facts, like: torch.Tensor) -> SamplingRows:
@@ -212,9 +229,9 @@ def _scaled(
     return scaled_BV if floor_B1 is None else scaled_BV.masked_fill_(scaled_BV < floor_B1[block], -math.inf)
 
 
-def _floor(top_B1: torch.Tensor, facts: Facts) -> torch.Tensor:
-    """The least that min_p keeps, where the scaled logit of the most likely token is `top`."""
-    return top_B1 + _column(facts["min_p"], top_B1).log()
+def _floor(top_B1: torch.Tensor, facts: Facts) -> torch.Tensor | None:
+    """The least that min_p keeps, where the scaled logit of the most likely token is `top`; None where all is kept."""
+    return top_B1 + _column(facts["min_p"], top_B1).log() if facts["min_p"].any() else None
 
 
 def _noise(facts: Facts, tokens: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,17 @@ class VocabShard:
         """Of values that are each rank's own logsumexp, [B] float64."""
         return own_B if self._comm.size == 1 else self._from_all(own_B.unsqueeze(0)).logsumexp(0).squeeze(0)
 
+    def sum(self, own: torch.Tensor) -> torch.Tensor:
+        """Of each rank's own values, whole numbers of any shape; the tensor that was given may hold them."""
+        return own if self._comm.size == 1 else self._comm.all_reduce(own)
+
+    def before_and_all(self, own_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of each rank's own values, over the ranks with lower tokens and over all."""
+        if self._comm.size == 1:
+            return torch.zeros_like(own_B), own_B
+        all_RB = self._from_all(own_B)
+        return all_RB[: self._comm.rank].sum(0), all_RB.sum(0)
+
     def max(self, own_B: torch.Tensor) -> torch.Tensor:
         """Of each rank's own values, [B] float64."""
         return own_B if self._comm.size == 1 else self._from_all(own_B.unsqueeze(0)).amax(0).squeeze(0)
@@ -94,6 +105,11 @@ def blocks(num_rows: int, like_BV: torch.Tensor) -> Iterator[slice]:
     step = max(1, entries // like_BV.shape[1])
     for start in range(0, num_rows, step):
         yield slice(start, start + step)
+
+
+def lags(x: torch.Tensor) -> bool:
+    """Whether who reads a tensor waits for the device that makes it, as of a GPU."""
+    return not x.is_cpu
 
 
 def on_device(values: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:

@@ -72,8 +72,12 @@ def _top(values_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     """Values and columns of the best `count` of each row, best first, equal ones in order of their columns.
 
     `topk` leaves the choice among equals open, and bfloat16 logits are often equal. Rows where that choice matters are
-    taken again: all columns at least as large as the least that belongs, in order.
+    taken again: all columns at least as large as the least that belongs, in order. Which those are a GPU would have to
+    tell the host first, so there the whole rows are sorted.
     """
+    if not values_BV.is_cpu:
+        values_BV, column_BV = values_BV.sort(dim=1, descending=True, stable=True)
+        return values_BV[:, :count].contiguous(), column_BV[:, :count].contiguous()
     values_BK, column_BK = values_BV.topk(count, dim=1)
     least_B1 = values_BK[:, -1:]
     open_B = (values_BV == least_B1).sum(1) > (values_BK == least_B1).sum(1)
