@@ -14,7 +14,7 @@ from phalanx.comm.board import Call, Causes, RankStatus, WaitBoard, find_causes
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, WaitTimeoutError, Work
 from phalanx.errors import CommError
-from phalanx.kernels import Recording, add_rms_norm
+from phalanx.kernels import Graph, Graphs, Recording, add_rms_norm
 from phalanx.kernels.names import in_range, profiled
 
 ReduceOp = Literal["sum", "max"]
@@ -283,6 +283,10 @@ class Communicator(ABC):
         """Done, for the calling thread too, when every rank has made this call."""
         self._check_usable("barrier")
         return self._run(self._number("barrier", 0), None, async_op, self._start_barrier)
+
+    def captured(self, graphs: Graphs, run: Callable[[], None]) -> Graph:
+        """`graphs.capture(run)`, of which every replay counts as the calls in it. All ranks capture alike."""
+        return graphs.capture(run)
 
     def check(self) -> None:
         """Raises what has broken the group meanwhile, if anything has.

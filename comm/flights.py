@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from phalanx.comm.board import Call
 from phalanx.comm.ledger import Ledger
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 
 _MOST_UNREAD = 4096
 _REANCHOR_S = 1.0  # the driver gives spans as float32 milliseconds: over one second they are good to 0.1 µs
+
+
+class Done(NamedTuple):
+    """A transfer that is over, as the ledger has it; times in seconds, by the ledger's clock."""
+
+    call: Call
+    layer: int
+    began_s: float
+    waited_s: float
+    total_s: float
 
 
 class Flight:
@@ -53,6 +64,13 @@ class Flight:
         """Whether the GPU waits for it: compute cannot go on before it is done."""
         return self.reached is not None and self.reached.query()
 
+    def done(self, began_s: float) -> Iterator[Done]:
+        """The transfers that it was, once it is over. began_s: when it began, by the ledger's clock."""
+        assert self.reached is not None
+        assert self.passed is not None
+        waited_s, total_s = (each.elapsed_time(self.passed) / 1e3 for each in (self.reached, self.began))
+        yield Done(self.call, self.layer, began_s, waited_s, total_s)
+
 
 class Flights:
     """Those of one group. Everything but `unfinished` is called by the communicator's own thread."""
@@ -70,14 +88,18 @@ class Flights:
         ledger.add_source(self.settle)
 
     def begin(self, call: Call, blocking: bool) -> Flight:
+        flight = Flight(call, blocking, self._ledger, self.mark())
+        self.add(flight)
+        return flight
+
+    def add(self, flight: Flight) -> None:
+        """One that has begun."""
         if len(self._unread) >= _MOST_UNREAD:  # nobody reads the ledger
             self.settle()
-        flight = Flight(call, blocking, self._ledger, self.mark())
         self._unread.append(flight)
         self._new.append(flight)
         if not self.under_way.is_set():
             self.under_way.set()
-        return flight
 
     def mark(self) -> Event:
         """A timed event, recorded on the current stream."""
@@ -94,13 +116,13 @@ class Flights:
             self._unread.popleft()
             flight.settled = True  # before its events are used again: the watchdog may still look at it
             total_s = flight.began.elapsed_time(flight.passed) / 1e3
-            waited_s = flight.reached.elapsed_time(flight.passed) / 1e3
             began_s = self._clock.locate(flight.began, flight.called_s, self._ledger.clock_s() - total_s)
-            op, seq, peer, num_bytes = flight.call
-            times_s, place = (began_s, waited_s, began_s + total_s), (flight.step, flight.layer)
-            self._ledger.record(
-                seq, self._group, op, num_bytes, *times_s, peer=-1 if peer is None else peer, place=place
-            )
+            for done in flight.done(began_s):
+                op, seq, peer, num_bytes = done.call
+                times_s, place = (done.began_s, done.waited_s, done.began_s + done.total_s), (flight.step, done.layer)
+                self._ledger.record(
+                    seq, self._group, op, num_bytes, *times_s, peer=-1 if peer is None else peer, place=place
+                )
             for event in {id(each): each for each in (flight.began, flight.reached, flight.passed)}.values():
                 if event is not self._clock.anchor:
                     self._spare.append(event)

@@ -54,8 +54,10 @@ class Gpu(Protocol):
 
     def new_stream(self) -> Stream: ...
 
-    def new_event(self, *, timed: bool, sleeps: bool = False) -> Event:
-        """sleeps: a thread that synchronises with it leaves its core to others meanwhile."""
+    def new_event(self, *, timed: bool, sleeps: bool = False, external: bool = False) -> Event:
+        """sleeps: a thread that synchronises with it leaves its core to others meanwhile. external: where it is
+        recorded in a capture, every replay of the graph records it anew.
+        """
         ...
 
     def is_capturing(self) -> bool:
@@ -97,8 +99,8 @@ class CudaGpu:
     def new_stream(self) -> Stream:
         return cast(Stream, torch.cuda.Stream(self.device, priority=_HIGH))  # type: ignore[no-untyped-call]
 
-    def new_event(self, *, timed: bool, sleeps: bool = False) -> Event:
-        return torch.cuda.Event(enable_timing=timed, blocking=sleeps)  # type: ignore[no-untyped-call]
+    def new_event(self, *, timed: bool, sleeps: bool = False, external: bool = False) -> Event:
+        return torch.cuda.Event(enable_timing=timed, blocking=sleeps, external=external)  # type: ignore[no-untyped-call]
 
     def is_capturing(self) -> bool:
         return bool(torch.cuda.is_current_stream_capturing())

@@ -24,11 +24,14 @@ from functools import partial
 from typing import Protocol, TypeVar, cast
 
 from phalanx.comm.board import Call
+from phalanx.comm.captured import Marked, Replay, WatchedGraph
 from phalanx.comm.communicator import Communicator, Handle
 from phalanx.comm.flights import Flight, Flights
 from phalanx.comm.gpu import Gpu
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.work import GroupBrokenError, Work
+from phalanx.errors import CommError
+from phalanx.kernels import Graph, Graphs
 
 Result = TypeVar("Result")
 
@@ -47,7 +50,8 @@ class StreamWork(Work, Protocol):
 class StreamOrderedCommunicator(Communicator):
     """A backend implements, beside the hooks of `Communicator`, `_check_health` and `_abort_here`.
 
-    Operations captured into a CUDA graph run when the graph does; the ledger and the watchdog do not see them.
+    Operations captured into a CUDA graph run when the graph does. The ledger and the watchdog see them where the graph
+    was made by `captured`, and not where it is a caller's own.
     """
 
     in_background = True
@@ -59,6 +63,7 @@ class StreamOrderedCommunicator(Communicator):
         self._flights = Flights(gpu, spec.ledger, spec.name)
         self._in_order = False  # whether the operation that is being started blocks its caller's stream
         self._capturing = False
+        self._marked: Marked | None = None  # while transfers are captured with marks
         self._tick_s = min(0.5, spec.timeout_s / 8)
         self._unwatched = threading.Event()
         weakref.finalize(self, _let_go, self._unwatched, self._flights.under_way)
@@ -92,13 +97,41 @@ class StreamOrderedCommunicator(Communicator):
     def _launch(self, call: Call, async_op: bool, start: Callable[..., Work], *arguments: object) -> Work:
         self._in_order = not async_op
         self._capturing = self._gpu.is_capturing()
-        if self._capturing:
+        if self._capturing and self._marked is None:
             return start(*arguments)
-        flight = self._flights.begin(call, self._in_order)
+        flights = self._flights if self._marked is None else self._marked
+        flight = flights.begin(call, self._in_order)
         with self._gpu.named(f"{call[0]} #{call[1]} {self.group} layer {flight.layer}"):
             work = cast(StreamWork, start(*arguments))
         flight.work = work
-        return _Flying(self._flights, flight, work)
+        return _Flying(flights, flight, work)
+
+    def captured(self, graphs: Graphs, run: Callable[[], None]) -> Graph:
+        """Collectives only. Raises CommError for a send or receive."""
+        num_before, sent_before = self._board.num_started, dict(self._num_sent)
+        plain = graphs.capture(run)
+        if self._num_sent != sent_before:
+            raise CommError(f"group {self.group!r}: sends and receives cannot be replayed, only collectives")
+        self._board.num_started = num_before
+        self._marked = marked = Marked(self._gpu, self.ledger)
+        try:
+            timed = graphs.capture(run)
+        finally:
+            self._marked = None
+            num_after, self._board.num_started = self._board.num_started, num_before  # a number is given when it runs
+        if not marked.flights:
+            return plain
+        return WatchedGraph(plain, timed, marked, num_before, num_after, self.ledger, self._replay)
+
+    def _replay(self, graph: WatchedGraph, timed: bool) -> None:
+        """One operation of the group, as the watchdog sees it."""
+        self._check_usable("replay")
+        flight = Replay(graph, self._board.num_started, timed, self.ledger, self._flights.mark())
+        self._board.num_started += graph.num_calls
+        self._flights.add(flight)
+        with self._gpu.named(f"{flight.call[0]} #{flight.call[1]} {self.group}"):
+            (graph.timed if timed else graph.plain).replay()
+        flight.passed = self._flights.mark()
 
     def _record(self, call: Call, started_s: float, waited_s: float, ended_s: float) -> None:
         """Nothing: what the thread has measured is not what the GPU does. `Flights` writes the entry."""
@@ -207,7 +240,7 @@ class _Flying:
 
     __slots__ = ("_flight", "_flights", "_work")
 
-    def __init__(self, flights: Flights, flight: Flight, work: StreamWork) -> None:
+    def __init__(self, flights: Flights | Marked, flight: Flight, work: StreamWork) -> None:
         self._flights = flights
         self._flight = flight
         self._work = work

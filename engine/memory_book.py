@@ -119,14 +119,14 @@ class MemoryBook:
         self._captured.clear()
 
     def reserve_graphs(self, kept_bytes: int, num_graphs: int, most_places: int) -> None:
-        """Keeps room for graphs that will be captured, by the one that has been, the smallest. kept_bytes: of tensors
-        that they read and write. most_places: of the largest.
+        """Keeps room for steps that will be captured, by the one that has been, the smallest, in one graph or in two.
+        num_graphs: steps. kept_bytes: of tensors that they read and write. most_places: of the largest.
 
         Each takes as much of the driver's memory as the first. They share their tensors' memory: as much as the largest
         needs by proportion, with its logits in the model's dtype, which are kept in float32.
         """
         if self._captured:
-            taken_bytes, outside_bytes = self._captured[0]
+            taken_bytes, outside_bytes = map(sum, zip(*self._captured, strict=True))
             shared_bytes = max(taken_bytes - outside_bytes, math.ceil(self._each_bytes[STEP_TOKENS] * most_places))
             self.parts[GRAPHS] = kept_bytes + num_graphs * outside_bytes + shared_bytes + kept_bytes // 2
 

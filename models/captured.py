@@ -51,13 +51,14 @@ class CapturedSteps:
     """The way of a step's tokens through a stage, captured for each number of places that comes again: the first time
     it is run as it is, which compiles what is to be captured.
 
-    run: makes that way with what it is given; its logits may be of any dtype.
+    run: makes that way with what it is given; its logits may be of any dtype. comm: whose transfers are in it.
     """
 
     most_logits: ClassVar[float] = math.inf
 
-    def __init__(self, run: Run, graphs: Graphs) -> None:
+    def __init__(self, run: Run, graphs: Graphs, comm: Communicator) -> None:
         self._run = run
+        self._comm = comm
         self._graphs = graphs
         self._cache: KVCache | None = None
         self._room: PlanRoom | None = None
@@ -88,7 +89,7 @@ class CapturedSteps:
             self._steps[like] = step
         else:
             if step.graph is None:
-                step.graph = self._graphs.capture(step.run)
+                step.graph = self._comm.captured(self._graphs, step.run)
             step.graph.replay()
         assert self._hidden is not None
         logits_TV = self._logits[:num_tokens] if with_logits and self._logits is not None else None

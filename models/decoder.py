@@ -191,7 +191,7 @@ class Decoder:
         self.layers = [Layer(share, f"layers.{layer}") for layer in range(stage.layers.start, stage.layers.stop)]
         self._recorded: RecordedSteps | CapturedSteps | None = None
         if graphs is not None:
-            self._recorded = CapturedSteps(self._run, graphs)
+            self._recorded = CapturedSteps(self._run, graphs, comm)
         elif self._recordable():
             self._recorded = RecordedSteps(self._record)
         # Whether recordings begin at the embedding; they begin behind it where that is none of their calls.

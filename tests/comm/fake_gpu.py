@@ -25,19 +25,30 @@ _handles = count(1)
 
 
 class FakeStream:
-    """Runs what is enqueued, in order, on a thread."""
+    """Runs what is enqueued, in order, on a thread. captured: what a graph is to issue, while one is captured."""
 
     def __init__(self) -> None:
+        self.captured: list[Callable[[], None]] | None = None
         self.cuda_stream = next(_handles)
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def enqueue(self, run: Callable[[], None]) -> None:
-        self._queue.put(run)
+        self.issue(lambda: self._queue.put(run))
+
+    def issue(self, action: Callable[[], None]) -> None:
+        """Calls it, now or in every replay of the graph that is being captured."""
+        if self.captured is None:
+            action()
+        else:
+            self.captured.append(action)
 
     def wait_event(self, event: FakeEvent) -> None:
-        mark = event.mark
-        self.enqueue(lambda: _wait(mark.reached))
+        def issue() -> None:
+            mark = event.mark
+            self._queue.put(lambda: _wait(mark.reached))
+
+        self.issue(issue)
 
     @torch.inference_mode()  # a GPU writes to any tensor; a CPU to those of inference mode only in that mode
     def _work(self) -> None:
@@ -56,16 +67,24 @@ class _Mark:
 
 
 class FakeEvent:
-    def __init__(self, timed: bool) -> None:
+    def __init__(self, timed: bool, external: bool = False) -> None:
         self.timed = timed
+        self.external = external
+        self.in_graph = False  # recorded in a capture last
         self.mark = _Mark()
         self.mark.reach()  # as with CUDA: an event that was never recorded holds up nobody
 
     def record(self, stream: FakeStream) -> None:
-        self.mark = _Mark()
-        stream.enqueue(self.mark.reach)
+        def issue() -> None:
+            self.mark = mark = _Mark()
+            stream._queue.put(mark.reach)
+
+        self.in_graph = stream.captured is not None
+        stream.issue(issue)
 
     def query(self) -> bool:
+        if self.in_graph and not self.external:
+            raise RuntimeError("an event within a graph cannot be asked for, unless it is external")
         return self.mark.reached.is_set()
 
     def synchronize(self) -> None:
@@ -77,13 +96,27 @@ class FakeEvent:
         return (end.mark.at_s - self.mark.at_s) * 1e3
 
 
+class FakeGraph:
+    """issued: by each replay, in this order."""
+
+    def __init__(self) -> None:
+        self.issued: list[Callable[[], None]] = []
+        self.num_replays = 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        for action in self.issued:
+            action()
+
+
 class FakeGpu:
-    """`Gpu` of one rank. capturing: what `is_capturing` says."""
+    """`Gpu` and `Graphs` of one rank. capturing: what `is_capturing` says."""
 
     def __init__(self) -> None:
         self.compute = FakeStream()
         self.streams = {self.compute.cuda_stream: self.compute}
         self.capturing = False
+        self.graphs: list[FakeGraph] = []
         self.lent: list[tuple[torch.Tensor, int]] = []
         self.names: list[str] = []
         self._local = threading.local()
@@ -120,8 +153,25 @@ class FakeGpu:
         self.streams[stream.cuda_stream] = stream
         return stream
 
-    def new_event(self, *, timed: bool, sleeps: bool = False) -> FakeEvent:
-        return FakeEvent(timed)
+    def new_event(self, *, timed: bool, sleeps: bool = False, external: bool = False) -> FakeEvent:
+        return FakeEvent(timed, external)
+
+    def capture(self, run: Callable[[], None]) -> FakeGraph:
+        """As `Graphs` does."""
+        graph, self.capturing = FakeGraph(), True
+        for stream in self.streams.values():
+            stream.captured = graph.issued
+        try:
+            run()
+        finally:
+            self.capturing = False
+            for stream in self.streams.values():
+                stream.captured = None
+        self.graphs.append(graph)
+        return graph
+
+    def reset(self) -> None:
+        self.graphs.clear()
 
     def is_capturing(self) -> bool:
         return self.capturing
@@ -295,14 +345,19 @@ class FakeComm:
         assert not self.aborted
         assert not self.destroyed
         self.used.append((name, stream))
-        slot = (next(self._seq), name, alike)  # unlike calls never meet: they hang, as with NCCL
-        self._num_open += 1
+        queue = self._nccl.stream(stream)
 
-        def kernel() -> None:
-            self._meeting.come(slot, self._rank, memory, finish, lambda: self.aborted)
-            self._num_open -= 1
+        def issue() -> None:
+            slot = (next(self._seq), name, alike)  # unlike calls never meet: they hang, as with NCCL
+            self._num_open += 1
 
-        self._nccl.stream(stream).enqueue(kernel)
+            def kernel() -> None:
+                self._meeting.come(slot, self._rank, memory, finish, lambda: self.aborted)
+                self._num_open -= 1
+
+            queue.enqueue(kernel)
+
+        queue.issue(issue)
 
 
 def _memory(address: int, count: int, dtype: int) -> torch.Tensor:

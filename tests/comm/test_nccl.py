@@ -13,7 +13,7 @@ import torch
 from tests.comm.fake_gpu import FakeGpu, FakeNccl
 from torch._C._distributed_c10d import HashStore
 
-from phalanx.comm import GroupBrokenError, GroupSpec, Handle, Ledger, WaitTimeoutError
+from phalanx.comm import GroupBrokenError, GroupSpec, Handle, Ledger, WaitTimeoutError, captured
 from phalanx.comm.nccl import NcclCommunicator
 from phalanx.comm.nccl_binding import DATA_TYPES
 from phalanx.errors import CommError
@@ -389,3 +389,108 @@ def test_profilers_see_the_names_of_the_ledger() -> None:
         return rank.gpu.names
 
     assert run(1, use) == [["all_reduce #1 tp layer 5"]]
+
+
+def captured_step(rank: Rank, x: torch.Tensor, compute_s: float = 0.0) -> Callable[[], None]:
+    """Two sums and what comes between them, as a step of two layers."""
+
+    def step() -> None:
+        rank.ledger.layer = 4
+        rank.comm.all_reduce(x)
+        rank.gpu.run(lambda: None, takes_s=compute_s)
+        rank.ledger.layer = 5
+        rank.comm.all_gather(x, async_op=True).wait()
+        rank.ledger.layer = -1
+
+    return step
+
+
+def test_every_replay_of_a_captured_step_is_in_the_ledger_as_if_it_had_been_called() -> None:
+    def use(rank: Rank) -> list[tuple[Any, ...]]:
+        x = torch.ones(4)
+        rank.comm.all_reduce(x)
+        graph = rank.comm.captured(rank.gpu, captured_step(rank, x))
+        for step in (7, 8):
+            rank.ledger.begin_step(step)
+            graph.replay()
+        rank.comm.all_reduce(x)
+        assert rank.listed(x) == [16.0] * 4
+        return [(each.seq, each.step, each.layer, each.op, each.num_bytes) for each in rank.ledger.entries()]
+
+    expected = [
+        (1, -1, -1, "all_reduce", 16),
+        *((2, 7, 4, "all_reduce", 16), (3, 7, 5, "all_gather", 32)),
+        *((4, 8, 4, "all_reduce", 16), (5, 8, 5, "all_gather", 32)),
+        (6, 8, -1, "all_reduce", 16),
+    ]
+    assert run(2, use) == [expected] * 2
+
+
+def test_a_replay_is_timed_by_marks_within_it_and_those_that_follow_within_a_second_as_it_was() -> None:
+    def use(rank: Rank) -> None:
+        graph = rank.comm.captured(rank.gpu, captured_step(rank, torch.ones(4), compute_s=0.05))
+        plain, timed = rank.gpu.graphs
+        for _ in range(3):
+            graph.replay()
+        rank.gpu.synchronize()
+        first, second, *others = rank.ledger.entries()
+        assert (timed.num_replays, plain.num_replays) == (1, 2)
+        between_us = second.started_us - first.started_us - first.total_us
+        assert between_us > 49_000, "what is computed between them counts in neither"
+        assert [each.total_us for each in others] == pytest.approx([first.total_us, second.total_us] * 2)
+        assert others[2].started_us - others[0].started_us > 50_000
+
+    run(2, use)
+
+
+def test_a_timed_replay_is_not_repeated_before_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "TIMED_EVERY_S", 0.0)
+
+    def use(rank: Rank) -> list[int]:
+        graph = rank.comm.captured(rank.gpu, captured_step(rank, torch.ones(4)))
+        _, timed = rank.gpu.graphs
+        found = []
+        for read in (False, False, True, False):
+            graph.replay()
+            rank.gpu.synchronize()
+            if read:
+                rank.ledger.take()
+            found.append(timed.num_replays)
+        return found
+
+    assert run(2, use) == [[1, 1, 1, 2]] * 2
+
+
+def test_a_replay_that_a_rank_never_comes_to_ends_the_group_with_the_rank_named() -> None:
+    def use(rank: Rank) -> str:
+        x = torch.ones(4)
+        graph = rank.comm.captured(rank.gpu, captured_step(rank, x))
+        graph.replay()
+        rank.listed(x)
+        if rank.rank == 1:
+            return ""
+        graph.replay()  # returns: only the GPU waits
+        error = broken(rank)
+        assert isinstance(error, WaitTimeoutError)
+        assert error.missing_ranks == (1,)
+        assert rank.nccl.comms[0].aborted
+        with pytest.raises(GroupBrokenError, match=r"replay in group 'tp' cannot run: 2 captured transfers from all_"):
+            graph.replay()
+        return str(error)
+
+    told = run(2, use, timeout_s=0.5)[0]
+    assert told.startswith(
+        "2 captured transfers from all_reduce #3 of group 'tp' (48 bytes) on rank 0 waited longer than 0.5 s; "
+        "not arrived: rank 1"
+    )
+
+
+def test_sends_are_not_captured_in_what_is_watched() -> None:
+    def use(rank: Rank) -> None:
+        x = torch.ones(4)
+        move = rank.comm.send if rank.rank == 0 else rank.comm.recv
+        rank.listed(move(x, 1 - rank.rank))
+        with pytest.raises(CommError, match="sends and receives cannot be replayed"):
+            rank.comm.captured(rank.gpu, lambda: cast(None, move(x, 1 - rank.rank)))
+
+    run(2, use)

@@ -15,6 +15,7 @@ from phalanx.comm import Communicator, GroupBrokenError, WaitTimeoutError, creat
 from phalanx.comm.nccl import NcclCommunicator
 from phalanx.comm.nccl_binding import DATA_TYPES, NcclBinding
 from phalanx.errors import CommError
+from phalanx.kernels import CudaGraphs
 
 NUM = 1 << 20
 
@@ -107,6 +108,38 @@ def test_captured_operations_run_with_the_graph_while_the_watchdog_looks(alone: 
         assert [entry.seq for entry in alone.ledger.entries()] == [1, 2], "only what ran outside of the graph"
         assert [entry.seq for entry in other.ledger.entries()] == [1, 2, 3]
         graph.reset()
+
+
+def test_replays_are_in_the_ledger_with_the_times_that_marks_in_the_graph_tell(alone: Communicator) -> None:
+    x, graphs = torch.ones(16 * NUM, device="cuda"), CudaGraphs()
+
+    def step() -> None:
+        alone.ledger.layer = 2
+        alone.all_reduce(x)
+        spin(0.01)
+        alone.ledger.layer = 3
+        alone.all_reduce(x, async_op=True).wait()
+
+    step()
+    graph = alone.captured(graphs, step)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    alone.check()
+    entries = alone.ledger.entries()
+    assert [(entry.seq, entry.layer) for entry in entries] == [
+        (1, 2),
+        (2, 3),
+        (3, 2),
+        (4, 3),
+        (5, 2),
+        (6, 3),
+        (7, 2),
+        (8, 3),
+    ]
+    for first, second in zip(entries[2::2], entries[3::2], strict=True):
+        assert 0 < first.total_us < 10_000 < second.started_us - first.started_us
+    graphs.reset()
 
 
 def test_the_ledger_tells_hidden_from_exposed(alone: Communicator) -> None:
