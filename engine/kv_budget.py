@@ -8,6 +8,11 @@ from phalanx.engine.memory_book import mib
 from phalanx.errors import PhalanxError
 
 
+def page_size_on(device_type: str) -> int:
+    """Tokens in a page, where nobody says: on GPUs whole tiles of keys, which Hopper's prefill fetches by TMA."""
+    return 64 if device_type == "cuda" else 16
+
+
 def pages_within(free_bytes: int, share: float, bytes_per_page: int) -> int:
     """Pages that fit into `share` of `free_bytes`; 0 where there is less than nothing."""
     return int(max(0, free_bytes) * share) // bytes_per_page

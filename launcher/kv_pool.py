@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phalanx.engine.kv_budget import pages_within
+from phalanx.engine.kv_budget import page_size_on, pages_within
 from phalanx.launcher.machine import Machine
 from phalanx.launcher.rank_plan import RankPlan
 from phalanx.launcher.schema import Config
@@ -57,7 +57,7 @@ def plan_kv_pool(
 ) -> tuple[KVPool, str, str]:
     """The pool, and in words its size and the reason. ranks: of one replica, still without pages."""
     engine, asked = config.engine, config.model.max_length
-    page_size, share, measured = engine.page_size, None, False
+    page_size, share, measured = engine.page_size or page_size_on(device), None, False
     costs = [rank.kv_bytes_per_token * page_size for rank in ranks]
     limit_pages = engine.max_sequences * -(-(asked or model.max_position) // page_size)
     device_bytes: int | None = None

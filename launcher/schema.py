@@ -248,7 +248,9 @@ class EngineSection(Section):
         description="Share that `kv_cache: auto` takes of the memory that weights, work and graphs leave free. null: "
         "0.9 on GPUs; 0.3 on CPUs, whose memory other programs and the cache of files need too.",
     )
-    page_size: int = Field(default=16, ge=4, le=1024, description="Tokens in a page of the KV cache.")
+    page_size: int | None = Field(
+        default=None, ge=4, le=1024, description="Tokens in a page of the KV cache. null: 16 on CPUs, 64 on GPUs."
+    )
     prefix_cache: bool = Field(
         default=True, description="Whether requests that begin alike share the pages of what they have in common."
     )

@@ -21,6 +21,7 @@ import torch
 from benchmarks.gpu_parts.readings import Readings
 
 from phalanx.comm import create_communicator
+from phalanx.engine.kv_budget import page_size_on
 from phalanx.engine.messages import Chunk, NewSequence, Sampling, StepPlan
 from phalanx.engine.runner import Links, StepRunner
 from phalanx.engine.sampler import Sampler
@@ -33,8 +34,6 @@ from phalanx.models.decoder import Decoder
 from phalanx.models.params import kv_bytes_per_token, rank_params
 from phalanx.parallel.layout import StageRequest, build_layout
 from phalanx.parallel.shape import ModelShape
-
-PAGE_SIZE = 16
 
 
 class Load(NamedTuple):
@@ -71,6 +70,7 @@ class Machine:
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.load, self.device, self.dtype = model, model.load, device, dtype
+        self.page_size = page_size_on(device.type)
         self.config = DecoderConfig(
             "llama", model.shape, self.load.longest, 1e-5, RopeConfig(500000.0), tie_embeddings=model.tied
         )
@@ -87,7 +87,9 @@ class Machine:
             self._pages_each(max(self.load.prompts)),
         )
         shape = model.shape
-        self.cache = KVCache(shape.num_layers, num_pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim, dtype, device)
+        self.cache = KVCache(
+            shape.num_layers, num_pages, self.page_size, shape.num_kv_heads, shape.head_dim, dtype, device
+        )
         for half in (self.cache.keys, self.cache.values):
             half.normal_()
 
@@ -96,15 +98,14 @@ class Machine:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=shape[-1] ** -0.5)
 
-    @staticmethod
-    def _pages_each(num_tokens: int) -> int:
-        return -(-num_tokens // PAGE_SIZE)
+    def _pages_each(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
 
     def decoder(self, graphs: Graphs | None = None) -> Decoder:
         return Decoder(self.config, self.stage, 0, self.comm, self.weights, graphs=graphs)
 
     def tables(self) -> SlotTables:
-        return SlotTables(max(self.load.batches), self.load.longest, PAGE_SIZE, None, self.device)
+        return SlotTables(max(self.load.batches), self.load.longest, self.page_size, None, self.device)
 
     def runner(self, decoder: Decoder, tables: SlotTables | None = None) -> StepRunner:
         return StepRunner(

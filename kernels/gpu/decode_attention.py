@@ -297,8 +297,8 @@ def rope_and_decode(
 
 def _example(dtype: torch.dtype, head_dim: int = 128, uneven: bool = False, fused: bool = False) -> None:
     """16 sequences of up to 4096 tokens, 32 query heads over 8."""
-    cache = meta(512, 16, 8, head_dim, dtype=dtype)
-    scales = (meta(512, 8, 16),) * 2 if dtype.itemsize == 1 else (None, None)
+    cache = meta(128, 64, 8, head_dim, dtype=dtype)
+    scales = (meta(128, 8, 64),) * 2 if dtype.itemsize == 1 else (None, None)
     dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
     out = meta(16, 32, head_dim, dtype=dtype)
     integers = partial(meta, dtype=torch.int32)

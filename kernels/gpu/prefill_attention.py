@@ -2,9 +2,9 @@
 (FlashAttention-2: Dao 2023, arXiv 2307.08691).
 
 The query heads that share a KV head lie in one tile, token after token, so that its keys are read once for all of them.
-Keys that every query of a tile sees are computed without a mask. On Hopper, where pages hold whole tiles (of 64
-positions, of 32 with heads wider than 128), these come through tensor descriptors (TMA), which make zeros of what is
-beyond the head dimension.
+Keys that every query of a tile sees are computed without a mask. On Hopper, where pages hold whole tiles of 64
+positions, these come through tensor descriptors (TMA), which make zeros of what is beyond the head dimension; but for
+heads wider than 128, whose tiles leave no registers for it.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def prefill_attention(
     values, _ = as_read(value_cache, arch)
     shape = _shape(query, head_dim, group, most_new * group, arch, key_cache.dtype == torch.int8)
     tma = False
-    if arch >= 90 and page_size % shape.block_n == 0 and query.dtype != torch.float32:
+    if arch >= 90 and head_dim <= 128 and page_size % shape.block_n == 0 and query.dtype != torch.float32:
         described = _descriptor(keys, shape.block_n), _descriptor(values, shape.block_n)
         tma = None not in described
     strides = (*keys.stride()[:3], *values.stride()[:3])
@@ -284,7 +284,14 @@ EXAMPLES = (
     Example("bf16 d128 pages of 64", lambda: _example(torch.bfloat16, page_size=64), (90,), ("wgmma", "tma")),
     Example("bf16 d128 short", lambda: _example(torch.bfloat16, most_new=16), instructions=("wgmma",)),
     Example("bf16 d256", lambda: _example(torch.bfloat16, head_dim=256), instructions=("wgmma",)),
+    Example(
+        "bf16 d256 pages of 64",
+        lambda: _example(torch.bfloat16, head_dim=256, page_size=64),
+        (90,),
+        ("wgmma",),
+    ),
     Example("fp8 d128", lambda: _example(FLOAT8), instructions=("wgmma",)),
+    Example("fp8 d128 pages of 64", lambda: _example(FLOAT8, page_size=64), (90,), ("wgmma", "tma")),
     Example("int8 d128", lambda: _example(torch.int8), instructions=("wgmma",)),
     Example("int8 d128 pages of 64", lambda: _example(torch.int8, page_size=64), (90,), ("wgmma", "tma")),
 )

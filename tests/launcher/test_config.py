@@ -54,7 +54,7 @@ def test_a_model_is_all_that_must_be_given() -> None:
     assert config.model.path == "smollm2-135m"
     assert (config.model.dtype, config.cluster.ray, config.cluster.device) == ("auto", "local", "auto")
     assert config.parallel.stage_requests() == [StageRequest()]
-    assert (config.engine.page_size, config.engine.kv_cache, config.engine.kv_cache_share) == (16, "auto", None)
+    assert (config.engine.page_size, config.engine.kv_cache, config.engine.kv_cache_share) == (None, "auto", None)
     assert (config.engine.max_waiting, config.engine.prefix_cache) == (None, True)
 
 

@@ -154,6 +154,11 @@ def test_ranks_measure_on_gpus_and_elsewhere(overrides: list[str], machine: Mach
     assert why.startswith(f"{share:g} of ")
 
 
+def test_pages_are_of_whole_tiles_on_gpus_unless_their_size_is_stated() -> None:
+    assert (pool_of().page_size, pool_of(machine=ONE_GPU).page_size) == (16, 64)
+    assert pool_of("engine.page_size=32", machine=ONE_GPU).page_size == 32
+
+
 def test_a_stated_size_is_not_measured_anywhere() -> None:
     pool = pool_of("cluster.ray=auto", "cluster.device=cuda", "engine.kv_cache=64MiB")
     assert not pool.measured
@@ -189,10 +194,11 @@ def test_stated_or_seen_device_memory_gives_an_estimate(
     share = plan.kv_pool.share
     assert share is not None
     spare = device_bytes - rank.weight_bytes - rank.work_bytes
-    pages = min(int(share * spare) // (PAGE_SIZE * TOKEN_BYTES), 1024 * 512)
+    page_size = 16 if "cluster.device=cpu" in overrides else 64
+    pages = min(int(share * spare) // (page_size * TOKEN_BYTES), 1024 * 8192 // page_size)
     assert (plan.num_pages, plan.kv_pool.expected_pages) == (0, pages)
-    assert plan.kv_capacity_tokens == pages * PAGE_SIZE
-    assert rank.kv_bytes == pages * PAGE_SIZE * TOKEN_BYTES
+    assert plan.kv_capacity_tokens == pages * page_size
+    assert rank.kv_bytes == pages * page_size * TOKEN_BYTES
 
 
 def test_ranks_on_cpus_elsewhere_measure_no_more_than_they_may_use() -> None:
@@ -200,7 +206,7 @@ def test_ranks_on_cpus_elsewhere_measure_no_more_than_they_may_use() -> None:
     cpu = pool_of(*elsewhere, "cluster.device=cpu")
     gpu = pool_of(*elsewhere, "cluster.device=cuda", "cluster.device_memory=10GiB")
     assert cpu.limit_pages == cpu.expected_pages
-    assert gpu.limit_pages == 64 * 8192 // PAGE_SIZE
+    assert gpu.limit_pages == 64 * 8192 // 64
 
 
 # The tightest rank
