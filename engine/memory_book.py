@@ -35,13 +35,15 @@ FREE = "free"
 ROOM = 0.9  # of what is free, that a setting proposed by proportion may fill: fragments are lost
 STEP_TOKENS, STEP_ROWS = "engine.max_batch_tokens", "engine.max_sequences"
 """What bounds the two kinds of large steps: many tokens, and many tokens drawn."""
+NARROW = "engine.kv_cache_dtype: int8"
 ROUNDING = {STEP_TOKENS: 16, STEP_ROWS: 1}  # what is proposed is a multiple of these
 
 
 class Sizes(NamedTuple):
     """Of a rank. num_ranks: of its stage. weight_bytes: that it is to hold. step_tokens: most of one sequence in a
-    step. step_rows: most sequences that draw in one. page_bytes, least_pages: of a page, and how many it cannot do
-    without. share: that the pages may take of what is free, None where their number is stated.
+    step. step_rows: most sequences that draw in one. page_bytes, narrow_page_bytes: of a page, and of one in 8 bits
+    where it is not yet, else 0. least_pages: how many it cannot do without. share: that the pages may take of what is
+    free, None where their number is stated.
     """
 
     num_ranks: int
@@ -52,6 +54,7 @@ class Sizes(NamedTuple):
     page_bytes: int
     least_pages: int
     share: float | None
+    narrow_page_bytes: int = 0
 
 
 class MemoryBook:
@@ -193,7 +196,11 @@ class MemoryBook:
         elif part == PAGES:
             found.append(f"engine.kv_cache below {mib(int(room_bytes * ROOM), '')}, by what steps take")
         else:
-            found.append(f"engine.kv_cache below {mib(self.parts[PAGES], '')}")
+            held_bytes = self.parts[PAGES]
+            found.append(f"engine.kv_cache below {mib(held_bytes, '')}")
+            if sizes.narrow_page_bytes:
+                narrow_bytes = held_bytes // sizes.page_bytes * sizes.narrow_page_bytes
+                found.append(f"{NARROW} and engine.kv_cache: {mib(narrow_bytes, '')}, for as many tokens")
         return [*found, self._more_ranks(weight_bytes, left_bytes)]
 
     def too_few_pages(self, room_bytes: int) -> list[str]:
@@ -206,6 +213,9 @@ class MemoryBook:
         tokens = int(max(0, room_bytes) * share) // sizes.page_bytes * sizes.page_size
         if tokens:
             found.append(f"model.max_length: {tokens}")
+        narrow_bytes = math.ceil(sizes.least_pages * sizes.narrow_page_bytes / share)
+        if 0 < narrow_bytes <= room_bytes:
+            found.append(f"{NARROW}, whose pages take {mib(narrow_bytes)} in place of {mib(needed_bytes)}")
         spared_bytes = self.parts.get(ACTIVATIONS, 0) - short_bytes  # what the largest steps may still take
         bounds: list[str] = []
         for setting, each_bytes in self._each_bytes.items():

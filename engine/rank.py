@@ -145,7 +145,7 @@ class Rank:
         self._took("weights")
 
     def _sizes(self) -> Sizes:
-        spec, place, measure = self._spec, self._place, self._spec.measure
+        spec, measure = self._spec, self._spec.measure
         return Sizes(
             num_ranks=self._stage.num_ranks,
             weight_bytes=sum(
@@ -155,11 +155,16 @@ class Rank:
             step_tokens=self._widest_step,
             step_rows=self._most_drawn,
             page_size=spec.page_size,
-            page_bytes=spec.page_size
-            * kv_bytes_per_token(spec.config, spec.layout, place, self._dtype.itemsize, spec.kv_cache_dtype),
+            page_bytes=spec.page_size * self._token_bytes(spec.kv_cache_dtype),
             least_pages=1 if measure is None else measure.least_pages,
             share=None if measure is None else measure.share,
+            narrow_page_bytes=spec.page_size * self._token_bytes("int8") if spec.kv_cache_dtype == "auto" else 0,
         )
+
+    def _token_bytes(self, kv_cache_dtype: str) -> int:
+        """Of its keys and values in all layers."""
+        spec = self._spec
+        return kv_bytes_per_token(spec.config, spec.layout, self._place, self._dtype.itemsize, kv_cache_dtype)
 
     @property
     def _widest_step(self) -> int:

@@ -23,6 +23,7 @@ class RankPlan:
     weight_bytes: in the run's dtype, which is from above where a CPU's products hold them in 12 bits (`PackedWeight`);
     of quantised matrices integers and scales. cut_bytes: of these, what they take because cuts fall into groups: scales
     that several ranks hold, or one rank several times, and room between inputs whose groups are scattered.
+    narrow_bytes_per_token: as kv_bytes_per_token, with `engine.kv_cache_dtype: int8`.
     work_bytes: an estimate, from above, of what a step's activations and logits take, and on a GPU a process by itself.
     All in bytes but `parameters`.
     """
@@ -31,6 +32,7 @@ class RankPlan:
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
+    narrow_bytes_per_token: int
     work_bytes: int
     kv_bytes: int = 0
     cut_bytes: int = 0
@@ -85,6 +87,7 @@ def plan_rank(
         parameters=sum(param.num_elements for param in params),
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes_per_token(model, layout, place, DTYPE_BYTES[dtype], engine.kv_cache_dtype),
+        narrow_bytes_per_token=kv_bytes_per_token(model, layout, place, DTYPE_BYTES[dtype], "int8"),
         work_bytes=work,
         cut_bytes=cut_bytes,
     )

@@ -63,6 +63,7 @@ def _stated_pool_faults(config: Config, plan: RunPlan) -> Iterator[Fault]:
             f"too small for {_least(config, pool)}: {plan.tightest} takes {format_bytes(cost)} a token",
             f"{_kv_cache(config)}, which is {pool.num_pages * pool.page_size} tokens",
             f"at least {format_bytes(needed)} ({needed} bytes)",
+            _narrow(config, pool.least_pages * pool.page_size * plan.ranks[pool.tightest].narrow_bytes_per_token),
         )
 
 
@@ -76,7 +77,10 @@ def _auto_pool_faults(config: Config, plan: RunPlan, machine: Machine) -> Iterat
     ranks = [replace(rank, kv_bytes=0) for rank in plan.ranks]
     if pool.device_bytes is not None:
         tightest, stated = ranks[pool.tightest], config.cluster.device_memory
-        needed = tightest.base_bytes + math.ceil(least_tokens * tightest.kv_bytes_per_token / pool.share)
+        needed, narrow = (
+            tightest.base_bytes + math.ceil(least_tokens * a_token / pool.share)
+            for a_token in (tightest.kv_bytes_per_token, tightest.narrow_bytes_per_token)
+        )
         fault, path, found = _lacking, "engine.kv_cache", "auto"
         if stated is not None:
             fault, path, found = _bad, "cluster.device_memory", format_bytes(stated)
@@ -85,7 +89,7 @@ def _auto_pool_faults(config: Config, plan: RunPlan, machine: Machine) -> Iterat
             f"{tightest.place} holds {_parts(tightest)} of {format_bytes(pool.device_bytes)}; {too_few}",
             found,
             f"at least {format_bytes(needed)} a rank",
-            f"use more ranks or stages, or {_SMALLER_NEEDS}",
+            "; ".join(filter(None, (f"use more ranks or stages, or {_SMALLER_NEEDS}", _narrow(config, narrow)))),
         )
     elif machine.free_bytes is None:
         yield _lacking(
@@ -97,15 +101,20 @@ def _auto_pool_faults(config: Config, plan: RunPlan, machine: Machine) -> Iterat
         )
     else:
         copies = plan.layout.replicas
-        a_token = copies * sum(rank.kv_bytes_per_token for rank in ranks)
-        needed = copies * sum(rank.base_bytes for rank in ranks) + math.ceil(least_tokens * a_token / pool.share)
+        needed, narrow = (
+            copies * (sum(rank.base_bytes for rank in ranks) + math.ceil(least_tokens * a_token / pool.share))
+            for a_token in (
+                sum(rank.kv_bytes_per_token for rank in ranks),
+                sum(rank.narrow_bytes_per_token for rank in ranks),
+            )
+        )
         yield _lacking(
             "engine.kv_cache",
             f"the {plan.num_ranks} ranks on this machine hold {_parts(*ranks, copies=copies)} of "
             f"{format_bytes(machine.free_bytes)} free; {too_few}",
             "auto",
             f"with at least {format_bytes(needed)} free",
-            f"end what else takes memory, or {_SMALLER_NEEDS}",
+            "; ".join(filter(None, (f"end what else takes memory, or {_SMALLER_NEEDS}", _narrow(config, narrow)))),
         )
 
 
@@ -209,6 +218,13 @@ def _parts(*ranks: RankPlan, copies: int = 1) -> str:
 
     kv = f"KV cache {size('kv_bytes')}, " if ranks[0].kv_bytes else ""
     return f"{size('total_bytes')}: weights {size('weight_bytes')}, {kv}about {size('work_bytes')} to work in"
+
+
+def _narrow(config: Config, needed_bytes: int) -> str | None:
+    """What pages in 8 bits would do, where they are not yet."""
+    if config.engine.kv_cache_dtype != "auto":
+        return None
+    return f"with engine.kv_cache_dtype: int8 {format_bytes(needed_bytes)} suffice"
 
 
 def _or_smaller_pool(config: Config) -> str:

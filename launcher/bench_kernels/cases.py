@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from phalanx import kernels
+from phalanx.engine.kv_budget import page_size_on
 from phalanx.kernels import Experts, PackedExperts, PackedWeight, SamplingRows, WeightFormat, choose_packing
 from phalanx.kernels.linear_table import Held
 from phalanx.launcher.bench_kernels import optional_peers
+from phalanx.launcher.bench_kernels.pages import Pages
 from phalanx.launcher.bench_kernels.quantised import formats_on, peers, quantised, taken
 
 EPS = 1e-5
-PAGE_SIZE = 16
 TOP = 50
 CACHED_BYTES = 1 << 28  # inputs of one operator, so that it does not find them in a cache
 MOST_COPIES = 16
@@ -91,6 +92,10 @@ class Maker(NamedTuple):
             for num, length in contexts:
                 yield from self.attention_cases([1] * num, [length] * num, f"decode {num} at {length}")
             yield from self.attention_cases([512], [512], "prefill 512")
+        for num, length in contexts:
+            for name in kernels.KV_DTYPES:
+                if f"paged_attention {name}".startswith(self.only):
+                    yield self.narrow_case(num, length, f"decode {num} at {length}", name)
         for num_rows in rows:
             yield from self.quantised_cases(num_rows)
 
@@ -141,7 +146,8 @@ class Maker(NamedTuple):
         )
         yield from _beside(gated, optional_peers.gates(gate_up))
         qkv = self._random(copies, num_rows, (sizes.queries + 2 * sizes.keys) * sizes.head_dim)
-        cache = self._random(2, num_rows // PAGE_SIZE + 1, PAGE_SIZE, sizes.keys, sizes.head_dim)
+        size = page_size_on(self.device.type)
+        cache = self._random(2, num_rows // size + 1, size, sizes.keys, sizes.head_dim)
         positions = torch.arange(num_rows, device=self.device)
         frequencies = kernels.rope_frequencies(sizes.head_dim, 10000.0).to(self.device)
         table = kernels.rope_table(positions, frequencies, self.dtype)
@@ -282,30 +288,50 @@ class Maker(NamedTuple):
 
     def attention_cases(self, new: list[int], lengths: list[int], load: str) -> Iterator[Case]:
         sizes = self.sizes
-        pages_each = -(-max(lengths) // PAGE_SIZE)
-        tables = torch.randperm(len(lengths) * pages_each).view(len(lengths), pages_each)
-        plan = kernels.plan_attention(tables, new, lengths, page_size=PAGE_SIZE, window=None, device=self.device)
-        kv_of_query = [head * sizes.keys // sizes.queries for head in range(sizes.queries)]
-        heads = kernels.group_heads(kv_of_query, sizes.keys, self.device)
-        copies = _num_copies(2 * tables.numel() * PAGE_SIZE * sizes.keys * sizes.head_dim * self.dtype.itemsize)
-        cache = self._random(2, copies, tables.numel(), PAGE_SIZE, sizes.keys, sizes.head_dim)
-        query = self._random(sum(new), sizes.queries, sizes.head_dim)
-        scale = sizes.head_dim**-0.5
+        pages = self._pages(new, lengths)
         pairs = sum(n * (length - n) + n * (n + 1) // 2 for n, length in zip(new, lengths, strict=True))
         moved = 2 * (sum(lengths) * sizes.keys + sum(new) * sizes.queries) * sizes.head_dim * self.dtype.itemsize
         flops = 4.0 * pairs * sizes.queries * sizes.head_dim
+        copies = pages.keys.shape[0]
         peer = self._sdpa(len(new), new[0], lengths[0], copies)
-        case = Case(
-            "paged_attention",
-            load,
-            lambda i: kernels.paged_attention(query, cache[0, i], cache[1, i], plan, heads, scale=scale),
-            peer,
-            copies,
-            moved,
-            flops,
-        )
-        others = optional_peers.decodes(query, cache[0], cache[1], tables, lengths, scale)
+        case = Case("paged_attention", load, pages.attend, peer, copies, moved, flops)
+        others = optional_peers.decodes(pages.query, pages.keys, pages.values, pages.tables, lengths, pages.scale)
         yield from _beside(case, others if max(new) == 1 else iter(()))
+
+    def narrow_case(self, num_sequences: int, length: int, load: str, kv_cache_dtype: str) -> Case:
+        """Decodes over pages in 8 bits, beside the same over pages of the model's dtype."""
+        sizes = self.sizes
+        pages = self._pages([1] * num_sequences, [length] * num_sequences)
+        narrow = pages.narrow(kernels.KV_DTYPES[kv_cache_dtype])
+        read = 2 * num_sequences * length * sizes.keys * (sizes.head_dim + torch.bfloat16.itemsize)
+        return Case(
+            f"paged_attention {kv_cache_dtype}",
+            load,
+            narrow.attend,
+            pages.attend,
+            pages.keys.shape[0],
+            read + 2 * pages.query.nbytes,
+            4.0 * num_sequences * length * sizes.queries * sizes.head_dim,
+            f"{self.dtype} pages".removeprefix("torch."),
+        )
+
+    def _pages(self, new: list[int], lengths: list[int]) -> Pages:
+        """Full of random numbers."""
+        sizes, size = self.sizes, page_size_on(self.device.type)
+        pages_each = -(-max(lengths) // size)
+        tables = torch.randperm(len(lengths) * pages_each).view(len(lengths), pages_each)
+        kv_of_query = [head * sizes.keys // sizes.queries for head in range(sizes.queries)]
+        copies = _num_copies(2 * tables.numel() * size * sizes.keys * sizes.head_dim * self.dtype.itemsize)
+        keys, values = self._random(2, copies, tables.numel(), size, sizes.keys, sizes.head_dim)
+        return Pages(
+            keys,
+            values,
+            self._random(sum(new), sizes.queries, sizes.head_dim),
+            tables,
+            kernels.plan_attention(tables, new, lengths, page_size=size, window=None, device=self.device),
+            kernels.group_heads(kv_of_query, sizes.keys, self.device),
+            sizes.head_dim**-0.5,
+        )
 
     def _sdpa(self, num_sequences: int, new: int, length: int, copies: int) -> Callable[[int], object]:
         """PyTorch's attention, which reads keys and values of sequences side by side."""

@@ -195,6 +195,21 @@ def test_too_few_pages_say_which_settings_would_give_enough() -> None:
     assert pages_within(room_bytes + spared, 0.5, MIB) >= 100
 
 
+def test_pages_in_8_bits_are_proposed_with_what_they_take_where_they_would_fit() -> None:
+    narrow = SIZES._replace(narrow_page_bytes=MIB * 33 // 64)
+    _, book = loaded(total=760, sizes=narrow)
+    assert book.room_bytes() == 110 * MIB
+    fitting = book.too_few_pages(110 * MIB)
+    assert "engine.kv_cache_dtype: int8, whose pages take 103 MiB in place of 200 MiB" in fitting
+    assert not [each for each in book.too_few_pages(100 * MIB) if "int8" in each]
+
+    memory, book = loaded(total=1000, sizes=narrow._replace(share=None))
+    memory.take(300)
+    book.book(PAGES, WORKSPACES)
+    text = error_of(book, "a first step", ACTIVATIONS, lambda: memory.use(100))
+    assert "or engine.kv_cache_dtype: int8 and engine.kv_cache: 155MiB, for as many tokens; or" in text
+
+
 def test_where_no_parts_are_told_there_is_no_account() -> None:
     memory = MadeUpMemory(100)
     memory.by_part = False

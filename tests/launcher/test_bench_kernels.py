@@ -38,6 +38,19 @@ def test_bytes_and_operations_of_a_product_and_of_attention() -> None:
     assert prefill.num_flops == (1 + 2 + 3 + 4) * 3 * 16 * 4
 
 
+def test_pages_in_8_bits_are_attended_to_as_such_beside_plain_ones() -> None:
+    for name in ("int8", "fp8"):
+        case = MAKER.narrow_case(2, 20, "", name)
+        assert case.num_bytes == 2 * 2 * 20 * 1 * (16 + 2) + 2 * 2 * (2 * 3 * 16)
+        assert case.peer_name == "bfloat16 pages"
+        assert case.peer is not None
+        found, plain = case.call(0), case.peer(0)
+        assert isinstance(found, torch.Tensor)
+        assert isinstance(plain, torch.Tensor)
+        torch.testing.assert_close(found, plain, rtol=0.2, atol=0.1)
+        assert not torch.equal(found, plain)
+
+
 def test_every_case_can_be_called_with_every_copy_and_as_its_peer() -> None:
     for case in MAKER.cases((2,), ((2, 20),)):
         assert case.num_bytes > 0

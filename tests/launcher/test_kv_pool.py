@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,6 +12,7 @@ from phalanx.launcher.check import CheckReport, check
 from phalanx.launcher.kv_pool import KVPool
 from phalanx.launcher.machine import Gpu, Machine
 from phalanx.launcher.run_plan import RunPlan
+from phalanx.launcher.sizes import parse_size
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.tensor_entry import TensorEntry
 from phalanx.parallel.shape import ModelShape
@@ -258,6 +260,22 @@ def test_the_free_memory_that_is_asked_for_is_enough() -> None:
     assert with_free(400).errors[0].allowed == "with at least 896 MiB free"
     assert with_free(897).ok
     assert not with_free(895).ok
+
+
+@pytest.mark.parametrize("setting", ["", "cluster.device_memory", "engine.kv_cache"])
+def test_pages_in_8_bits_are_proposed_with_what_they_need(setting: str) -> None:
+    def with_size(size: int, *overrides: str) -> CheckReport:
+        stated = (f"{setting}={size}",) if setting else ()
+        machine = LAPTOP if setting else replace(LAPTOP, free_bytes=size)
+        return checked(*stated, "model.max_length=8192", *overrides, machine=machine)
+
+    (found,) = with_size(100 * MIB if setting == "engine.kv_cache" else 300 * MIB).errors
+    told = re.search(r"with engine\.kv_cache_dtype: int8 (.*) suffice", found.suggestion or "")
+    assert told is not None
+    needed = parse_size(told[1])  # in three figures
+    assert with_size(needed * 101 // 100, "engine.kv_cache_dtype=int8").ok
+    (found,) = with_size(needed * 98 // 100, "engine.kv_cache_dtype=int8").errors
+    assert "int8" not in (found.suggestion or "")
 
 
 def test_a_system_that_does_not_say_what_is_free_asks_for_a_size() -> None:
