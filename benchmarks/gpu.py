@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -206,6 +207,7 @@ def main() -> None:
         sys.exit(
             f"--only {arguments.only}: no part begins so; there are {', '.join(part.name for part in the_parts())}"
         )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends the run gets what it has
     with tempfile.TemporaryDirectory() as scratch:
         run_parts(parts, 60 * arguments.minutes, Path(scratch), environment, ROOT, keep)
     print("\n" + "\n".join(summary(head, ended)))

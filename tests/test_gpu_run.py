@@ -178,6 +178,40 @@ def test_the_run_prints_its_table_last_and_fails_with_any_of_its_parts(
     assert {"python", "torch"} <= set(read["versions"])
 
 
+ENDED = """
+import sys
+from pathlib import Path
+from benchmarks import gpu
+from benchmarks.gpu_parts.limits import Part
+
+def part(name, script):
+    return Part(name, name, 1.0, lambda path, seconds: ["sh", "-c", script, "sh", str(path)])
+
+gpu.device_name = lambda: "A GPU"
+gpu.the_parts = lambda: [part("one", "echo '{\\"us\\": 2}' > $1; exec sleep 60"), part("two", "true")]
+gpu.RESULTS = Path(sys.argv.pop())
+gpu.main()
+"""
+
+
+def test_a_run_that_is_ended_leaves_what_it_has(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-c", ENDED, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "TMPDIR": str(tmp_path)}
+    environment.pop("OUT", None)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        while not list(tmp_path.glob("*/one.json")):  # what the part has written
+            assert run.poll() is None
+            time.sleep(0.02)
+        run.terminate()
+        table = run.stdout.read()
+    assert run.returncode == 1
+    read = json.loads((tmp_path / "a-gpu" / "one.json").read_text())
+    assert (read["parts"]["one"]["ended"], read["parts"]["one"]["us"]) == ("interrupted", 2)
+    assert "== one: interrupted" in table
+    assert not (tmp_path / "a-gpu" / "two.json").exists()
+
+
 def test_the_step_that_is_captured_draws_what_the_runner_does() -> None:
     fp32, cpu = torch.float32, torch.device("cpu")
     with torch.inference_mode():

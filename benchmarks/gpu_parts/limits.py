@@ -28,8 +28,8 @@ class Part(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """ended: `done`, `failed` or `stopped`, at its limit. figures: what it wrote, {} if nothing. said: its last lines,
-    where it was not done.
+    """ended: `done`, `failed`, `stopped`, at its limit, or `interrupted`, with the run. figures: what it wrote, {} if
+    nothing. said: its last lines, where it was not done.
     """
 
     part: str
@@ -55,7 +55,9 @@ def run_parts(
     cwd: Path,
     on_end: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Runs them one after another, with logs and what they write in `folder`. Ctrl-C ends the run with the part."""
+    """Runs them one after another, with logs and what they write in `folder`. Ctrl-C ends the run with the part, as far
+    as it has come.
+    """
     ends_s = time.monotonic() + total_s
     outcomes = []
     for number, part in enumerate(parts):
@@ -67,6 +69,8 @@ def run_parts(
             print(outcome.said, flush=True)
         outcomes.append(outcome)
         on_end(outcome)
+        if outcome.ended == "interrupted":
+            break
     return outcomes
 
 
@@ -78,15 +82,15 @@ def run_part(part: Part, limit: float, folder: Path, environment: Mapping[str, s
     # A part stops by itself, with all that it measured, before it is stopped.
     command = list(part.command(written, max(0.0, 0.85 * limit - 2)))
     began_s = time.monotonic()
-    stopped = False
+    ended = ""
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=cwd, env=dict(environment), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             process.wait(limit - min(GRACE_S, limit / 2))
-        except subprocess.TimeoutExpired:
-            stopped = True
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as why:
+            ended = "stopped" if isinstance(why, subprocess.TimeoutExpired) else "interrupted"
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(min(GRACE_S, limit / 2))
@@ -94,7 +98,7 @@ def run_part(part: Part, limit: float, folder: Path, environment: Mapping[str, s
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what is left of it, whatever the way out
             process.wait()
-    ended = "stopped" if stopped else "failed" if process.returncode else "done"
+    ended = ended or ("failed" if process.returncode else "done")
     figures: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         figures = json.loads(written.read_text())
