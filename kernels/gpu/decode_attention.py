@@ -212,8 +212,10 @@ def _launch(
 
 
 def _block_n(cache: torch.Tensor, head_dim: int) -> int:
-    """At most 16 KiB of keys, so that several programs fit on a multiprocessor with two tiles on their way each."""
-    return int(min(64, max(16, 16384 // (triton.next_power_of_2(head_dim) * cache.itemsize))))
+    """At most 16 KiB of keys, so that several programs fit on a multiprocessor with two tiles on their way each; 8 bits
+    count as the 16 that they become in registers.
+    """
+    return int(min(64, max(16, 16384 // (triton.next_power_of_2(head_dim) * max(2, cache.itemsize)))))
 
 
 def choose_splits(num_programs: int, longest: int, block_n: int, num_sms: int) -> int:
@@ -323,6 +325,7 @@ EXAMPLES = (
     Example("fp8 d128 fused", lambda: _example(FLOAT8, fused=True)),
     Example("int8 d128", lambda: _example(torch.int8)),
     Example("int8 d128 fused", lambda: _example(torch.int8, fused=True)),
+    Example("int8 d256 fused", lambda: _example(torch.int8, head_dim=256, fused=True)),
     Example("fp32 d256", lambda: _example(torch.float32, head_dim=256)),
     Example("bf16 d256 uneven", lambda: _example(torch.bfloat16, head_dim=256, uneven=True)),
 )

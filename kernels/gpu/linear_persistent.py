@@ -1,5 +1,8 @@
 """Products of many rows: as many programs as multiprocessors go through the tiles, so that the end of one tile runs
 beside the loads of the next. On Hopper tiles come and go by its tensor memory accelerator (TMA).
+
+Warps are not specialised: for sm_90 Triton 3.7 ignores `warp_specialize` with 8 warps, which large tiles need, and with
+4 compiles tiles of 64 rows alone, since it cannot halve descriptors that the host has made.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 (FlashAttention-2: Dao 2023, arXiv 2307.08691).
 
 The query heads that share a KV head lie in one tile, token after token, so that its keys are read once for all of them.
-Keys that every query of a tile sees are computed without a mask. On Hopper, where pages hold whole tiles of 64
-positions, these come through tensor descriptors (TMA), which make zeros of what is beyond the head dimension; but for
-heads wider than 128, whose tiles leave no registers for it.
+Keys that every query of a tile sees are computed without a mask. On Hopper, where pages hold whole tiles, of 64
+positions or of 32 in 8 bits, these come through tensor descriptors (TMA), which make zeros of what is beyond the head
+dimension; but for heads wider than 128, whose tiles leave no registers for it. Warps are not specialised: Triton 3.7
+ignores `warp_specialize` for sm_90 with 8 warps, and with 4 its pass fails on this loop.
 """
 
 from __future__ import annotations
@@ -189,18 +190,24 @@ class _Shape(NamedTuple):
     num_stages: int
 
 
-def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: int, integers: bool) -> _Shape:
-    """num_rows: of the longest chunk. integers: whether that is what the caches hold. As large as registers and shared
-    memory hold without spills.
+def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: int, narrow: bool) -> _Shape:
+    """num_rows: of the longest chunk. narrow: whether the caches are in 8 bits, whose widening takes registers. As
+    large as registers and shared memory hold without spills, with a window and a soft cap too.
     """
+    wide = head_dim > 128
     if query.dtype == torch.float32:
         shape = _Shape(32, 32, 4, 2)
-    elif num_rows <= 64:
-        shape = _Shape(max(16, triton.next_power_of_2(num_rows)), 64 if arch >= 90 else 32, 4, 2)
-    elif arch >= 90:
-        shape = _Shape(128, 64, 8, 3) if head_dim <= 128 else _Shape(128, 32, 8, 2)
+    elif wide and narrow:
+        shape = _Shape(64, 16, 8, 2)
+    elif arch < 90:
+        shape = _Shape(64, 32, 8, 2) if wide or narrow else _Shape(128, 32, 8, 3 if head_dim > 64 else 2)
+    elif wide or narrow:
+        shape = _Shape(128, 32, 8, 2)
     else:
-        shape = _Shape(128, 32, 8, 2 if integers else 3) if head_dim <= 128 else _Shape(64, 32, 8, 2)
+        shape = _Shape(128, 64, 8, 3)
+    if num_rows <= 64 and query.dtype != torch.float32:
+        rows = max(16, triton.next_power_of_2(num_rows))
+        shape = _Shape(rows, shape.block_n, 8 if wide and rows > 32 else 4, 2)
     return shape._replace(block_m=max(shape.block_m, triton.next_power_of_2(group)))
 
 
@@ -248,7 +255,7 @@ def prefill_attention(
     values: torch.Tensor | TensorDescriptor
     keys, float8_bits = as_read(key_cache, arch)
     values, _ = as_read(value_cache, arch)
-    shape = _shape(query, head_dim, group, most_new * group, arch, key_cache.dtype == torch.int8)
+    shape = _shape(query, head_dim, group, most_new * group, arch, key_cache.itemsize == 1)
     tma = False
     if arch >= 90 and head_dim <= 128 and page_size % shape.block_n == 0 and query.dtype != torch.float32:
         described = _descriptor(keys, shape.block_n), _descriptor(values, shape.block_n)
@@ -267,31 +274,32 @@ def prefill_attention(
     )  # fmt: skip
 
 
-def _example(dtype: torch.dtype, *, head_dim: int = 128, page_size: int = 16, most_new: int = 2048) -> None:
-    """4 chunks, 32 query heads over 8."""
+def _example(
+    dtype: torch.dtype, *, head_dim: int = 128, page_size: int = 16, most_new: int = 2048, bounded: bool = False
+) -> None:
+    """4 chunks, 32 query heads over 8. bounded: by a window and a soft cap."""
     cache = meta(512, page_size, 8, head_dim, dtype=dtype)
     scales = (meta(512, 8, page_size),) * 2 if dtype.itemsize == 1 else (None, None)
     out = meta(4 * most_new, 32, head_dim, dtype=torch.bfloat16)
     sequences, pages = meta(4, 4, dtype=torch.int32), meta(4096, dtype=torch.int32)
     prefill_attention(
-        out, out, cache, cache, sequences, pages, None, *scales, group=4, scale=0.1, window=0, logit_softcap=0.0,
-        most_new=most_new,
+        out, out, cache, cache, sequences, pages, None, *scales, group=4, scale=0.1, window=4096 if bounded else 0,
+        logit_softcap=50.0 if bounded else 0.0, most_new=most_new,
     )  # fmt: skip
 
 
+_WGMMA, _TMA = ("wgmma",), ("wgmma", "tma")
+
 EXAMPLES = (
-    Example("bf16 d128", lambda: _example(torch.bfloat16), instructions=("wgmma",)),
-    Example("bf16 d128 pages of 64", lambda: _example(torch.bfloat16, page_size=64), (90,), ("wgmma", "tma")),
-    Example("bf16 d128 short", lambda: _example(torch.bfloat16, most_new=16), instructions=("wgmma",)),
-    Example("bf16 d256", lambda: _example(torch.bfloat16, head_dim=256), instructions=("wgmma",)),
-    Example(
-        "bf16 d256 pages of 64",
-        lambda: _example(torch.bfloat16, head_dim=256, page_size=64),
-        (90,),
-        ("wgmma",),
-    ),
-    Example("fp8 d128", lambda: _example(FLOAT8), instructions=("wgmma",)),
-    Example("fp8 d128 pages of 64", lambda: _example(FLOAT8, page_size=64), (90,), ("wgmma", "tma")),
-    Example("int8 d128", lambda: _example(torch.int8), instructions=("wgmma",)),
-    Example("int8 d128 pages of 64", lambda: _example(torch.int8, page_size=64), (90,), ("wgmma", "tma")),
+    Example("bf16 d128", lambda: _example(torch.bfloat16), instructions=_WGMMA),
+    Example("bf16 d128 pages of 64", lambda: _example(torch.bfloat16, page_size=64), (90,), _TMA),
+    Example("bf16 d128 short", lambda: _example(torch.bfloat16, page_size=64, most_new=16), instructions=_TMA),
+    Example("bf16 d64 bounded", lambda: _example(torch.bfloat16, head_dim=64, page_size=64, bounded=True)),
+    Example("bf16 d256 bounded", lambda: _example(torch.bfloat16, head_dim=256, bounded=True), instructions=_WGMMA),
+    Example("bf16 d256 short bounded", lambda: _example(torch.bfloat16, head_dim=256, most_new=16, bounded=True)),
+    Example("fp8 d128 bounded", lambda: _example(FLOAT8, page_size=64, bounded=True), instructions=_TMA),
+    Example("fp8 d256 bounded", lambda: _example(FLOAT8, head_dim=256, bounded=True), instructions=_WGMMA),
+    Example("int8 d128", lambda: _example(torch.int8), instructions=_WGMMA),
+    Example("int8 d128 pages of 64", lambda: _example(torch.int8, page_size=64), (90,), _TMA),
+    Example("int8 d128 short bounded", lambda: _example(torch.int8, page_size=64, most_new=16, bounded=True)),
 )

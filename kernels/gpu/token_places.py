@@ -45,7 +45,7 @@ def token_places(
 
 EXAMPLES = (
     Example(
-        "pages of 16",
-        lambda: token_places(meta(16, 4, dtype=torch.int32), meta(4096, dtype=torch.int32), 16, 1, 16),
+        "pages of 64",
+        lambda: token_places(meta(16, 4, dtype=torch.int32), meta(4096, dtype=torch.int32), 16, 1, 64),
     ),
 )

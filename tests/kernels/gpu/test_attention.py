@@ -244,3 +244,9 @@ def test_places_of_tokens(
     without = token_places(step.page_tables, rows, *numbers, page_size=page_size, device=torch.device("cpu"))
     for found, expected in zip(given_plan, without, strict=True):
         assert torch.equal(found.cpu(), expected)
+
+
+def test_places_are_registered(device: torch.device) -> None:
+    sequences = torch.tensor([[0, 2, 9, 0], [2, 1, 3, 3]], dtype=torch.int32, device=device)
+    pages = torch.tensor([7, 5, 6, 2], dtype=torch.int32, device=device)
+    torch.library.opcheck(torch.ops.phalanx.token_places.default, (sequences, pages, 3, 2, 4))
