@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args, get_type_hints
 
 import typer
 
@@ -196,13 +196,15 @@ def plotter(module: str, function: str) -> Callable[..., None]:
 def command_line(context: typer.Context) -> str:
     """The command as it was given, files by their names alone: where they are is different elsewhere."""
     words = context.command_path.split()
+    kinds = get_type_hints(context.command.callback)  # before Typer 0.29 a context holds paths as text
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
         if source is None or source.name != "COMMANDLINE":
             continue
         given = context.params[name]
+        is_file = Path in (kinds[name], *get_args(kinds[name]))
         for value in given if isinstance(given, list | tuple) else [given]:
             option = [] if parameter.param_type_name == "argument" else [parameter.opts[-1]]
-            words += [*option, value.name if isinstance(value, Path) else str(value)]
+            words += [*option, Path(value).name if is_file else str(value)]
     return shlex.join(words)

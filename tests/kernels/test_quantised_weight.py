@@ -172,6 +172,7 @@ def test_rows_come_back_as_what_they_stand_for(held: WeightFormat, dtype: torch.
     assert torch.equal(taken, torch.cat([torch.zeros(1, 90), expected[[0, 69]], torch.zeros(1, 90)]).to(dtype))
 
 
+@needs_library
 @settings(max_examples=20)
 @given(
     st.sampled_from([held for held in FORMATS if held.group_size]),
@@ -243,6 +244,7 @@ def test_what_four_bits_hold_already_is_kept() -> None:
     assert torch.equal(again.q, rows.q)
 
 
+@needs_library
 def test_weights_side_by_side_take_their_integers_and_scales_and_little_more() -> None:
     shapes = [(576, 576), (960, 576), (576, 1536)]
     for held in (INT8, INT4):

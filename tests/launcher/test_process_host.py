@@ -34,7 +34,7 @@ SETTINGS = ClusterSettings(ray="none", start_timeout_s=60)
 
 @pytest.fixture(autouse=True)
 def _fakes_are_importable_in_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ SETTINGS = ClusterSettings(ray="local")
 @pytest.fixture(scope="module", autouse=True)
 def _fakes_are_importable_in_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from functools import partial
 from itertools import pairwise
@@ -47,7 +48,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def trace(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Event:
     path = tmp_path_factory.mktemp("traces") / "trace.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
         skewed = partial(open_host, target="tests.launcher.skewed_ranks:run")
         with LLM.from_config(load_config(config), trace=True, open_host=skewed) as llm:
             llm.generate([[1, 2, 3]], SamplingParams(max_tokens=NUM_STEPS, ignore_eos=True))
