@@ -145,7 +145,10 @@ class Ledger:
         place: (step, layer) that it belongs to where those are no longer the present ones.
         """
         self.num_recorded += 1
-        step, layer = (self.step, self.layer) if place is None else place
+        step = self.step
+        layer = self.layer
+        if place is not None:
+            step, layer = place
         self._entries.append((step, layer, seq, group, op, num_bytes, started_s, waited_s, ended_s, peer, last, took_s))
 
     @property
