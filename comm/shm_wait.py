@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import threading
 import time
 import weakref
 from typing import NamedTuple
@@ -58,6 +59,7 @@ class Waiter:
         self.pidfds: list[int] = []  # by rank
         weakref.finalize(self, _close_files, self.pidfds)
         self._ends: list[select.poll] = []
+        self._ends_turn = threading.Lock()  # the helper looks too, and `poll` refuses a second thread (RuntimeError)
         try:
             for pid in pids:
                 self.pidfds.append(os.pidfd_open(pid))
@@ -166,7 +168,9 @@ class Waiter:
     def _check(self, word: int, rank: int, target: int) -> None:
         words = self._words
         self.check_aborted()
-        gone = "closed its end" if words[self._left[rank]] else "ended" if self._ends[rank].poll(0) else ""
+        with self._ends_turn:
+            ended = bool(self._ends[rank].poll(0))
+        gone = "closed its end" if words[self._left[rank]] else "ended" if ended else ""
         # What it wrote before it went still counts.
         if gone and words[word] < target:
             raise ConnectionError(f"rank {self._called(rank)} has {gone}")

@@ -11,15 +11,19 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.comm.rank_pool import RankPool
 from torch._C._distributed_c10d import Store
 
 from phalanx.comm import Communicator, create, create_communicator, machine, shm_segment
+from phalanx.comm.shm import ShmCommunicator
 from phalanx.comm.shm_segment import NUM_RING, RING_BYTES, ROUND_BYTES, SMALL_BYTES
+from phalanx.comm.shm_wait import Watch
 from phalanx.errors import CommError
 from phalanx.native import find_native
 
@@ -240,6 +244,25 @@ def rank_posts_receives(comm: Communicator, store: Store, num_bytes: int) -> obj
 @pytest.mark.parametrize("num_bytes", [RING_BYTES * NUM_RING // 2, 2 * NUM_RING * RING_BYTES])
 def test_posted_receives_make_room_while_their_rank_waits_for_something_else(shm_pool: Any, num_bytes: int) -> None:
     assert all(shm_pool.run(rank_posts_receives, 2, num_bytes=num_bytes))
+
+
+def rank_looks_at_the_other(comm: Communicator, store: Store) -> object:
+    assert isinstance(comm, ShmCommunicator)
+    never = Watch((comm._waiter._awaited[comm.rank],), (1 - comm.rank,))
+
+    def look() -> None:
+        for _ in range(2000):
+            comm._waiter.check(never, 1)
+
+    with ThreadPoolExecutor(3) as threads:
+        for looked in [threads.submit(look) for _ in range(3)]:
+            looked.result()
+    comm.barrier()
+    return True
+
+
+def test_a_rank_and_its_helper_may_look_at_once_whether_another_has_ended(pool: RankPool) -> None:
+    assert all(pool.run(rank_looks_at_the_other, 2, backend="shm-torch"))
 
 
 def rank_unlike(comm: Communicator, store: Store, case: str) -> None:
