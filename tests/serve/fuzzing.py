@@ -104,7 +104,7 @@ def assert_refusal(body: Any) -> None:
 def fuzzed_server(folder: Path) -> Iterator[Fuzzed]:
     keys = folder / "keys"
     keys.write_text("fuzz\n")
-    wanted = sections(folder, api_keys=str(keys), tool_format="hermes", body_timeout_s=1.0, max_body="1MiB")
+    wanted = sections(folder, api_keys=str(keys), tool_format="hermes", body_timeout_s=4.0, max_body="1MiB")
     wanted["model"]["max_length"] = 64
     wanted["engine"] |= {"max_sequences": 8, "max_waiting": 8}
     with live(wanted) as server, httpx2.Client(base_url=server.url, headers=KEY, timeout=LIMIT_S) as http:
