@@ -192,13 +192,13 @@ class _Shape(NamedTuple):
 
 def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: int, narrow: bool) -> _Shape:
     """num_rows: of the longest chunk. narrow: whether the caches are in 8 bits, whose widening takes registers. As
-    large as registers and shared memory hold without spills, with a window and a soft cap too.
+    large as registers and shared memory hold without spills, with a window and a soft cap too, by Triton 3.6 and 3.7.
     """
     wide = head_dim > 128
     if query.dtype == torch.float32:
         shape = _Shape(32, 32, 4, 2)
     elif wide and narrow:
-        shape = _Shape(64, 16, 8, 2)
+        shape = _Shape(32, 32, 4, 2) if arch < 90 else _Shape(64, 16, 8, 2)
     elif arch < 90:
         shape = _Shape(64, 32, 8, 2) if wide or narrow else _Shape(128, 32, 8, 3 if head_dim > 64 else 2)
     elif wide or narrow:
@@ -206,8 +206,10 @@ def _shape(query: torch.Tensor, head_dim: int, group: int, num_rows: int, arch: 
     else:
         shape = _Shape(128, 64, 8, 3)
     if num_rows <= 64 and query.dtype != torch.float32:
-        rows = max(16, triton.next_power_of_2(num_rows))
-        shape = _Shape(rows, shape.block_n, 8 if wide and rows > 32 else 4, 2)
+        rows = max(16, min(triton.next_power_of_2(num_rows), shape.block_m))
+        num_warps = 8 if rows > 32 and (wide or (narrow and arch < 90)) else 4
+        block_n = min(rows, shape.block_n) if wide and narrow else shape.block_n
+        shape = _Shape(rows, block_n, num_warps, 2)
     return shape._replace(block_m=max(shape.block_m, triton.next_power_of_2(group)))
 
 
