@@ -11,8 +11,6 @@ round's readings. A form's bytes are all that it holds: integers, scales, offset
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -28,12 +26,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cpu_linear import CACHED_BYTES, QUIET_S, ROUND_S, integers, seconds, shapes  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
 
 from phalanx.kernels import Weight, linear, make_packed  # noqa: E402
 from phalanx.kernels.quantise import quantise  # noqa: E402
 from phalanx.kernels.quantised_weight import QuantisedWeight, WeightFormat  # noqa: E402
-from phalanx.launcher.bench.report import processor  # noqa: E402
-from phalanx.launcher.machine import this_machine  # noqa: E402
 from phalanx.native import find_native, resize_pool  # noqa: E402
 
 FORMATS = {
@@ -169,15 +166,11 @@ def main() -> None:
         )
     Console(width=150).print(table)
     if arguments.json is not None:
-        report = {
-            "benchmark": "cpu_quantised_linear",
-            "command": " ".join(["benchmarks/cpu_quantised_linear.py", *sys.argv[1:]]),
-            "processor": processor(),
-            "cores": this_machine().num_cores,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "products": [line._asdict() for line in lines],
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(
+            arguments.json,
+            "cpu_quantised_linear",
+            products=[line._asdict() for line in lines],
+        )
 
 
 if __name__ == "__main__":

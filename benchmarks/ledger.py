@@ -11,8 +11,6 @@ to the engine.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -23,13 +21,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from phalanx import LLM, SamplingParams
-from phalanx.comm.ledger import Ledger
-from phalanx.engine.messages import CommReport
-from phalanx.engine.step_loop import MOST_REPORTED_S
-from phalanx.launcher.bench.report import processor
-from phalanx.launcher.config import load_config
-from phalanx.launcher.generate_output import await_reports
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import write_report  # noqa: E402
+
+from phalanx import LLM, SamplingParams  # noqa: E402
+from phalanx.comm.ledger import Ledger  # noqa: E402
+from phalanx.engine.messages import CommReport  # noqa: E402
+from phalanx.engine.step_loop import MOST_REPORTED_S  # noqa: E402
+from phalanx.launcher.config import load_config  # noqa: E402
+from phalanx.launcher.generate_output import await_reports  # noqa: E402
 
 CACHES_BYTES = 256 << 20
 NUM_STEPS = 100
@@ -114,16 +116,13 @@ def main() -> None:
     table.add_row(*(f"{value:.2%}" if name == "share" else f"{value:,.1f}" for name, value in found.items()))
     Console(width=120).print(table)
     if arguments.json is not None:
-        report = {
-            "benchmark": "ledger",
-            "command": f"benchmarks/ledger.py {' '.join(sys.argv[1:])}".split(" --json")[0],
-            "processor": processor(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "model": arguments.model,
-            "tensor": arguments.tensor,
-            "of_a_step": found,
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(
+            arguments.json,
+            "ledger",
+            model=arguments.model,
+            tensor=arguments.tensor,
+            of_a_step=found,
+        )
 
 
 if __name__ == "__main__":

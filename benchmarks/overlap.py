@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -35,7 +34,6 @@ from phalanx.engine.messages import Chunk, NewSequence, Sampling, StepPlan
 from phalanx.engine.tables import SlotTables
 from phalanx.kernels import choose_packing
 from phalanx.kernels.packed import PackedWeight
-from phalanx.launcher.bench.report import processor
 from phalanx.models.batch import KVCache
 from phalanx.models.config import DecoderConfig, RopeConfig
 from phalanx.models.decoder import Decoder
@@ -50,6 +48,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.host_ranks import PORT, add_rank_arguments, run_ranks  # noqa: E402
 from benchmarks.multinode_share import SilentCommunicator  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
 from tests.multinode.netlab import find_obstacle  # noqa: E402
 
 HOSTS = ("alpha", "beta")
@@ -195,15 +194,12 @@ def main() -> None:
                 table.add_row(shape, f"{rate:g}", str(each["tokens"]), *figures, each["chosen"], *gained)
     Console(width=160).print(table)
     if arguments.json is not None:
-        report = {
-            "benchmark": "overlap",
-            "command": f"benchmarks/overlap.py {' '.join(sys.argv[1:])}".split(" --json")[0],
-            "processor": processor(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "shapes": {name: str(SHAPES[name]) for name in arguments.shapes},
-            "runs": runs,
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(
+            arguments.json,
+            "overlap",
+            shapes={name: str(SHAPES[name]) for name in arguments.shapes},
+            runs=runs,
+        )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import platform
 import pydoc_data.topics
 import statistics
 import sys
@@ -32,13 +30,12 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report import write_report  # noqa: E402
 from benchmarks.tensor import Reading, engine_of, gain, measure  # noqa: E402
 
 from phalanx.comm.group import GroupSpec  # noqa: E402
 from phalanx.comm.single import SingleCommunicator  # noqa: E402
 from phalanx.kernels import KV_DTYPES, choose_packing, plan_attention  # noqa: E402
-from phalanx.launcher.bench.report import processor  # noqa: E402
-from phalanx.launcher.machine import this_machine  # noqa: E402
 from phalanx.models.batch import Batch, KVCache, Part  # noqa: E402
 from phalanx.models.checkpoint import Checkpoint  # noqa: E402
 from phalanx.models.decoder import Decoder  # noqa: E402
@@ -207,18 +204,14 @@ def main() -> None:
         table.add_row(*row)
     Console().print(table)
     if arguments.json is not None:
-        report = {
-            "benchmark": "quantised",
-            "command": " ".join(["benchmarks/quantised.py", *sys.argv[1:]]),
-            "processor": processor(),
-            "cores": this_machine().num_cores,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "model": arguments.model,
-            "quality": {name: each._asdict() for name, each in quality.items()},
-            "gains": {name: each._asdict() for name, each in gains.items()},
-            "rounds": {name: [each._asdict() for each in taken] for name, taken in speed.items()},
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(
+            arguments.json,
+            "quantised",
+            model=arguments.model,
+            quality={name: each._asdict() for name, each in quality.items()},
+            gains={name: each._asdict() for name, each in gains.items()},
+            rounds={name: [each._asdict() for each in taken] for name, taken in speed.items()},
+        )
 
 
 if __name__ == "__main__":

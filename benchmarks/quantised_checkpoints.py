@@ -14,8 +14,6 @@ The built-in model is a GGUF file in Q4_1: its weights lie on a grid of 16 steps
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import tempfile
 import time
@@ -30,9 +28,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quantised import Case, Model, Quality, judge, windows  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
 
-from phalanx.launcher.bench.report import processor  # noqa: E402
-from phalanx.launcher.machine import this_machine  # noqa: E402
 from phalanx.models.quantise_model import QuantiseOptions, quantise_model  # noqa: E402
 from phalanx.models.resolve import ModelSource, resolve_model  # noqa: E402
 from phalanx.native import resize_pool  # noqa: E402
@@ -87,16 +84,12 @@ def main() -> None:
         table.add_row(*row, f"{quality.same:.1%}", f"{seconds:.0f}")
     Console().print(table)
     if arguments.json is not None:
-        report = {
-            "benchmark": "quantised_checkpoints",
-            "command": " ".join(["benchmarks/quantised_checkpoints.py", *sys.argv[1:]]),
-            "processor": processor(),
-            "cores": this_machine().num_cores,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "model": arguments.model,
-            "readings": {name: each._asdict() | {"quality": each.quality._asdict()} for name, each in readings.items()},
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(
+            arguments.json,
+            "quantised_checkpoints",
+            model=arguments.model,
+            readings={name: each._asdict() | {"quality": each.quality._asdict()} for name, each in readings.items()},
+        )
 
 
 if __name__ == "__main__":

@@ -11,20 +11,20 @@ that the last bits of a sum decide has next to none.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from phalanx import LLM, SamplingParams
-from phalanx.launcher.bench.report import processor
-from phalanx.launcher.machine import this_machine
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import write_report  # noqa: E402
+
+from phalanx import LLM, SamplingParams  # noqa: E402
 
 SCHEMES = ("none", "stored", "int8", "int4", "fp8", "w8a8", "w4a8")
 ONE: dict[str, Any] = {}
@@ -113,18 +113,14 @@ def main() -> None:
         table.add_row(scheme, *(str(each.same) for each in found if each.scheme == scheme))
     Console(width=150).print(table)
     if arguments.json is not None:
-        report = {
-            "benchmark": "quantised_layouts",
-            "command": " ".join(["benchmarks/quantised_layouts.py", *sys.argv[1:]]),
-            "processor": processor(),
-            "cores": this_machine().num_cores,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "dtype": arguments.dtype,
-            "new_tokens": arguments.new_tokens,
-            "prompts": len(PROMPTS),
-            "agreements": [each._asdict() for each in found],
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(
+            arguments.json,
+            "quantised_layouts",
+            dtype=arguments.dtype,
+            new_tokens=arguments.new_tokens,
+            prompts=len(PROMPTS),
+            agreements=[each._asdict() for each in found],
+        )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import platform
 import statistics
 import sys
 import time
@@ -21,17 +19,19 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from phalanx.launcher.async_engine import AsyncEngine
-from phalanx.launcher.bench.jobs import scaled
-from phalanx.launcher.bench.report import processor
-from phalanx.launcher.bench.rounds import play, turned
-from phalanx.launcher.bench.workloads import RequestShape, workload
-from phalanx.launcher.config import load_config
-from phalanx.launcher.machine import this_machine
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import write_report  # noqa: E402
+
+from phalanx.launcher.async_engine import AsyncEngine  # noqa: E402
+from phalanx.launcher.bench.jobs import scaled  # noqa: E402
+from phalanx.launcher.bench.rounds import play, turned  # noqa: E402
+from phalanx.launcher.bench.workloads import RequestShape, workload  # noqa: E402
+from phalanx.launcher.config import load_config  # noqa: E402
 
 WHOLE: dict[str, int] = {"1 rank, 1 thread": 1, "1 rank, 2 threads": 2}  # threads
 CUT: dict[str, dict[str, int]] = {"tensor 2": {"tensor": 2}, "pipeline 2": {"pipeline": 2}}  # of one thread a rank
@@ -147,18 +147,14 @@ def main() -> None:
         )
     Console().print(table)
     if arguments.json is not None:
-        report = {
-            "benchmark": "tensor",
-            "command": " ".join(["benchmarks/tensor.py", *sys.argv[1:]]),
-            "processor": processor(),
-            "cores": this_machine().num_cores,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "model": arguments.model,
-            "dtype": arguments.dtype,
-            "gains": {cut: {whole: each._asdict() for whole, each in row.items()} for cut, row in gains.items()},
-            "rounds": {name: [each._asdict() for each in taken] for name, taken in found.items()},
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(
+            arguments.json,
+            "tensor",
+            model=arguments.model,
+            dtype=arguments.dtype,
+            gains={cut: {whole: each._asdict() for whole, each in row.items()} for cut, row in gains.items()},
+            rounds={name: [each._asdict() for each in taken] for name, taken in found.items()},
+        )
 
 
 if __name__ == "__main__":

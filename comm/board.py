@@ -165,6 +165,15 @@ class Causes(NamedTuple):
     guilty: tuple[int, ...]
     elsewhere: tuple[int, ...]
 
+    def told(self, on_other_machines: Sequence[int]) -> str:
+        """As a sentence without its end. on_other_machines: of the ranks that it comes down to, those."""
+        link = f", or the link between here and {named(on_other_machines)} is cut" if on_other_machines else ""
+        if self.guilty:
+            return f"The cause is most likely {named(self.guilty)}, not seen waiting for anybody{link}"
+        if self.elsewhere:
+            return f"The cause lies in another group, where {named(self.elsewhere)} waits"
+        return f"The ranks wait for each other: they do not make the same calls in the same order{link}"
+
 
 def find_causes(
     missing: Sequence[int], statuses: Mapping[int, RankStatus], group: str, size: int, rank: int, num_started: int
@@ -191,6 +200,19 @@ def find_causes(
         else:
             following += [each for each in range(size) if started.get(each, -1) < status.seq]
     return Causes(tuple(sorted(guilty)), tuple(sorted(elsewhere)))
+
+
+def whereabouts(op: str, seq: int, group: str, status: RankStatus | None, arrived: bool) -> str:
+    """What a rank is at that others wait for, as half a sentence. arrived: whether it has started their operation."""
+    if status is None:
+        return "is not waiting for any rank: busy, stuck or dead"
+    if arrived and status.group == group and status.seq == seq and status.peer is None and status.op != op:
+        return f"called {status.op} as #{status.seq}: the ranks do not make the same calls"
+    return f"{'has started it, ' if arrived else 'is '}{status.told(group)}"
+
+
+def named(ranks: Sequence[int]) -> str:
+    return ", ".join(f"rank {rank}" for rank in ranks)
 
 
 def _key(rank: int) -> str:

@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, Literal, NoReturn, Self, TypeVar, overload
 
 import torch
 
-from phalanx.comm.board import Call, Causes, RankStatus, WaitBoard, find_causes
+from phalanx.comm.board import Call, WaitBoard, find_causes, named, whereabouts
 from phalanx.comm.group import GroupSpec
 from phalanx.comm.ledger import UNKNOWN_S
 from phalanx.comm.work import FINISHED, GroupBrokenError, PeerLostError, TimedWork, WaitTimeoutError, Work
@@ -522,12 +522,12 @@ class Communicator(ABC):
         causes = find_causes(missing, statuses, self.group, self.size, self.rank, self._board.num_started)
         told = others if peer is None else sorted({peer, *causes.guilty, *causes.elsewhere})
         notes = [
-            f"rank {rank} {_whereabouts(op, seq, self.group, statuses.get(rank), rank in arrived)}" for rank in told
+            f"rank {rank} {whereabouts(op, seq, self.group, statuses.get(rank), rank in arrived)}" for rank in told
         ]
         return WaitTimeoutError(
             f"{what} on rank {self.rank} waited longer than {self.timeout_s:g} s; not arrived: "
-            f"{_ranks(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). "
-            f"{_verdict(causes, [rank for rank in causes.guilty or missing if self._is_elsewhere(rank)])}; if it "
+            f"{named(missing) or 'no rank: all have started it'} ({'; '.join(notes)}). "
+            f"{causes.told([rank for rank in causes.guilty or missing if self._is_elsewhere(rank)])}; if it "
             f"is only slow, raise the limit (timeout_s){self._who(sorted({*missing, *causes.guilty}))}",
             missing,
             causes.guilty,
@@ -564,25 +564,3 @@ class Communicator(ABC):
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.uint8) if x.dtype in FP8 else x
-
-
-def _whereabouts(op: str, seq: int, group: str, status: RankStatus | None, arrived: bool) -> str:
-    if status is None:
-        return "is not waiting for any rank: busy, stuck or dead"
-    if arrived and status.group == group and status.seq == seq and status.peer is None and status.op != op:
-        return f"called {status.op} as #{status.seq}: the ranks do not make the same calls"
-    return f"{'has started it, ' if arrived else 'is '}{status.told(group)}"
-
-
-def _verdict(causes: Causes, elsewhere: Sequence[int]) -> str:
-    """elsewhere: of the ranks that it comes down to, those on other machines."""
-    link = f", or the link between here and {_ranks(elsewhere)} is cut" if elsewhere else ""
-    if causes.guilty:
-        return f"The cause is most likely {_ranks(causes.guilty)}, not seen waiting for anybody{link}"
-    if causes.elsewhere:
-        return f"The cause lies in another group, where {_ranks(causes.elsewhere)} waits"
-    return f"The ranks wait for each other: they do not make the same calls in the same order{link}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ", ".join(f"rank {rank}" for rank in ranks)
