@@ -10,22 +10,18 @@ import ast
 import importlib
 import os
 import pkgutil
-import re
-import subprocess
-import tempfile
+import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, wraps
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from triton import compile as compile_kernel
-from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from phalanx.kernels import gpu
@@ -39,6 +35,7 @@ _SM_SHARED_BYTES = {80: 167_936, 90: 233_472}
 _BLOCK_RESERVED_BYTES = 1024  # of shared memory, taken by the driver
 _SM_WARPS, _SM_BLOCKS, _SM_REGISTERS = 64, 32, 65_536
 _WARP_REGISTERS = 256  # registers are given to a warp in units of this
+_WITH_BYTES, _REGISTERS, _STACK_BYTES = 0x04, 0x2F, 0x12  # a form and two attributes of `.nv.info`
 _IN_PTX = {"wgmma": "wgmma.mma_async", "tma": "cp.async.bulk.tensor"}
 
 
@@ -156,7 +153,7 @@ def _compile_all(case: Case, launches: Sequence[Launch]) -> tuple[Compiled, ...]
     return tuple(_compile(case.operator, case.example, case.arch, launch) for launch in launches)
 
 
-def _compile(operator: str, example: Example, arch: int, launch: Launch) -> Compiled:
+def compile_launch(launch: Launch, arch: int) -> CompiledKernel:
     """As `JITFunction.run` does before it launches."""
     kernel = launch.kernel
     target = GPUTarget("cuda", arch, 32)
@@ -166,13 +163,17 @@ def _compile(operator: str, example: Example, arch: int, launch: Launch) -> Comp
     bound, specialization, options = bind(*launch.args, **given)
     options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
-    made = compile_kernel(source, target=target, options=options.__dict__)
-    registers, stack_bytes = _resources(made.asm["cubin"])
+    return compile_kernel(source, target=target, options=options.__dict__)
+
+
+def _compile(operator: str, example: Example, arch: int, launch: Launch) -> Compiled:
+    made = compile_launch(launch, arch)
+    registers, stack_bytes = resources(made.asm["cubin"])
     found = tuple(name for name, text in _IN_PTX.items() if text in made.asm["ptx"])
     return Compiled(
         operator,
         example.name,
-        kernel.fn.__name__.strip("_").removesuffix("_kernel"),
+        launch.kernel.fn.__name__.strip("_").removesuffix("_kernel"),
         arch,
         registers,
         stack_bytes,
@@ -182,12 +183,34 @@ def _compile(operator: str, example: Example, arch: int, launch: Launch) -> Comp
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) of a thread, by the cuobjdump that Triton brings."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) of a thread, which `cuobjdump --dump-resource-usage` takes from the same place: the
+    section `.nv.info` of the ELF file. A program less to start for each kernel.
+    """
+    found = {_REGISTERS: [0], _STACK_BYTES: [0]}
+    info, at = _section(cubin, b".nv.info"), 0
+    while at < len(info):
+        form, attribute, size = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if form != _WITH_BYTES:  # its value is in the place of the size
+            continue
+        if attribute in found:
+            _, value = struct.unpack_from("<II", info, at)  # of which function, and what
+            found[attribute].append(value)
+        at += size
+    if len(found[_REGISTERS]) == 1:
+        raise ValueError("ptxas left no register count in .nv.info; has the format of its files changed?")
+    return max(found[_REGISTERS]), max(found[_STACK_BYTES])
+
+
+def _section(elf: bytes, wanted: bytes) -> bytes:
+    """The bytes of the first section of that name in a little-endian ELF64 file; none where there is none."""
+    (headers_at,) = struct.unpack_from("<Q", elf, 0x28)
+    header_size, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, headers_at + index * header_size) for index in range(count)]
+    names_at = headers[names_index][4]
+    for name_at, *_, at, size in headers:
+        start = names_at + name_at
+        if elf[start : elf.index(b"\0", start)] == wanted:
+            return elf[at : at + size]
+    return b""

@@ -4,8 +4,11 @@ there is, and for Hopper the instructions that it says it has.
 
 from __future__ import annotations
 
+import re
+import subprocess
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -15,6 +18,7 @@ from phalanx.kernels.triton_gpu import find_triton
 if find_triton().operators is None:
     pytest.skip(f"needs Triton: {find_triton().told}", allow_module_level=True)
 
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from phalanx.kernels.gpu import ahead_of_time
@@ -40,6 +44,24 @@ def test_it_compiles_without_spills(case: Case, making: dict[Case, Future[tuple[
     assert made
     for kernel in made:
         assert kernel.faults(case.example.instructions) == [], kernel
+
+
+def test_registers_and_stack_are_those_that_cuobjdump_tells(tmp_path: Path) -> None:
+    """Also of a kernel that spills: its registers are limited to 40."""
+    _, example, arch = next(case for case in CASES if case.operator == "prefill_attention" and case.arch == 80)
+    ptx = ahead_of_time.compile_launch(ahead_of_time.launches_of(example, arch)[0], arch).asm["ptx"]
+    source, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    told = {}
+    for most in (255, 40):
+        source.write_text(re.sub(r"\.(reqntid|maxntid) [^\n{]*", "", ptx))
+        ptxas = [knobs.nvidia.ptxas.path, f"-arch=sm_{arch}", "--maxrregcount", str(most), "-o", cubin, source]
+        subprocess.run(ptxas, check=True, timeout=60)
+        dump = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True, timeout=60).stdout
+        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        told[most] = (found["REG"], found["STACK"] + found["LOCAL"])
+        assert ahead_of_time.resources(cubin.read_bytes()) == told[most]
+    assert told[255][1] == 0 < told[40][1]
 
 
 def test_every_kernel_is_in_an_example() -> None:
