@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar, overload
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Ended = int | Failure  # who arrived last, or what went wrong
 
-_NORMED = (torch.bfloat16, torch.float16, torch.float32)
+_NORMED = {dtype: DTYPE_CODES[dtype] for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 _LATE, _ABORTED, _LEFT, _ENDED, _UNLIKE = range(1, 6)  # `End` in `csrc/waiter.hpp`
 
 
@@ -47,7 +46,14 @@ class NativeShmCommunicator(ShmCommunicator):
         self._library = library
         segment = self._segment
         self._group: _native.Group = library.Group(
-            segment, segment.address, segment.layout(), self.rank, self._waiter.pidfds, _core_for_each(spec), WINDOW
+            segment,
+            segment.address,
+            segment.layout(),
+            self.rank,
+            self._waiter.pidfds,
+            _core_for_each(spec),
+            WINDOW,
+            torch.Tensor,
         )
 
     # ---- the two that stand between the layers of a model, where every microsecond counts ----
@@ -61,25 +67,17 @@ class NativeShmCommunicator(ShmCommunicator):
     def all_reduce(
         self, x: torch.Tensor, *, op: ReduceOp = "sum", async_op: bool = False
     ) -> torch.Tensor | Handle[torch.Tensor]:
-        code = DTYPE_CODES.get(x.dtype)
-        num_bytes = x.nbytes
-        if (
-            async_op
-            or op not in ("sum", "max")
-            or code is None
-            or self._stopped
-            or self._collectives.queue
-            or not num_bytes
-            or not x.is_cpu
-            or not x.is_contiguous()
-            or profiled()
-        ):
+        if async_op or op not in ("sum", "max") or self._stopped or self._collectives.queue or profiled():
             return super().all_reduce(x, op=op, async_op=async_op)  # type: ignore[call-overload, no-any-return]
+        num_bytes = x.nbytes
         board = self._board
         board.num_started = seq = board.num_started + 1
         board.waiting = call = ("all_reduce", seq, None, num_bytes)
         started_s = self._clock_s()
-        last = self._group.all_reduce(x.data_ptr(), num_bytes, code, op == "max", self.timeout_s)
+        last = self._group.all_reduce(x, op == "max", self.timeout_s)
+        if last is None:
+            board.num_started, board.waiting = seq - 1, None
+            return super().all_reduce(x, op=op)
         if isinstance(last, tuple):
             self._explain(call, last)
         board.waiting = None
@@ -90,12 +88,26 @@ class NativeShmCommunicator(ShmCommunicator):
     def fused_all_reduce_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._stopped or self._collectives.queue or x.dtype not in _NORMED or not x.nbytes:
+        if self._stopped or self._collectives.queue:
             return super().fused_all_reduce_rms_norm(x, residual, weight, eps)
-        self._check_norm(x, residual, weight)
         residual_sum = torch.empty_like(residual)
-        call = self._number(FUSED, x.nbytes)
-        self._run_native(call, self._fused, x, residual_sum, residual, weight, eps, self._group.all_reduce_rms_norm)
+        num_bytes = x.nbytes
+        native = self._group.all_reduce_rms_norm
+        board = self._board
+        board.num_started = seq = board.num_started + 1
+        if profiled():
+            native = in_range(FUSED, f"#{seq} of {self.group}", native)
+        board.waiting = call = (FUSED, seq, None, num_bytes)
+        started_s = self._clock_s()
+        last = native(x, residual_sum, residual, weight, eps, self.timeout_s)
+        if last is None:
+            board.num_started, board.waiting = seq - 1, None
+            return super().fused_all_reduce_rms_norm(x, residual, weight, eps)
+        if isinstance(last, tuple):
+            self._explain(call, last)
+        board.waiting = None
+        ended_s = self._clock_s()
+        self.ledger.record(seq, self.group, FUSED, num_bytes, started_s, ended_s - started_s, ended_s, -1, last)
         return x, residual_sum
 
     def record_all_reduce(self, recording: Recording, x: torch.Tensor) -> None:
@@ -112,36 +124,16 @@ class NativeShmCommunicator(ShmCommunicator):
         self, recording: Recording, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_norm(x, residual, weight)
-        if x.dtype not in _NORMED or not x.nbytes:
+        code, width = _NORMED.get(x.dtype), x.shape[-1]
+        if code is None or not x.nbytes:
             return super().record_fused_all_reduce_rms_norm(recording, x, residual, weight, eps)
         residual_sum = torch.empty_like(residual)
         transfers = recording.followed_by(self, self._replayed)
         transfers.add(FUSED, x.nbytes)
-        record = partial(self._group.record_all_reduce_rms_norm, transfers.native)
-        self._fused(x, residual_sum, residual, weight, eps, record)
+        pointers = x.data_ptr(), residual_sum.data_ptr(), residual.data_ptr(), weight.data_ptr()
+        rows = x.numel() // width
+        self._group.record_all_reduce_rms_norm(transfers.native, *pointers, eps, rows, width, code, self.timeout_s)
         return x, residual_sum
-
-    def _fused(
-        self,
-        x: torch.Tensor,
-        residual_sum: torch.Tensor,
-        residual: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        native: Callable[..., Result],
-    ) -> Result:
-        width = x.shape[-1]
-        return native(
-            x.data_ptr(),
-            residual_sum.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            eps,
-            x.numel() // width,
-            width,
-            DTYPE_CODES[x.dtype],
-            self.timeout_s,
-        )
 
     def _replayed(self) -> ReplayedTransfers:
         native = self._library.Transfers()
@@ -223,7 +215,9 @@ class NativeShmCommunicator(ShmCommunicator):
         return self._sends[peer] if op == "send" else self._receives[peer]
 
     def _native_all_reduce(self, x: torch.Tensor, op: ReduceOp) -> Ended:
-        return self._group.all_reduce(x.data_ptr(), x.nbytes, DTYPE_CODES[x.dtype], op == "max", self.timeout_s)
+        ended = self._group.all_reduce(x, op == "max", self.timeout_s)
+        assert ended is not None
+        return ended
 
     def _native_all_gather(self, output: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None) -> Ended:
         row_bytes = output.nbytes // output.shape[0]

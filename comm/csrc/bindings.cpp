@@ -1,4 +1,4 @@
-// The comm room's part of `phalanx._native`. Tensors come as addresses: nothing here knows torch.
+// The comm room's part of `phalanx._native`. Tensors come as addresses, but for the two calls that stand between layers.
 #include "bindings.hpp"
 
 #include <nanobind/stl/string.h>
@@ -11,6 +11,7 @@
 
 #include "group.hpp"
 #include "program.hpp"
+#include "tensors.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -56,20 +57,31 @@ nb::object told(const Outcome& outcome) {
 // went wrong (end, rank, header, expected).
 class PyGroup {
  public:
-  // owner: keeps the mapping alive.
+  // owner: keeps the mapping alive. tensor_type: torch.Tensor.
   PyGroup(nb::object owner, uintptr_t address, const nb::dict& numbers, int rank, std::vector<int> pidfds,
-          bool may_spin, int64_t window)
+          bool may_spin, int64_t window, nb::object tensor_type)
       : owner_(std::move(owner)),
+        reader_(std::move(tensor_type)),
         group_(address, read(numbers), rank, std::move(pidfds), may_spin, window, interrupted) {}
 
-  nb::object all_reduce(uintptr_t x, size_t num_bytes, int dtype, bool max, double timeout_s) {
-    return run([&] { return group_.all_reduce(at(x), num_bytes, dtype, max, timeout_s); });
+  // None, and nothing is done, where the tensors are not what the group takes.
+  nb::object all_reduce(nb::handle x, bool max, double timeout_s) {
+    TensorView view;
+    if (!reader_.read(x, view) || view.numel == 0) return nb::none();
+    return run([&] { return group_.all_reduce(view.data, view.num_bytes(), view.dtype, max, timeout_s); });
   }
-  nb::object all_reduce_rms_norm(uintptr_t x, uintptr_t sum, uintptr_t residual, uintptr_t weight, float eps,
-                                 size_t num_rows, size_t width, int dtype, double timeout_s) {
+  nb::object all_reduce_rms_norm(nb::handle x, nb::handle sum, nb::handle residual, nb::handle weight, float eps,
+                                 double timeout_s) {
+    TensorView in, out, added, factors;
+    if (!reader_.read(x, in) || !reader_.read(sum, out) || !reader_.read(residual, added) ||
+        !reader_.read(weight, factors) || in.numel == 0 || in.num_dims == 0 || in.dtype > kF32 || !in.is_like(out) ||
+        !in.is_like(added) || factors.dtype != in.dtype || factors.num_dims != 1 ||
+        factors.shape[0] != in.shape[in.num_dims - 1]) {
+      return nb::none();
+    }
     return run([&] {
-      return group_.all_reduce_rms_norm(at(x), at(sum), at(residual), at(weight), eps, num_rows, width, dtype,
-                                        timeout_s);
+      return group_.all_reduce_rms_norm(in.data, out.data, added.data, factors.data, eps, in.numel / factors.numel,
+                                        factors.numel, in.dtype, timeout_s);
     });
   }
   void record_all_reduce(Transfers& transfers, uintptr_t x, size_t num_bytes, int dtype, bool max, double timeout_s) {
@@ -106,6 +118,7 @@ class PyGroup {
 
  private:
   nb::object owner_;
+  TensorReader reader_;
   Group group_;
 
   static Layout read(const nb::dict& numbers) {
@@ -180,7 +193,7 @@ void combine(uintptr_t out, const std::vector<uintptr_t>& parts, size_t count, i
 
 void bind_comm(nb::module_& module) {
   nb::class_<PyGroup>(module, "Group")
-      .def(nb::init<nb::object, uintptr_t, const nb::dict&, int, std::vector<int>, bool, int64_t>())
+      .def(nb::init<nb::object, uintptr_t, const nb::dict&, int, std::vector<int>, bool, int64_t, nb::object>())
       .def("all_reduce", &PyGroup::all_reduce)
       .def("all_reduce_rms_norm", &PyGroup::all_reduce_rms_norm)
       .def("record_all_reduce", &PyGroup::record_all_reduce)

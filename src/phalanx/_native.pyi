@@ -1,6 +1,10 @@
-"""C++, built where there is a compiler. Tensors come as addresses, dtypes as `phalanx.comm.shm_calls` counts them."""
+"""C++, built where there is a compiler. Tensors come as addresses, dtypes as `phalanx.comm.shm_calls` counts them, but
+where types say otherwise.
+"""
 
 from collections.abc import Mapping, Sequence
+
+import torch
 
 instruction_sets: tuple[str, ...]  # that this processor has, the best first, which is taken
 
@@ -18,22 +22,21 @@ class Group:
         pidfds: Sequence[int],
         may_spin: bool,
         window: int,
+        tensor_type: type,
         /,
     ) -> None: ...
-    def all_reduce(self, x: int, num_bytes: int, dtype: int, maximum: bool, timeout_s: float, /) -> _Ended: ...
+    # None, and nothing is done, where the tensors are not of the CPU, contiguous and of dtypes that it adds up.
+    def all_reduce(self, x: torch.Tensor, maximum: bool, timeout_s: float, /) -> _Ended | None: ...
     def all_reduce_rms_norm(
         self,
-        x: int,
-        sums: int,
-        residual: int,
-        weight: int,
+        x: torch.Tensor,
+        sums: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
         eps: float,
-        num_rows: int,
-        width: int,
-        dtype: int,
         timeout_s: float,
         /,
-    ) -> _Ended: ...
+    ) -> _Ended | None: ...
     def record_all_reduce(
         self, transfers: Transfers, x: int, num_bytes: int, dtype: int, maximum: bool, timeout_s: float, /
     ) -> None: ...

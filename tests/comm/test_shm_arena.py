@@ -82,7 +82,7 @@ def test_the_native_library_keeps_the_same_account(sizes: list[int]) -> None:
     assert NATIVE.library is not None
     with segment_of_one() as ours, segment_of_one() as theirs:
         arena = Arena(ours, 0)
-        group = NATIVE.library.Group(theirs, theirs.address, theirs.layout(), 0, [-1], True, WINDOW)
+        group = NATIVE.library.Group(theirs, theirs.address, theirs.layout(), 0, [-1], True, WINDOW, torch.Tensor)
         data = torch.zeros(ROUND_BYTES, dtype=torch.uint8)
         for num_bytes in sizes * 3:
             arena.take(num_bytes)
