@@ -21,7 +21,7 @@ from phalanx.kernels.head_groups import HeadGroups, group_heads
 from phalanx.kernels.kv_format import KV_DTYPES, KVScales, dequantise_kv, quantise_kv, told_of_kv
 from phalanx.kernels.largest import argmax, argmax_keys, columns_of_keys, top
 from phalanx.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
-from phalanx.kernels.linear import gated_linear, linear, linear_add
+from phalanx.kernels.linear import gated_linear, linear, linear_add, linear_part
 from phalanx.kernels.mixture import Experts, PackedExperts, expert_ffn, route
 from phalanx.kernels.packed import PackedWeight, Packing, Weight, choose_packing, is_native, make_packed, taken_by
 from phalanx.kernels.paged_attention import (
@@ -105,6 +105,7 @@ __all__ = [
     "layer_norm_quantised",
     "linear",
     "linear_add",
+    "linear_part",
     "make_packed",
     "make_quantised",
     "make_quantised_on",

@@ -40,6 +40,13 @@ def linear(x: Activations, weight: Weight, bias: torch.Tensor | None = None) -> 
     return _by_torch(x, weight, bias)
 
 
+def linear_part(x: Activations, weight: Weight) -> torch.Tensor:
+    """`linear(x, weight)` of some of the inputs, [T, out], to be added up with that of the others. In float64 where
+    that makes the sum the same for any cut of the inputs, else in x's dtype.
+    """
+    return weight.part(x) if isinstance(weight, QuantisedWeight) else linear(x, weight)
+
+
 def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if x.is_cpu and x.dtype == torch.float32 and len(x) in FEW_ROWS:
         y = torch.mm(weight, x.t()).t().contiguous()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from phalanx.kernels.activations import Activations, QuantisedActivations
-from phalanx.kernels.integer_inputs import MOST_INPUTS, rounded_inputs
+from phalanx.kernels.integer_inputs import MOST_INPUTS, integer_product
 from phalanx.native import find_native
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class WeightFormat(NamedTuple):
     float16 or bfloat16. zeros: whether there are any: of 4 bits, or of 8 bits and 128 more than what is subtracted. An
     offset of -scale * zero would have to be rounded. e4m3: whether q are the bits of FP8 numbers (E4M3, without
     infinities: `torch.float8_e4m3fn`), of 8 bits and without offsets or zeros. activations: whether what is multiplied
-    by it is quantised as well: on CPUs by integers, see `rounded_inputs`; on GPUs with units that multiply so, to the
+    by it is quantised as well: on CPUs by integers, see `integer_product`; on GPUs with units that multiply so, to the
     dtype of q with a scale a token. input_group: inputs of a row that share a scale on CPUs, a multiple of 8 up to 64.
     """
 
@@ -258,17 +258,28 @@ class QuantisedWeight:
         )
         return y
 
+    def part(self, x: Activations) -> torch.Tensor:
+        """`multiply` without a bias, as a part of a sum over ranks that hold other inputs each: in float64 where such
+        sums do not depend on who adds up what (`integer_product`), and the rounding would make them so.
+        """
+        if self._library is None and self.format.integer_inputs and self.dtype == torch.float32 and self.on_gpu is None:
+            assert isinstance(x, torch.Tensor)
+            return self._integer_product(x)
+        return self.multiply(x, None)
+
     def _multiply_whole(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not self.format.integer_inputs:
             return F.linear(x, self._standing_for(slice(None)), bias)
+        y = self._integer_product(x)
+        return (y if bias is None else y + bias).to(self.dtype)
+
+    def _integer_product(self, x: torch.Tensor) -> torch.Tensor:
         assert self._parts is not None
         if self._order is not None:
             x = torch.where(self._order >= 0, x[:, self._order], torch.zeros((), dtype=x.dtype))
-        y = F.linear(
-            rounded_inputs(x, self.format.group_of(self.num_held), self.format.input_group),
-            dequantise(self._parts, self.format),
-        )
-        return (y if bias is None else y + bias.float()).to(self.dtype)
+        q, held = _integers(self._parts, self.format), self.format
+        group = held.group_of(self.num_held)
+        return integer_product(x, q, self._parts.scales, self._parts.offsets, group, held.input_group)
 
     def _standing_for(self, rows: torch.Tensor | slice) -> torch.Tensor:
         assert self._parts is not None
@@ -284,17 +295,23 @@ class QuantisedWeight:
 
 def dequantise(rows: QuantisedRows, held: WeightFormat) -> torch.Tensor:
     """What they stand for, [R, K] float32."""
+    values = rows.q.view(torch.float8_e4m3fn).float() if held.e4m3 else _integers(rows, held)
+    values *= _spread(rows.scales, rows, held)
+    return values if rows.offsets is None else values + _spread(rows.offsets, rows, held)
+
+
+def _integers(rows: QuantisedRows, held: WeightFormat) -> torch.Tensor:
+    """What is scaled, [R, K] float32."""
+    values = rows.q.float()
+    if rows.zeros is None:
+        return values
+    return values - (_spread(rows.zeros, rows, held) - (128 if held.bits == 8 else 0))
+
+
+def _spread(scales: torch.Tensor, rows: QuantisedRows, held: WeightFormat) -> torch.Tensor:
+    """Those of groups [R, groups] for each input, [R, K] float32."""
     num_inputs = rows.q.shape[1]
-    group = held.group_of(num_inputs)
-
-    def spread(scales: torch.Tensor) -> torch.Tensor:
-        return scales.float().repeat_interleave(group, 1)[:, :num_inputs]
-
-    values = (rows.q.view(torch.float8_e4m3fn) if held.e4m3 else rows.q).float()
-    if rows.zeros is not None:
-        values -= spread(rows.zeros) - (128 if held.bits == 8 else 0)
-    values *= spread(rows.scales)
-    return values if rows.offsets is None else values + spread(rows.offsets)
+    return scales.float().repeat_interleave(held.group_of(num_inputs), 1)[:, :num_inputs]
 
 
 def native_for(dtype: torch.dtype) -> ModuleType | None:

@@ -20,6 +20,7 @@ from phalanx.kernels import (
     embedding,
     is_native,
     linear,
+    linear_part,
     taken_by,
 )
 from phalanx.parallel.split import Interval
@@ -53,7 +54,7 @@ class RowParallelSum:
     bias: torch.Tensor | None = None
 
     def part(self, x_TI: Activations) -> torch.Tensor:
-        """What this rank adds, [T, H]."""
+        """What this rank adds, [T, H]; sums of it are given to `biased`."""
         assert isinstance(x_TI, torch.Tensor)
         return x_TI
 
@@ -68,10 +69,10 @@ class RowParallelSum:
         self, x_TI: Activations, residual_TH: torch.Tensor, norm: Norm, eps: float
     ) -> tuple[Activations, torch.Tensor]:
         """The sum added to the residual stream, normalised, and as it is: both [T, H]."""
-        if self.bias is None and isinstance(norm, torch.Tensor):
-            y_TH = self.part(x_TI)
+        y_TH = self.part(x_TI)
+        if self.bias is None and isinstance(norm, torch.Tensor) and y_TH.dtype == residual_TH.dtype:
             return self.comm.fused_all_reduce_rms_norm(y_TH, residual_TH, norm, eps)
-        return add_normed(self(x_TI), residual_TH, norm, eps)
+        return add_normed(self.biased(self.comm.all_reduce(y_TH)), residual_TH, norm, eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,10 @@ class RowParallelLinear(RowParallelSum):
     weight: Weight = field(kw_only=True)
 
     def part(self, x_TI: Activations) -> torch.Tensor:
-        return linear(x_TI, self.weight)
+        return linear_part(x_TI, self.weight)
+
+    def biased(self, y_TH: torch.Tensor) -> torch.Tensor:
+        return RowParallelSum.biased(self, y_TH.to(self.weight.dtype))
 
 
 @dataclass(frozen=True, slots=True)
