@@ -139,6 +139,27 @@ def test_products_are_those_of_float64_but_for_rounding(
     assert_right(y, as_read(x, held), exact_matrix(rows, held), bias, 1.1 * (448 if held.e4m3 else 256) + 4)
 
 
+@settings(max_examples=30)
+@given(
+    st.sampled_from([held for held in FORMATS if held.integer_inputs]),
+    st.integers(1, 30),
+    st.one_of(st.integers(1, 100), st.sampled_from([576, 1536])),
+    st.integers(1, 100),
+    st.integers(0, 99),
+)
+def test_products_of_integers_in_float32_are_those_of_float64_but_for_rounding(
+    held: WeightFormat, num_rows: int, num_inputs: int, num_outputs: int, seed: int
+) -> None:
+    rows = random_rows(num_outputs, num_inputs, held, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x, bias = torch.randn(num_rows, num_inputs, generator=generator), torch.randn(num_outputs, generator=generator)
+    weight = weight_of(rows, held, torch.float32)
+    y = weight.multiply(x, bias)
+    exact = F.linear(as_read(x, held), exact_matrix(rows, held), bias.double())
+    assert ((y.double() - exact).abs() <= num_inputs * 2.0**-31 + 2.0**-24 * exact.abs()).all()
+    assert torch.equal((weight.part(x) + bias).float(), y)
+
+
 @needs_library
 @pytest.mark.parametrize("held", FORMATS, ids=str)
 @pytest.mark.parametrize("chosen", range(len(NAMES)), ids=NAMES)

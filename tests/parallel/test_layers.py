@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.rank_threads import Join, run_ranks
 
+from phalanx.comm.communicator import Communicator
+from phalanx.kernels import Activations, QuantisedRows, QuantisedWeight, WeightFormat
 from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from phalanx.parallel.split import Split
 
@@ -55,6 +57,43 @@ def test_every_rank_gets_the_sum_over_all_input_columns_and_the_bias_once(
 
     for y in run_ranks(split.num_parts, rank):
         assert torch.equal(y, F.linear(x, weight, bias))
+
+
+@ranks_are_threads
+@given(splits(), st.integers(1, 20), st.integers(1, 5), st.booleans())
+def test_sums_of_integers_have_the_same_bits_however_they_are_cut(
+    split: Split, num_outputs: int, num_tokens: int, biased: bool
+) -> None:
+    """Of any numbers, in float32: cut between the ranges of 8 inputs that share a scale."""
+    held = WeightFormat(8, activations=True, input_group=8)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(num_tokens, 8 * split.size, generator=generator)
+    residual, norm = torch.randn(num_tokens, num_outputs, generator=generator), torch.rand(num_outputs)
+    bias = torch.randn(num_outputs, generator=generator) if biased else None
+    q = torch.randint(-128, 128, (num_outputs, 8 * split.size), generator=generator, dtype=torch.int8)
+    scales = torch.rand(num_outputs, 1, generator=generator) / 100
+
+    def layer(inputs: slice, comm: Communicator) -> RowParallelLinear:
+        part = q[:, inputs].contiguous()
+        weight = QuantisedWeight(num_outputs, part.shape[1], held, torch.float32)
+        weight.put(0, QuantisedRows(part, scales))
+        return RowParallelLinear(comm, bias, weight=weight)
+
+    def results(inputs: slice, comm: Communicator) -> tuple[Activations, ...]:
+        mine, out = x[:, inputs].contiguous(), layer(inputs, comm)
+        return out(mine), *out.add_and_norm(mine, residual, norm, 1e-5)
+
+    def rank(number: int, join: Join) -> tuple[Activations, ...]:
+        inputs = slice(8 * split[number].start, 8 * split[number].stop)
+        return results(inputs, join("stage", number, split.num_parts))
+
+    whole = run_ranks(1, lambda _, join: results(slice(None), join("whole", 0, 1)))[0]
+    assert all(isinstance(each, torch.Tensor) and each.dtype == torch.float32 for each in whole)
+    for cut in run_ranks(split.num_parts, rank):
+        for mine, expected in zip(cut, whole, strict=True):
+            assert isinstance(mine, torch.Tensor)
+            assert isinstance(expected, torch.Tensor)
+            assert torch.equal(mine, expected)
 
 
 @ranks_are_threads
