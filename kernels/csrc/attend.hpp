@@ -369,6 +369,10 @@ void attend(const Attention& attention, const AttentionPart& part, const Attenti
   const size_t num_bytes = size_t(last_head - first_head + attention.head_dim) * sizeof(C);
   Block blocks[2];
   blocks[0].find(attention, part, span, span.first);
+  if (part.num_tokens == 1 && !part.fetched) {
+    Fetch(first_key, blocks[0].places, blocks[0].count, num_bytes).rest();
+    Fetch(first_value, blocks[0].places, blocks[0].count, num_bytes).rest();
+  }
   each_group(part, [&](const HeadGroup& group, size_t first_row, size_t of_group) {
     for (size_t row = 0; row < of_group; row++) {
       const int64_t token = part.row + int64_t(row) / group.size;

@@ -16,8 +16,9 @@ namespace {
 constexpr int kRows = 72;
 // Parts below which splits are dealt out one by one, for each thread.
 constexpr size_t kPartsPerThread = 4;
-// Multiplications of a step, of scores and of values, that take as long as waking the threads.
-constexpr double kSmall = 3e5;
+// Multiplications of scores in a step from which on the threads gain more than they take to begin. Keys and values of a
+// single sequence lie beyond the caches, so that it is memory they are waited for.
+constexpr double kSmall = 3e4;
 
 }  // namespace
 
@@ -104,12 +105,15 @@ void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dty
   const int num_groups = int(heads.groups().size()), num_heads = heads.num_heads();
   const std::vector<AttentionPart> whole = parts(std::max(1, kRows / std::max(1, heads.largest_group())));
   double work = 0;
+  int64_t most_splits = 0;
   for (const AttentionPart& part : whole) {
-    work += double(part.last_split - part.first_split) * kSplit * part.num_tokens * num_heads * attention.head_dim;
+    const int64_t num_keys = part.position + part.num_tokens - first_seen(part.position, window_);
+    work += double(num_keys) * part.num_tokens * num_heads * attention.head_dim;
+    most_splits = std::max(most_splits, part.last_split - part.first_split);
   }
   const size_t threads = size_t(Pool::instance().size()), enough = kPartsPerThread * threads;
   const bool small = threads == 1 || work < kSmall;
-  const bool split = !small && whole.size() * size_t(num_groups) < enough;
+  const bool split = !small && most_splits > 1 && whole.size() * size_t(num_groups) < enough;
 
   // Where there are few parts, each of their splits is one of its own, joined behind.
   std::vector<AttentionPart> pieces;
@@ -179,8 +183,9 @@ void AttentionSteps::attend(Attention attention, const HeadLists& heads, int dty
     AttentionPart now = with_groups(pieces[piece], first, last);
     for (; piece < stop; piece++) {
       if (piece + 1 == stop) return run(now, nullptr);
-      const AttentionPart after = with_groups(pieces[piece + 1], first, last);
+      AttentionPart after = with_groups(pieces[piece + 1], first, last);
       run(now, &after);
+      after.fetched = true;
       now = after;
     }
   };

@@ -77,6 +77,7 @@ struct AttentionPart {
   // part is whole and writes its output.
   float* partial;
   size_t partial_stride;
+  bool fetched;  // whether the first keys and values are on their way already
 };
 
 // Floats that `attend` needs at `scratch`: rows, that is query heads of tokens, of the largest group and of all.
