@@ -121,6 +121,19 @@ class Ledger:
         """settle: called before the ledger is read, by its reader's thread, to record what is known only afterwards."""
         self._sources.append(settle)
 
+    def follow(self, other: Ledger) -> None:
+        """What another thread of the rank records in a ledger of its own comes into this one when it is read, as what
+        the rank did not wait for.
+        """
+
+        def settle() -> None:
+            while other._entries:
+                step, layer, seq, group, op, size, start_s, _, end_s, peer, last, took_s = other._entries.popleft()
+                self._entries.append((step, layer, seq, group, op, size, start_s, 0.0, end_s, peer, last, took_s))
+                self.num_recorded += 1
+
+        self.add_source(settle)
+
     def remove_source(self, settle: Callable[[], None]) -> None:
         if settle in self._sources:
             self._sources.remove(settle)

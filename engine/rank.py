@@ -12,6 +12,7 @@ import torch
 
 from phalanx.comm.gpu import CudaGpu
 from phalanx.comm.ledger import Ledger
+from phalanx.comm.work import GroupBrokenError
 from phalanx.engine.booked_graphs import BookedGraphs
 from phalanx.engine.clock import ClockReading
 from phalanx.engine.device_memory import memory_meter
@@ -139,7 +140,18 @@ class Rank:
         self._bytes_read = checkpoint.bytes_read
         self._overlap = Overlap(spec.comm.overlap)
         part = self._place.tensor_rank
-        self._decoder = Decoder(spec.config, self._stage, part, self._comm, weights, self._overlap, self._graphs)
+        self._decoder = Decoder(
+            spec.config,
+            self._stage,
+            part,
+            self._comm,
+            weights,
+            self._overlap,
+            self._graphs,
+            self.groups.links.head_asker,
+        )
+        if self.groups.links.head_helper is not None and self._decoder.head is not None:
+            self.groups.links.head_helper.start(self._decoder.head)
         if spec.profile is not None:
             self._profiler = StepProfiler(spec.profile, weights, self._device)
         self._took("weights")
@@ -296,7 +308,11 @@ class Rank:
         self.ledger.begin_step(plan.step)
         profiling = nullcontext() if self._profiler is None else self._profiler.step(plan)
         with profiling, self._memory.during(f"step {plan.step}", ACTIVATIONS):
-            ran = self.runner.run(plan, on_start)
+            try:
+                ran = self.runner.run(plan, on_start)
+            except GroupBrokenError:
+                self._check_helper()  # what failed behind this thread may be the cause
+                raise
         for comm in self.groups.comms:
             comm.check()  # a GPU runs on where a transfer has failed: its results are none then
         return ran
@@ -320,6 +336,15 @@ class Rank:
         if self._spec.trace:
             seen = Seen() if self._profiler is None else self._profiler.take()
             yield TraceReport(rank, steps, taken.entries, clock, members, taken.num_lost, seen.operators, seen.torch)
+
+    def _check_helper(self) -> None:
+        if self.groups.links.head_helper is not None:
+            self.groups.links.head_helper.check()
+
+    def finish(self) -> None:
+        """Returns when what other stages need of this rank for steps that were run is done."""
+        if self.groups.links.head_helper is not None:
+            self.groups.links.head_helper.finish()
 
     def ready(self) -> RankReady:
         return RankReady(

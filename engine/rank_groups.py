@@ -18,6 +18,7 @@ from phalanx.engine.messages import RankSpec
 from phalanx.engine.runner import Links
 from phalanx.parallel.handover import HandOver
 from phalanx.parallel.layout import RankPlace
+from phalanx.parallel.shared_head import HeadAsker, HeadHelper
 
 
 class RankGroups:
@@ -36,11 +37,13 @@ class RankGroups:
         self._store = connect_store(spec.comm.store, timeout_s=spec.comm.timeout_s) if self._several else None
         self.comms: list[Communicator] = []
         self.members: dict[str, tuple[int, ...]] = {}
+        self.links = Links()
         try:
             self.stage = self._connect(f"stage{place.stage}", spec.layout.stage_ranks(place.stage))
             self.everyone = self.stage
             self.choices = {"comm": f"{self.stage.backend}: {self.stage.reason}"}
-            self.links = self._link() if len(spec.layout.stages) > 1 else Links()
+            if len(spec.layout.stages) > 1:
+                self.links = self._link()
         except BaseException:
             self.close()
             raise
@@ -58,6 +61,8 @@ class RankGroups:
         return link_bytes_per_s(local_address(parse_rendezvous(comm.store).host, comm.interface)) or 0.0
 
     def close(self) -> None:
+        if self.links.head_helper is not None:
+            self.links.head_helper.close()
         for comm in self.comms:
             comm.close()
         self.comms.clear()
@@ -67,9 +72,14 @@ class RankGroups:
         return self._spec.layout.num_ranks > 1
 
     def _connect(self, group: str, ranks: Sequence[int]) -> Communicator:
+        comm = self._join(group, ranks, self._ledger, self._spec.comm.timeout_s)
+        self.comms.append(comm)
+        return comm
+
+    def _join(self, group: str, ranks: Sequence[int], ledger: Ledger, timeout_s: float) -> Communicator:
         spec, rank = self._spec, self._place.rank
         self.members[group] = tuple(ranks)
-        comm = create_communicator(
+        return create_communicator(
             spec.comm.backend,
             rank=ranks.index(rank),
             size=len(ranks),
@@ -77,17 +87,23 @@ class RankGroups:
             group=group,
             device=spec.device,
             interface=spec.comm.interface,
-            timeout_s=spec.comm.timeout_s,
-            ledger=self._ledger,
+            timeout_s=timeout_s,
+            ledger=ledger,
             member=f"rank {rank} of the replica, on {socket.gethostname()}",
         )
-        self.comms.append(comm)
-        return comm
+
+    def _join_aside(self, group: str, ranks: Sequence[int]) -> Communicator:
+        """For a thread that waits for whatever the steps of other stages take: it is never the first to lose patience,
+        nor is what it waits for what the rank waits for.
+        """
+        ledger = Ledger()
+        self._ledger.follow(ledger)
+        return self._join(group, ranks, ledger, len(self._spec.layout.stages) * self._spec.comm.timeout_s)
 
     def _link(self) -> Links:
         layout, number = self._spec.layout, self._place.stage
         stage, ranks = layout.stages[number], layout.stage_ranks(number)
-        before = after = tokens_in = tokens_out = None
+        before = after = tokens_in = tokens_out = head_helper = head_asker = None
         pipeline = self._connect("pipeline", range(layout.num_ranks))
         self.everyone = pipeline
         self.choices["comm between stages"] = f"{pipeline.backend}: {pipeline.reason}"
@@ -104,7 +120,15 @@ class RankGroups:
                 tokens_in = TokenReceiver(ends, senders, receivers, len(layout.stages) + 1)
             else:
                 tokens_out = TokenSender(ends, senders, receivers)
-        return Links(before, after, tokens_in, tokens_out)
+            if layout.shares_head:
+                part, members = self._place.tensor_rank, (*last, *first)
+                if stage.first:
+                    head_helper = HeadHelper(self._join_aside("head", members), part)
+                else:
+                    head_asker = HeadAsker(
+                        self._connect("head", members), len(last) + part, layout.stages[0].head[part].size
+                    )
+        return Links(before, after, tokens_in, tokens_out, head_helper, head_asker)
 
     def _border(self, pipeline: Communicator, senders: range, receivers: range) -> HandOver:
         scheme = self._spec.comm.compress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from phalanx.engine.tables import SlotTables
 from phalanx.models.batch import KVCache
 from phalanx.models.decoder import Decoder
 from phalanx.parallel.handover import HandOver
+from phalanx.parallel.shared_head import HeadAsker, HeadHelper
 
 LOGPROB_ROWS = 64  # rows of a prompt whose logits are held at a time
 
@@ -26,13 +27,15 @@ class Links(NamedTuple):
     """A rank's connections to other stages, None where there is nothing to connect.
 
     before, after: the borders to the neighbouring stages. tokens_in: on the first stage of several. tokens_out: on the
-    last of several.
+    last of several. head_helper, head_asker: on the first and the last that share the head.
     """
 
     before: HandOver | None = None
     after: HandOver | None = None
     tokens_in: TokenReceiver | None = None
     tokens_out: TokenSender | None = None
+    head_helper: HeadHelper | None = None
+    head_asker: HeadAsker | None = None
 
 
 class Ran(NamedTuple):
@@ -89,6 +92,7 @@ class StepRunner:
     def run(self, plan: StepPlan, on_start: Callable[[], None] | None = None) -> Ran:
         """Computes this rank's share of a step. on_start: called once that is prepared, and only computing is left."""
         began_s = time.perf_counter()
+        self._note_prompts(plan)
         self._tables.apply(plan)
         batch = self._tables.batch(plan, self._decoder.num_parts(plan.num_tokens))  # while the input is on its way
         if on_start is not None:
@@ -105,6 +109,8 @@ class StepRunner:
             self._links.after.flush()  # what was sent before, which takes long where the next stage is far behind
             waited_s += time.perf_counter() - asked_s
             self._links.after.send(hidden)
+        if self._links.head_helper is not None:
+            self._expect_rows(plan, self._links.head_helper)
         ended_s = time.perf_counter()
         num_tokens, num_decodes = plan.num_tokens, len(plan.decodes)
         ran = Ran(StageStep(plan.step, began_s + waited_s, ended_s, waited_s, num_tokens, num_decodes), result)
@@ -129,9 +135,6 @@ class StepRunner:
     ) -> StepResult | LateResult | None:
         for new in plan.new:
             sampler.admit(new.slot, new.sampling)
-            self._prompt_logprobs.pop(new.slot, None)
-            if new.sampling.prompt_logprobs >= 0:
-                self._prompt_logprobs[new.slot] = new.sampling.prompt_logprobs
         slots = plan.drawn_slots
         drawn = Drawn(self._no_tokens)
         if slots:
@@ -152,20 +155,38 @@ class StepRunner:
         self, plan: StepPlan, hidden: torch.Tensor, sampler: Sampler
     ) -> tuple[tuple[int, tuple[LogprobRows, ...]], ...]:
         """Log-probabilities of the prompts' tokens, by the place of their chunk."""
-        found = []
+        found: dict[int, list[LogprobRows]] = {}
+        for place, first, part in self._prompt_parts(plan):
+            rows = torch.arange(first, first + len(part), device=self._device)
+            logits = self._decoder.logits(hidden, rows)
+            num_top = self._prompt_logprobs[plan.chunks[place].slot]
+            found.setdefault(place, []).append(sampler.prompt_logprobs(logits, part, num_top))
+        return tuple((place, tuple(logprobs)) for place, logprobs in found.items())
+
+    def _prompt_parts(self, plan: StepPlan) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """What of them passes the head at a time: the place of a chunk, the first row in the step, and the tokens that
+        follow on this row and those behind it.
+        """
         row = len(plan.decodes)
         for place, chunk in enumerate(plan.chunks):
-            following = _following(chunk)
-            if chunk.slot in self._prompt_logprobs and following:
-                logprobs: list[LogprobRows] = []
+            if chunk.slot in self._prompt_logprobs:
+                following = _following(chunk)
                 for start in range(0, len(following), LOGPROB_ROWS):
-                    part = following[start : start + LOGPROB_ROWS]
-                    rows = torch.arange(row + start, row + start + len(part), device=self._device)
-                    logits = self._decoder.logits(hidden, rows)
-                    logprobs.append(sampler.prompt_logprobs(logits, part, self._prompt_logprobs[chunk.slot]))
-                found.append((place, tuple(logprobs)))
+                    yield place, row + start, following[start : start + LOGPROB_ROWS]
             row += len(chunk.tokens)
-        return tuple(found)
+
+    def _expect_rows(self, plan: StepPlan, helper: HeadHelper) -> None:
+        """Tells what `_draw` asks on the last stage, in that order."""
+        prompts = [len(part) for _, _, part in self._prompt_parts(plan)]
+        for num_rows in (len(plan.drawn_slots), *prompts):
+            if num_rows:
+                helper.expect(plan.step, num_rows, self._hidden_size, self._dtype)
+
+    def _note_prompts(self, plan: StepPlan) -> None:
+        for new in plan.new:
+            self._prompt_logprobs.pop(new.slot, None)
+            if new.sampling.prompt_logprobs >= 0:
+                self._prompt_logprobs[new.slot] = new.sampling.prompt_logprobs
 
 
 def _following(chunk: Chunk) -> tuple[int, ...]:

@@ -63,6 +63,7 @@ class StepLoop:
                 self._untold = ran if ran.result is not None else None
                 if not isinstance(ran.result, LateResult):
                     times.append(ran.times)
+        rank.finish()
         self._tell_result()
 
     def _patience_s(self) -> float | None:

@@ -19,19 +19,24 @@ from phalanx.kernels.quantised_weight import QuantisedWeight
 FEW_ROWS = range(2, 5)
 
 
-def linear(x: Activations, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: Activations, weight: Weight, bias: torch.Tensor | None = None, outputs: slice | None = None
+) -> torch.Tensor:
     """x [T, in], weight [out, in], bias [out] or None, all of one floating dtype -> [T, out]. x may be quantised to
-    what a `QuantisedWeight` takes.
+    what a `QuantisedWeight` takes. outputs: the rows of the weight to multiply by, from a multiple of `BLOCK` on, which
+    `out` then counts; None for all.
 
     By a packed weight a row's result does not depend on the other rows, nor on the number of threads. It is rounded
     once; subnormal numbers count as zero.
     """
     if isinstance(weight, QuantisedWeight):
-        return weight.multiply(x, bias)
+        return weight.multiply(x, bias, outputs=outputs)
     if isinstance(x, QuantisedActivations):
         raise TypeError(f"activations in {x.q.dtype} were given to a weight that is not quantised")
     if isinstance(weight, PackedWeight):
-        return weight.multiply(x, bias)
+        return weight.multiply(x, bias, outputs=outputs)
+    if outputs is not None:
+        weight = weight[outputs]
     gpu = triton_gpu.operators_for(x)
     if gpu is not None:
         return gpu.linear(x, weight, bias)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from phalanx.kernels.quantised_weight import QuantisedWeight
+from phalanx.kernels.quantised_weight import QuantisedWeight, block_range
 from phalanx.native import find_native
 
 
@@ -119,9 +119,15 @@ class PackedWeight:
         self._matrix.take_held_rows(out.data_ptr(), rows.data_ptr(), len(rows), first)
         return out
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, instructions: int = 0) -> torch.Tensor:
-        """x [T, K], bias [N] or None -> [T, N], by the set `instructions` of the library's `linear_sets`."""
-        num_outputs, num_inputs = self.shape
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, instructions: int = 0, outputs: slice | None = None
+    ) -> torch.Tensor:
+        """x [T, K], bias [N] or None -> [T, N], by the set `instructions` of the library's `linear_sets`.
+
+        outputs: the N rows of the matrix to multiply by, from a multiple of `BLOCK` on; None for all.
+        """
+        first_block, num_outputs = block_range(self.shape[0], outputs)
+        num_inputs = self.shape[1]
         if x.dim() != 2 or x.shape[1] != num_inputs or x.dtype != self.dtype:
             raise ValueError(f"x is {list(x.shape)} {x.dtype}, for a weight {[num_outputs, num_inputs]} in bfloat16")
         if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != self.dtype):
@@ -137,6 +143,8 @@ class PackedWeight:
             0 if bias is None else bias.contiguous().data_ptr(),
             x.shape[0],
             instructions,
+            first_block,
+            num_outputs,
         )
         return y
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of `ScaleType` in quantised.hpp
 OCTET = 8  # inputs that lie together
+BLOCK = 32  # outputs that native products have side by side
 
 
 class WeightFormat(NamedTuple):
@@ -224,11 +225,16 @@ class QuantisedWeight:
         out[here] = self._standing_for(rows[here] - first)
         return out
 
-    def multiply(self, x: Activations, bias: torch.Tensor | None, instructions: int = 0) -> torch.Tensor:
+    def multiply(
+        self, x: Activations, bias: torch.Tensor | None, instructions: int = 0, outputs: slice | None = None
+    ) -> torch.Tensor:
         """x [T, K], bias [N] or None -> [T, N], by the set `instructions` of the library's `linear_sets`. x: of
-        `dtype`, or quantised to what the weight `takes`.
+        `dtype`, or quantised to what the weight `takes`. outputs: as of `PackedWeight.multiply`, on the CPU.
         """
-        num_outputs, num_inputs = self.shape
+        first_block, num_outputs = block_range(self.shape[0], outputs)
+        num_inputs = self.shape[1]
+        if outputs is not None and self.on_gpu is not None:
+            raise ValueError("on a GPU a quantised weight is multiplied by as a whole")
         if isinstance(x, QuantisedActivations):
             if self.on_gpu is None or x.q.dtype != self.takes or x.shape[1] != num_inputs:
                 wanted = f"a weight {[num_outputs, num_inputs]} that takes {self.takes}"
@@ -243,7 +249,7 @@ class QuantisedWeight:
         if self.on_gpu is not None:
             return self.on_gpu.multiply(x, bias, self.dtype)
         if self._library is None:
-            return self._multiply_whole(x, bias)
+            return self._multiply_whole(x, bias, outputs or slice(None))
         if x.stride(1) != 1:
             x = x.contiguous()
         y = torch.empty(x.shape[0], num_outputs, dtype=self.dtype)
@@ -255,6 +261,8 @@ class QuantisedWeight:
             0 if bias is None else bias.contiguous().data_ptr(),
             x.shape[0],
             instructions,
+            first_block,
+            num_outputs,
         )
         return y
 
@@ -264,33 +272,45 @@ class QuantisedWeight:
         """
         if self._library is None and self.format.integer_inputs and self.dtype == torch.float32 and self.on_gpu is None:
             assert isinstance(x, torch.Tensor)
-            return self._integer_product(x)
+            return self._integer_product(x, slice(None))
         return self.multiply(x, None)
 
-    def _multiply_whole(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _multiply_whole(self, x: torch.Tensor, bias: torch.Tensor | None, outputs: slice) -> torch.Tensor:
         if not self.format.integer_inputs:
-            return F.linear(x, self._standing_for(slice(None)), bias)
-        y = self._integer_product(x)
+            return F.linear(x, self._standing_for(outputs), bias)
+        y = self._integer_product(x, outputs)
         return (y if bias is None else y + bias).to(self.dtype)
 
-    def _integer_product(self, x: torch.Tensor) -> torch.Tensor:
-        assert self._parts is not None
+    def _integer_product(self, x: torch.Tensor, outputs: slice) -> torch.Tensor:
         if self._order is not None:
             x = torch.where(self._order >= 0, x[:, self._order], torch.zeros((), dtype=x.dtype))
-        q, held = _integers(self._parts, self.format), self.format
+        rows, held = self._rows(outputs), self.format
         group = held.group_of(self.num_held)
-        return integer_product(x, q, self._parts.scales, self._parts.offsets, group, held.input_group)
+        return integer_product(x, _integers(rows, held), rows.scales, rows.offsets, group, held.input_group)
+
+    def _rows(self, rows: torch.Tensor | slice) -> QuantisedRows:
+        assert self._parts is not None
+        return QuantisedRows(*(None if part is None else part[rows] for part in self._parts))  # type: ignore[arg-type]
 
     def _standing_for(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        assert self._parts is not None
-        part = QuantisedRows(*(None if part is None else part[rows] for part in self._parts))  # type: ignore[arg-type]
-        values = dequantise(part, self.format).to(self.dtype)
+        values = dequantise(self._rows(rows), self.format).to(self.dtype)
         if self._order is None:
             return values
         inputs = self._order >= 0
         return torch.zeros(len(values), self.shape[1], dtype=self.dtype).index_copy_(
             1, self._order[inputs], values[:, inputs]
         )
+
+
+def block_range(num_outputs: int, outputs: slice | None) -> tuple[int, int]:
+    """The first block of some of a matrix's outputs, and how many these are. Raises ValueError for other outputs."""
+    if outputs is None:
+        return 0, num_outputs
+    if outputs.start % BLOCK or not 0 <= outputs.start < outputs.stop <= num_outputs:
+        raise ValueError(
+            f"outputs {outputs.start} to {outputs.stop} do not begin with a block of {BLOCK} of {num_outputs}"
+        )
+    return outputs.start // BLOCK, outputs.stop - outputs.start
 
 
 def dequantise(rows: QuantisedRows, held: WeightFormat) -> torch.Tensor:

@@ -235,6 +235,7 @@ def _rank_rows(plan: RunPlan) -> list[dict[str, Any]]:
                     "kv_heads": list(stage.kv_heads[part]),
                     "ffn_columns": list(stage.ffn[part]),
                     "vocab_rows": list(stage.vocab[part]) if has_vocab else None,
+                    "head_rows": list(stage.head[part]) if stage.head else None,
                     "parameters": rank.parameters,
                     "weight_bytes": rank.weight_bytes,
                     "cut_bytes": rank.cut_bytes,

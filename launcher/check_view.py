@@ -49,7 +49,8 @@ def layout_table(plan: RunPlan) -> RenderableType:
     stages = plan.layout.stages
     has_node = any(stage.node or stage.accelerator for stage in stages)
     node_head = ("node",) if has_node else ()
-    split_heads = ("layers", "query\nheads", "KV\nheads", "FFN\ncolumns", "vocabulary\nrows")
+    head_head = ("rows of\nthe head",) if plan.layout.shares_head else ()
+    split_heads = ("layers", "query\nheads", "KV\nheads", "FFN\ncolumns", "vocabulary\nrows", *head_head)
     table = _table("replica", "stage", "rank", *node_head, *split_heads, left=node_head)
     for replica in range(plan.layout.replicas):
         for rank in plan.ranks:
@@ -57,10 +58,12 @@ def layout_table(plan: RunPlan) -> RenderableType:
             part = rank.place.tensor_rank
             node = " ".join(filter(None, (stage.node, stage.accelerator))) or "any"
             vocab = stage.vocab[part] if stage.first or stage.last else "-"
+            head = stage.head[part] if stage.head else "-"
             table.add_row(
                 *map(str, (replica, stage.index, rank.place.rank)),
                 *((node,) if has_node else ()),
                 *map(str, (stage.layers, stage.query_heads[part], stage.kv_heads[part], stage.ffn[part], vocab)),
+                *((str(head),) if head_head else ()),
             )
     return table
 

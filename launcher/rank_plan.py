@@ -80,6 +80,8 @@ def plan_rank(
     work = engine.max_batch_tokens * (3 * 4 * shape.hidden_size + DTYPE_BYTES[dtype] * widest)
     if stage.last:
         work += engine.max_sequences * stage.vocab[part].size * 4 * 2
+    elif stage.head:
+        work += engine.max_sequences * stage.head[part].size * DTYPE_BYTES[dtype] * 2
     if device == "cuda":
         work += _CUDA_CONTEXT_BYTES
     return RankPlan(

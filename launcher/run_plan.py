@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from phalanx.errors import LayoutError
 from phalanx.launcher.kv_pool import KVPool, plan_kv_pool
 from phalanx.launcher.machine import Machine
 from phalanx.launcher.rank_plan import RankPlan, plan_rank
@@ -14,8 +15,9 @@ from phalanx.launcher.schema import Config
 from phalanx.launcher.sizes import format_bytes
 from phalanx.models.config import DecoderConfig
 from phalanx.models.tensor_entry import TensorEntry
-from phalanx.parallel.layout import Layout, RankPlace, build_layout
+from phalanx.parallel.layout import Layout, RankPlace, build_layout, head_obstacle, head_weighs
 
+LEAST_HEAD = 0.05  # of the layers of a stage: sharing costs a step an exchange of rows for logits
 NODE_SHARE = 0
 """`num_threads` that stands for the rank's share of its node's cores, known once the rank is placed."""
 
@@ -89,9 +91,10 @@ def plan_run(
     cannot be cut as asked.
     """
     requests = config.parallel.stage_requests()
-    layout = build_layout(model.shape, requests, config.parallel.replicas)
     device, device_reason = _device(config, machine)
     dtype, dtype_reason = _dtype(config, model, device, machine)
+    shares_head, head_reason = _head(config, model, device, dtype)
+    layout = build_layout(model.shape, requests, config.parallel.replicas, shares_head=shares_head)
     cpus, num_threads, cpus_reason = _cpus(config, machine, layout)
     gpus, gpus_reason = _gpus(config, device, machine, layout)
     shares_gpu = device == "cuda" and gpus < 1
@@ -111,6 +114,7 @@ def plan_run(
         *([Decision("quantization", scheme, scheme_reason)] if scheme != "none" or model.quantization else []),
         *_cut_costs(bare),
         Decision("layers", "+".join(str(stage.layers.size) for stage in layout.stages), _layers_reason(config)),
+        *([Decision("head", _head_choice(layout), head_reason)] if len(requests) > 1 else []),
         Decision("CPUs per rank", f"{cpus:g}", cpus_reason),
         Decision("threads per rank", str(num_threads), "its whole cores, at least one")
         if num_threads != NODE_SHARE
@@ -254,6 +258,34 @@ def _max_length(config: Config, model: DecoderConfig, pool: KVPool) -> tuple[int
     if capacity < model.max_position:
         return capacity, "what the KV cache holds"
     return model.max_position, "what the model can address"
+
+
+def _head(config: Config, model: DecoderConfig, device: str, dtype: str) -> tuple[bool, str]:
+    """Whether the first stage and the last share the head."""
+    asked, requests = config.parallel.head, config.parallel.stage_requests()
+    if asked == "shared" and device != "cpu":
+        raise LayoutError("parallel.head is shared, which ranks on GPUs do not do; set it to last, or to auto")
+    if asked != "auto":
+        return asked == "shared", "as configured"
+    weighs = head_weighs(model.shape, len(requests))
+    obstacles = (
+        (device != "cpu", "ranks on GPUs do not share it"),
+        (dtype != "bfloat16", f"sharing it was measured to pay in bfloat16, this is {dtype}"),
+        (config.cluster.elsewhere, "stages may be on several machines"),
+        (weighs < LEAST_HEAD, f"half of it is {weighs:.1%} of a stage's layers"),
+    )
+    obstacle = next((why for stands, why in obstacles if stands), head_obstacle(model.shape, requests))
+    return (
+        obstacle is None,
+        obstacle or f"half of it is {weighs:.0%} of a stage's layers: no deal of these evens it out",
+    )
+
+
+def _head_choice(layout: Layout) -> str:
+    if not layout.shares_head:
+        return "last stage"
+    first, last = (sum(rows.size for rows in layout.stages[end].head) for end in (0, -1))
+    return f"first {first / (first + last):.0%}, last {last / (first + last):.0%}"
 
 
 def _layers_reason(config: Config) -> str:

@@ -103,10 +103,10 @@ class CapturedSteps:
         self._input = self._hidden = self._logits = None
 
     def _pass(self, x: torch.Tensor, plan: DevicePlan, cache: KVCache, with_logits: bool) -> None:
-        hidden_TH, logits_TV = self._run(x, Part(*planned_places(plan), plan), cache, with_logits)
-        self._hidden = self._kept(self._hidden, hidden_TH, hidden_TH.dtype)
-        if logits_TV is not None:
-            self._logits = self._kept(self._logits, logits_TV, torch.float32)
+        passed = self._run(x, Part(*planned_places(plan), plan), cache, with_logits)
+        self._hidden = self._kept(self._hidden, passed.hidden, passed.hidden.dtype)
+        if passed.logits is not None:
+            self._logits = self._kept(self._logits, passed.logits, torch.float32)
 
     def _kept(self, kept: torch.Tensor | None, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """x in the first rows of what is kept of its kind, or from now on."""

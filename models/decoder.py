@@ -45,6 +45,7 @@ from phalanx.models.recorded import Passed, RecordedSteps
 from phalanx.parallel.layers import ColumnParallelLinear, RowParallelLinear, RowParallelSum, VocabParallelEmbedding
 from phalanx.parallel.layout import Stage
 from phalanx.parallel.overlap import Overlap, StageWork
+from phalanx.parallel.shared_head import HeadAsker
 from phalanx.parallel.stream import PendingStream, RecordedStream, ResidualStream, WholeStream
 
 RopeTable = tuple[torch.Tensor, torch.Tensor]
@@ -167,7 +168,7 @@ class Decoder:
 
     weights: by the names of `models/weights.py`. comm: the tensor-parallel group of the stage. overlap: decides how the
     sums over the ranks are done; None for one after the other. graphs: that steps of a GPU are captured in; None for
-    none.
+    none. head_asker: on a last stage that shares its head with the first.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class Decoder:
         weights: Weights,
         overlap: Overlap | None = None,
         graphs: Graphs | None = None,
+        head_asker: HeadAsker | None = None,
     ) -> None:
         self.norm_eps = config.norm_eps
         self._comm = comm
@@ -198,9 +200,10 @@ class Decoder:
         self._records_embedding = graphs is not None or (self.embed is not None and self.embed.native)
         self._passed: Passed | None = None  # by the last step, where it was a recorded one
         self.head = None
-        if stage.last:
-            self.norm = weights["norm"]
-            self.head = ColumnParallelLinear(weights["head"] if "head" in weights else weights["embed"])
+        self._head_asker = head_asker
+        if stage.head:
+            self.head = _head_of(stage, tensor_rank, weights)
+        self.norm = weights["norm"] if stage.last else None
         attention = self.layers[0].attention.qkv.weight
         self.frequencies = rope_frequencies_of(config).to(attention.device)
 
@@ -222,13 +225,13 @@ class Decoder:
                 x = embed(x)
             self._passed = None
             if self._recorded is not None and self._overlap.way(len(x)).name == "none" and not profiled():
-                drawn = self.head is not None and batch.last_rows is None and self._few_logits(len(x))
+                drawn = self.norm is not None and batch.last_rows is None and self._few_logits(len(x))
                 self._passed = self._recorded(x, batch.parts[0], cache, drawn)
                 if self._passed is not None:
                     self._comm.ledger.layer = -1
                     hidden_TH = self._passed.hidden
                     # What is handed on may be on its way while the next step is computed.
-                    return hidden_TH if self.head is not None else hidden_TH.clone()
+                    return hidden_TH if self.norm is not None else hidden_TH.clone()
             streams: list[ResidualStream] = [self._overlap.stream(self._embedded(x), norm, eps, self._comm)]
         else:
             parts = torch.split(x, [len(part.positions) for part in batch.parts])
@@ -299,7 +302,7 @@ class Decoder:
             x = self.embed.record(x, recording)
         stream = RecordedStream(x, self.layers[0].attention_norm, self.norm_eps, recording)
         passed = self._passed_through(stream, part, cache, with_logits, recording.arena)
-        return passed if passed.logits is None else Passed(passed.hidden, widen(passed.logits))
+        return passed if passed.logits is None else passed._replace(logits=widen(passed.logits))
 
     def _run(self, x: torch.Tensor, part: Part, cache: KVCache, with_logits: bool) -> Passed:
         """x: token ids [T] on the first stage, hidden states [T, H] elsewhere."""
@@ -309,10 +312,15 @@ class Decoder:
     def _passed_through(
         self, stream: ResidualStream, part: Part, cache: KVCache, with_logits: bool, arena: Arena | None = None
     ) -> Passed:
-        """With logits in the model's dtype."""
+        """With logits in the model's dtype, or what a head that is shared takes in their place."""
         self._pass([stream], [part], cache, arena, self.norm if with_logits else None)
-        logits_TV = self.head(stream.normed()) if with_logits and self.head is not None else None
-        return Passed(stream.whole(), logits_TV)
+        if not with_logits or self.head is None:
+            return Passed(stream.whole())
+        normed_TH = stream.normed()
+        if self._head_asker is not None:
+            assert isinstance(normed_TH, torch.Tensor)
+            return Passed(stream.whole(), normed=normed_TH)
+        return Passed(stream.whole(), self.head(normed_TH))
 
     def work(self) -> StageWork:
         """What the layers of this stage take; by the first of them, since all are alike."""
@@ -336,22 +344,38 @@ class Decoder:
 
     def logits(self, x_TH: torch.Tensor, rows_B: torch.Tensor | None) -> torch.Tensor:
         """This rank's vocabulary shard of the logits, [B, V] float32, at `rows_B`, or all. On the last stage only."""
-        if self.head is None:
-            raise RuntimeError("only the last stage has a head")
+        if self.norm is None:
+            raise RuntimeError("only the last stage has logits")
         passed = self._passed
-        if rows_B is None and passed is not None and passed.hidden is x_TH and passed.logits is not None:
-            return passed.logits
+        if rows_B is None and passed is not None and passed.hidden is x_TH:
+            if passed.logits is not None:
+                return passed.logits
+            if passed.normed is not None:
+                return self._logits_of(passed.normed)
         x_BH = x_TH if rows_B is None else x_TH[rows_B]
         return self._logits_of(rms_norm(x_BH, self.norm, self.norm_eps))
 
     def _logits_of(self, normed_BH: torch.Tensor) -> torch.Tensor:
         assert self.head is not None
+        if self._head_asker is not None:
+            return self._head_asker.logits(normed_BH, self.head)
         return widen(self.head(normed_BH))
 
     def _few_logits(self, num_rows: int) -> bool:
         """Whether those of so many rows are few enough to have memory of their own between steps."""
         head, recorded = self.head, self._recorded
-        return head is not None and recorded is not None and num_rows * head.weight.shape[0] <= recorded.most_logits
+        if head is None or recorded is None:
+            return False
+        return self._head_asker is not None or num_rows * head.num_outputs <= recorded.most_logits
+
+
+def _head_of(stage: Stage, tensor_rank: int, weights: Weights) -> ColumnParallelLinear:
+    """This rank's part of the head, which may be rows of the embedding that it holds."""
+    if "head" in weights:
+        return ColumnParallelLinear(weights["head"])
+    held, rows = stage.vocab[tensor_rank], stage.head[tensor_rank]
+    outputs = None if rows == held else slice(rows.start - held.start, rows.stop - held.start)
+    return ColumnParallelLinear(weights["embed"], outputs=outputs)
 
 
 def rope_frequencies_of(config: DecoderConfig) -> torch.Tensor:

@@ -95,10 +95,9 @@ def _params(config: DecoderConfig, stage: Stage, tensor_rank: int) -> Iterator[P
         yield from _layer_params(config, stage, tensor_rank, layer)
     if stage.last:
         yield _vector("norm", "model.norm.weight", hidden)
-        if not config.tie_embeddings:
-            yield _rows("head", ("lm_head.weight", vocab, hidden))
-        elif not stage.first:
-            yield _rows("head", ("model.embed_tokens.weight", vocab, hidden))
+    if stage.head and not (stage.first and config.tie_embeddings):
+        source = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+        yield _rows("head", (source, stage.head[tensor_rank], hidden))
 
 
 def _layer_params(config: DecoderConfig, stage: Stage, tensor_rank: int, layer: int) -> Iterator[Param]:

@@ -18,10 +18,13 @@ MOST_TOKENS = 64  # with more, products take their time and the interpreter's sh
 
 
 class Passed(NamedTuple):
-    """What comes out of a stage. hidden: [T, H]. logits: [T, V] of all tokens, float32, where they were asked for."""
+    """What comes out of a stage. hidden: [T, H]. logits: [T, V] of all tokens, float32, where they were asked for.
+    normed: [T, H], behind the last norm, in place of logits of which another rank makes some.
+    """
 
     hidden: torch.Tensor
     logits: torch.Tensor | None = None
+    normed: torch.Tensor | None = None
 
 
 Pass = Callable[[torch.Tensor, Part, KVCache, Recording, bool], Passed]

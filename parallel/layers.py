@@ -28,13 +28,21 @@ from phalanx.parallel.split import Interval
 
 @dataclass(frozen=True, slots=True)
 class ColumnParallelLinear:
-    """Output columns cut over the ranks: each rank reads all of x and makes its own. weight [O, H], bias [O]."""
+    """Output columns cut over the ranks: each rank reads all of x and makes its own. weight [O, H], bias [O].
+
+    outputs: the rows of a larger weight that are multiplied by, as `kernels.linear` takes them; None for all.
+    """
 
     weight: Weight
     bias: torch.Tensor | None = None
+    outputs: slice | None = None
 
     def __call__(self, x_TH: Activations) -> torch.Tensor:
-        return linear(x_TH, self.weight, self.bias)
+        return linear(x_TH, self.weight, self.bias, self.outputs)
+
+    @property
+    def num_outputs(self) -> int:
+        return self.weight.shape[0] if self.outputs is None else self.outputs.stop - self.outputs.start
 
     def norm_before(self, norm: torch.Tensor) -> Norm:
         """The norm [H] in front, which gives its rows as the product takes them."""

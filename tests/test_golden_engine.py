@@ -30,8 +30,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "1x1": {},
     "2x1": {"tensor": 2},
     "1x2": {"pipeline": 2},
-    "1x3": {"pipeline": 3},
-    "2x2": {"tensor": 2, "pipeline": 2},
+    "1x3": {"pipeline": 3, "head": "shared"},
+    "2x2": {"tensor": 2, "pipeline": 2, "head": "shared"},
     "ragged-3-1": {"stages": [{"tensor": 3}, {"tensor": 1}]},
     "ragged-1-2": {"stages": [{"tensor": 1}, {"tensor": 2}]},
 }
@@ -112,7 +112,8 @@ def test_one_by_one_greedy_tokens_are_those_of_transformers(model: Path, alone: 
 def kv_bytes(model: Path, parallel: dict[str, Any], kv_cache_dtype: str) -> int:
     """Memory a rank for `NUM_PAGES` pages."""
     config = resolve_model(str(model)).config
-    layout = build_layout(config.shape, ParallelSection(**parallel).stage_requests())
+    section = ParallelSection(**parallel)
+    layout = build_layout(config.shape, section.stage_requests(), shares_head=section.head == "shared")
     costs = [kv_bytes_per_token(config, layout, place, 4, kv_cache_dtype) for place in layout.places()]
     return NUM_PAGES * PAGE_SIZE * max(costs)
 

@@ -87,8 +87,8 @@ def test_the_prompts_have_different_lengths_and_one_is_over_500_tokens(golden: G
         pytest.param({"tensor": 4}, id="tensor-4"),
         pytest.param({"tensor": 5}, id="tensor-5"),
         pytest.param({"pipeline": 2}, id="pipeline-2"),
-        pytest.param({"pipeline": 3}, id="pipeline-3"),
-        pytest.param({"tensor": 2, "pipeline": 2}, id="2x2"),
+        pytest.param({"pipeline": 3, "head": "shared"}, id="pipeline-3"),
+        pytest.param({"tensor": 2, "pipeline": 2, "head": "shared"}, id="2x2"),
         pytest.param({"stages": [{"tensor": 3, "layers": 22}, {"tensor": 1, "layers": 8}]}, id="ragged-3-1"),
         pytest.param(
             {"stages": [{"layers": 7}, {"tensor": 2, "layers": 13}, {"tensor": 1, "layers": 10}]}, id="ragged-1-2-1"

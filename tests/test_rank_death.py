@@ -20,7 +20,7 @@ SECTIONS: dict[str, Any] = {"cluster": {"ray": "none", "device": "cpu"}, "engine
 
 @pytest.mark.parametrize("victim", [0, 1, 3])
 def test_a_killed_rank_is_named_within_seconds(victim: int, smollm2: ModelSource) -> None:
-    with LLM(model=smollm2.name, parallel={"tensor": 2, "pipeline": 2}, **SECTIONS) as llm:
+    with LLM(model=smollm2.name, parallel={"tensor": 2, "pipeline": 2, "head": "shared"}, **SECTIONS) as llm:
         pids = [ready.pid for ready in llm.startup.ranks]
         stream = llm.stream("Once upon a time", SamplingParams(max_tokens=500, ignore_eos=True))
         assert isinstance(next(stream), Delta)

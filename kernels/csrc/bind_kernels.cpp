@@ -21,22 +21,24 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Of so many rows by a matrix that is read once.
+// Of so many rows by these outputs of a matrix, which are read once.
 template <class Matrix>
-Work product_of(const Matrix& matrix, size_t num_rows) {
-  const size_t outputs = matrix.num_outputs(), inputs = matrix.num_inputs();
-  return {"linear", {num_rows, outputs, inputs},
-          double(matrix.num_bytes() + num_rows * (outputs + inputs) * sizeof(uint16_t)), 2.0 * num_rows * outputs * inputs,
-          uintptr_t(&matrix)};
+Work product_of(const Matrix& matrix, size_t outputs, size_t num_rows) {
+  const size_t inputs = matrix.num_inputs();
+  const double read = double(matrix.num_bytes()) / matrix.num_outputs() * outputs;
+  return {"linear", {num_rows, outputs, inputs}, read + num_rows * (outputs + inputs) * sizeof(uint16_t),
+          2.0 * num_rows * outputs * inputs, uintptr_t(&matrix)};
 }
 
-// weight: a `PackedMatrix`. instructions: a place in `linear_sets`.
+// weight: a `PackedMatrix`, of which it multiplies by `outputs` rows, from the first of a block of 32 on. instructions: a
+// place in `linear_sets`.
 void multiply(uintptr_t y, uintptr_t x, size_t x_stride, uintptr_t weight, uintptr_t bias, size_t num_rows,
-              size_t instructions) {
+              size_t instructions, size_t first_block, size_t outputs) {
   const PackedMatrix& matrix = *at<PackedMatrix>(weight);
-  perform([=, &matrix] { return product_of(matrix, num_rows); },
+  perform([=, &matrix] { return product_of(matrix, outputs, num_rows); },
           [=, &matrix, &kernels = *usable_linears().at(instructions)] {
-            linear(kernels, at<uint16_t>(y), at<uint16_t>(x), x_stride, matrix, at<uint16_t>(bias), num_rows);
+            linear(kernels, at<uint16_t>(y), at<uint16_t>(x), x_stride, matrix, {first_block, outputs}, at<uint16_t>(bias),
+                   num_rows);
           });
 }
 
@@ -49,11 +51,12 @@ Work taken_rows(const Matrix& matrix, size_t count) {
 
 // weight: a `QuantisedMatrix`. The rest as above.
 void multiply_quantised(uintptr_t y, uintptr_t x, size_t x_stride, uintptr_t weight, uintptr_t bias, size_t num_rows,
-                        size_t instructions) {
+                        size_t instructions, size_t first_block, size_t outputs) {
   const QuantisedMatrix& matrix = *at<QuantisedMatrix>(weight);
-  perform([=, &matrix] { return product_of(matrix, num_rows); },
+  perform([=, &matrix] { return product_of(matrix, outputs, num_rows); },
           [=, &matrix] {
-            quantised_linear(instructions, at<uint16_t>(y), at<uint16_t>(x), x_stride, matrix, at<uint16_t>(bias), num_rows);
+            quantised_linear(instructions, at<uint16_t>(y), at<uint16_t>(x), x_stride, matrix, {first_block, outputs},
+                             at<uint16_t>(bias), num_rows);
           });
 }
 
@@ -101,8 +104,8 @@ void bind_kernels(nb::module_& module) {
         }
         return calls;
       });
-  module.def("linear", &multiply, "y"_a, "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "num_rows"_a, "instructions"_a = 0,
-             unlocked);
+  module.def("linear", &multiply, "y"_a, "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "num_rows"_a, "instructions"_a,
+             "first_block"_a, "outputs"_a, unlocked);
   nb::class_<PackedMatrix>(module, "PackedMatrix")
       .def_static("room_bytes", &PackedMatrix::room_bytes, "num_outputs"_a, "num_inputs"_a)
       .def("__init__",
@@ -132,7 +135,7 @@ void bind_kernels(nb::module_& module) {
       .def_prop_ro("num_blocks", &PackedMatrix::num_blocks)
       .def_prop_ro("num_plain", &PackedMatrix::num_plain);
   module.def("quantised_linear", &multiply_quantised, "y"_a, "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "num_rows"_a,
-             "instructions"_a = 0, unlocked);
+             "instructions"_a, "first_block"_a, "outputs"_a, unlocked);
   nb::class_<QuantisedMatrix>(module, "QuantisedMatrix")
       .def_static(
           "room_bytes",

@@ -11,7 +11,7 @@ namespace phalanx {
 constexpr size_t kAheadOfIntegers = 2 * kAheadBytes;  // one row passes sooner than in bfloat16
 
 void integer_linear(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t x_stride,
-                    const QuantisedMatrix& weight, const uint16_t* bias, size_t num_rows) {
+                    const QuantisedMatrix& weight, const Outputs& outputs, const uint16_t* bias, size_t num_rows) {
   const IntegerKernels& functions = *kernels.quantised->integers;
   const QuantisedFormat& format = weight.format();
   const size_t num_inputs = weight.num_inputs(), num_groups = format.num_input_groups(num_inputs);
@@ -35,20 +35,20 @@ void integer_linear(const LinearKernels& kernels, uint16_t* y, const uint16_t* x
     parallel_for(int(num_tiles), [&](int tile) { quantise(size_t(tile)); });
   }
   const auto& by_rows = format.bits == 4 ? functions.multiply_nibbles : functions.multiply_bytes;
-  deal_blocks(weight.num_blocks(), num_tiles, [&](size_t index, size_t first_tile, size_t end_tile, bool) {
+  deal_blocks(outputs.num_blocks(), num_tiles, [&](size_t index, size_t first_tile, size_t end_tile, bool) {
     const size_t column = index * kBlockColumns;
     IntegerTile tile{};
-    tile.w = weight.block(index);
+    tile.w = weight.block(outputs.first_block + index);
     tile.format = &format;
     tile.num_octets = weight.num_octets();
-    tile.y_stride = weight.num_outputs();
-    tile.num_columns = std::min(kBlockColumns, weight.num_outputs() - column);
+    tile.y_stride = outputs.size;
+    tile.num_columns = std::min(kBlockColumns, outputs.size - column);
     tile.bias = bias == nullptr ? nullptr : bias + column;
     for (size_t each = first_tile; each < end_tile; each++) {
       const size_t row = first_row(each);
       tile.x = rows_of(each);
       tile.ahead_bytes = each > first_tile ? kNearBytes : kAheadOfIntegers;
-      tile.y = y + row * weight.num_outputs() + column;
+      tile.y = y + row * outputs.size + column;
       by_rows[first_row(each + 1) - row](tile);
     }
   });

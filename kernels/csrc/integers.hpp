@@ -15,6 +15,7 @@
 namespace phalanx {
 
 struct LinearKernels;
+struct Outputs;
 struct QuantisedFormat;
 class QuantisedMatrix;
 
@@ -57,6 +58,6 @@ struct IntegerKernels {
 
 /// As `quantised_linear`, by a weight of a format with an `input_group`; x as the weight has its inputs.
 void integer_linear(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t x_stride,
-                    const QuantisedMatrix& weight, const uint16_t* bias, size_t num_rows);
+                    const QuantisedMatrix& weight, const Outputs& outputs, const uint16_t* bias, size_t num_rows);
 
 }  // namespace phalanx

@@ -36,12 +36,13 @@ constexpr size_t kMostQuads = 512;
 class Product {
  public:
   Product(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t x_stride, const PackedMatrix& weight,
-          const uint16_t* bias, size_t num_rows)
+          const Outputs& outputs, const uint16_t* bias, size_t num_rows)
       : kernels_(kernels),
         y_(y),
         x_(x),
         x_stride_(x_stride),
         weight_(weight),
+        outputs_(outputs),
         bias_(bias),
         num_rows_(num_rows),
         num_quads_(weight.num_quads()),
@@ -56,7 +57,7 @@ class Product {
     } else {
       parallel_for(int(num_groups_), [this](int group) { pack_group(size_t(group)); });
     }
-    deal_blocks(weight_.num_blocks(), num_groups_, [this](size_t block, size_t first_group, size_t end_group, bool goes_on) {
+    deal_blocks(outputs_.num_blocks(), num_groups_, [this](size_t block, size_t first_group, size_t end_group, bool goes_on) {
       multiply(block, first_group, end_group, goes_on);
     });
   }
@@ -67,6 +68,7 @@ class Product {
   const uint16_t* const x_;
   const size_t x_stride_;
   const PackedMatrix& weight_;
+  const Outputs outputs_;
   const uint16_t* const bias_;
   const size_t num_rows_, num_quads_, row_bytes_, num_groups_, num_parts_;
   char* rows_ = nullptr;
@@ -86,7 +88,7 @@ class Product {
     };
     thread_local std::unique_ptr<Sums> sums;
     if (num_parts_ > 1 && !sums) sums = std::make_unique<Sums>();
-    const PackedBlock& block = weight_.block(index);
+    const PackedBlock& block = weight_.block(outputs_.first_block + index);
     const uint8_t* const held = block.plain ? block.plain.get() : block.codes;
     const size_t quad_bytes = block.plain ? kPlainQuadBytes : kQuadBytes;
     const size_t num_groups = end_group - first_group, column = index * kBlockColumns;
@@ -96,8 +98,8 @@ class Product {
     Tile tile{};
     tile.block = &block;
     tile.decoded = decoded;
-    tile.y_stride = weight_.num_outputs();
-    tile.num_columns = std::min(kBlockColumns, weight_.num_outputs() - column);
+    tile.y_stride = outputs_.size;
+    tile.num_columns = std::min(kBlockColumns, outputs_.size - column);
     tile.bias = bias_ == nullptr ? nullptr : bias_ + column;
     for (size_t part = 0; part < num_parts_; part++) {
       const size_t quad = share(num_quads_, part, num_parts_);
@@ -122,7 +124,7 @@ class Product {
           tile.next_step = quad_bytes / (num_groups - 1);
         }
         tile.partial = num_parts_ == 1 ? nullptr : sums->of_row[row];
-        tile.y = y_ + row * weight_.num_outputs() + column;
+        tile.y = y_ + row * outputs_.size + column;
         (block.plain || group > 0 ? kernels_.multiply_plain : codes)[size](tile);
       }
     }
@@ -132,11 +134,11 @@ class Product {
 }  // namespace
 
 void linear(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t x_stride, const PackedMatrix& weight,
-            const uint16_t* bias, size_t num_rows) {
+            const Outputs& outputs, const uint16_t* bias, size_t num_rows) {
   const size_t passes = divide_up(num_rows, kMostRowsAtOnce);
   for (size_t pass = 0; pass < passes; pass++) {
     const size_t row = share(num_rows, pass, passes), size = share(num_rows, pass + 1, passes) - row;
-    Product(kernels, y + row * weight.num_outputs(), x + row * x_stride, x_stride, weight, bias, size).run();
+    Product(kernels, y + row * outputs.size, x + row * x_stride, x_stride, weight, outputs, bias, size).run();
   }
 }
 

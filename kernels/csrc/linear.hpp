@@ -53,9 +53,9 @@ struct LinearKernels {
 /// Of `usable_kernels`, those that can multiply, the best first.
 const std::vector<const LinearKernels*>& usable_linears();
 
-/// y [num_rows, num_outputs] = x [num_rows, num_inputs] W^T + bias [num_outputs] (or null). x_stride: elements between
+/// y [num_rows, outputs] = x [num_rows, num_inputs] W^T + bias [outputs] (or null), of these outputs of W. x_stride: elements between
 /// rows of x, whose inputs lie side by side. Over the threads of the pool.
 void linear(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t x_stride, const PackedMatrix& weight,
-            const uint16_t* bias, size_t num_rows);
+            const Outputs& outputs, const uint16_t* bias, size_t num_rows);
 
 }  // namespace phalanx

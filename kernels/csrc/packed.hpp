@@ -24,6 +24,13 @@ constexpr size_t kQuadBytes = 192, kPlainQuadBytes = 256;
 /// Of a quad's 64 bytes of two inputs, the first of output `lane`; its second input's follows.
 constexpr size_t place_of(size_t lane) { return lane % 16 / 4 * 16 + lane / 16 * 8 + lane % 4 * 2; }
 
+/// Outputs of a matrix that a product makes: `size`, from the first of a block on.
+struct Outputs {
+  size_t first_block, size;
+
+  size_t num_blocks() const { return (size + kBlockColumns - 1) / kBlockColumns; }
+};
+
 struct Outlier {
   uint32_t input;
   uint16_t lane;

@@ -202,7 +202,7 @@ void put_in_order(uint16_t* to, const uint16_t* x, size_t x_stride, const std::v
 }
 
 void multiply_some(const LinearKernels& kernels, uint16_t* y, const uint16_t* x, size_t x_stride,
-                   const QuantisedMatrix& weight, const uint16_t* bias, size_t num_rows) {
+                   const QuantisedMatrix& weight, const Outputs& outputs, const uint16_t* bias, size_t num_rows) {
   const QuantisedFormat& format = weight.format();
   const size_t num_pairs = 4 * weight.num_octets(), row_bytes = num_pairs * kernels.item_bytes;
   const size_t num_groups = divide_up(num_rows, kernels.most_rows), num_inputs = weight.num_inputs();
@@ -225,14 +225,14 @@ void multiply_some(const LinearKernels& kernels, uint16_t* y, const uint16_t* x,
   const QuantisedKernels& functions = *kernels.quantised;
   const bool e4m3 = format.numbers == kE4M3;
   const bool can_keep = format.bits == 8 && functions.multiply_kept_bytes[1] != nullptr;
-  deal_blocks(weight.num_blocks(), num_groups, [&](size_t index, size_t first_group, size_t end_group, bool) {
+  deal_blocks(outputs.num_blocks(), num_groups, [&](size_t index, size_t first_group, size_t end_group, bool) {
     const size_t column = index * kBlockColumns;
     QuantisedTile tile{};
-    tile.w = weight.block(index);
+    tile.w = weight.block(outputs.first_block + index);
     tile.format = &format;
     tile.num_octets = weight.num_octets();
-    tile.y_stride = weight.num_outputs();
-    tile.num_columns = std::min(kBlockColumns, weight.num_outputs() - column);
+    tile.y_stride = outputs.size;
+    tile.num_columns = std::min(kBlockColumns, outputs.size - column);
     tile.bias = bias == nullptr ? nullptr : bias + column;
     const bool keeps = can_keep && end_group - first_group > 1;
     if (keeps) tile.decoded = scratch<uint8_t>(weight.num_octets() * kDecodedOctetBytes);
@@ -241,7 +241,7 @@ void multiply_some(const LinearKernels& kernels, uint16_t* y, const uint16_t* x,
       tile.x = rows + row * row_bytes;
       tile.x_sums = sums + row * sums_a_row;
       tile.ahead_bytes = group > first_group ? kNearBytes : kAheadBytes;
-      tile.y = y + row * weight.num_outputs() + column;
+      tile.y = y + row * outputs.size + column;
       const auto& by_rows = format.bits == 4       ? functions.multiply_nibbles
                             : !keeps               ? e4m3 ? functions.multiply_e4m3 : functions.multiply_bytes
                             : group == first_group ? e4m3 ? functions.multiply_kept_e4m3 : functions.multiply_kept_bytes
@@ -254,7 +254,7 @@ void multiply_some(const LinearKernels& kernels, uint16_t* y, const uint16_t* x,
 }  // namespace
 
 void quantised_linear(size_t instructions, uint16_t* y, const uint16_t* x, size_t x_stride,
-                      const QuantisedMatrix& weight, const uint16_t* bias, size_t num_rows) {
+                      const QuantisedMatrix& weight, const Outputs& outputs, const uint16_t* bias, size_t num_rows) {
   const LinearKernels& kernels = *usable_linears().at(instructions);
   const size_t passes = divide_up(num_rows, kMostRowsAtOnce);
   for (size_t pass = 0; pass < passes; pass++) {
@@ -268,7 +268,7 @@ void quantised_linear(size_t instructions, uint16_t* y, const uint16_t* x, size_
       from = ordered;
     }
     const auto multiply = weight.format().input_group > 0 ? integer_linear : multiply_some;
-    multiply(kernels, y + row * weight.num_outputs(), from, stride, weight, bias, size);
+    multiply(kernels, y + row * outputs.size, from, stride, weight, outputs, bias, size);
   }
 }
 

@@ -122,9 +122,9 @@ class QuantisedMatrix {
   void take_row(uint16_t* out, size_t row) const;
 };
 
-/// y [num_rows, num_outputs] = x [num_rows, x_inputs] W^T + bias [num_outputs] (or null), by the functions of
-/// `usable_linears()[instructions]`. x_stride: elements between rows of x. Over the threads of the pool.
+/// y [num_rows, outputs] = x [num_rows, x_inputs] W^T + bias [outputs] (or null), of these outputs of W, by the functions
+/// of `usable_linears()[instructions]`. x_stride: elements between rows of x. Over the threads of the pool.
 void quantised_linear(size_t instructions, uint16_t* y, const uint16_t* x, size_t x_stride, const QuantisedMatrix& weight,
-                      const uint16_t* bias, size_t num_rows);
+                      const Outputs& outputs, const uint16_t* bias, size_t num_rows);
 
 }  // namespace phalanx

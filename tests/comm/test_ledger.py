@@ -67,6 +67,21 @@ def test_what_has_given_way_is_not_taken() -> None:
     assert [each.num_ops for each in ledger.take().totals] == [2]
 
 
+def test_what_another_thread_records_comes_along_as_what_was_not_waited_for() -> None:
+    ledger, other = Ledger(), Ledger()
+    ledger.follow(other)
+    other.begin_step(3)
+    other.record(1, "head", "recv", 10, 1.0, 0.5, 2.0, peer=1)
+    ledger.begin_step(4)
+    assert [(each.step, each.group, each.waited_us, each.hidden_us) for each in ledger.entries()] == [
+        (3, "head", 0.0, 1e6)
+    ]
+    other.record(2, "head", "send", 10, 2.0, 0.5, 3.0, peer=1)
+    taken = ledger.take()
+    assert sum(each.num_ops for each in taken.totals) == 2
+    assert not ledger.take().totals
+
+
 def test_what_was_waited_for_is_summed_by_whom() -> None:
     ledger = Ledger()
     ledger.record(1, "g", "all_reduce", 8, 0.0, 1.0, 1.0, last=2)

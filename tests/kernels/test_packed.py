@@ -117,6 +117,12 @@ def test_rows_of_x_may_lie_apart() -> None:
         assert torch.equal(linear(x, packed), linear(x.contiguous(), packed))
 
 
+@pytest.mark.parametrize("outputs", [slice(0, 32), slice(32, 70), slice(64, 70), slice(32, 50)], ids=str)
+def test_a_product_by_some_outputs_is_that_part_of_the_whole(outputs: slice) -> None:
+    packed, x, bias = PackedWeight.pack(random(70, 65, seed=1)), random(14, 65, seed=2), random(70, seed=3)
+    assert torch.equal(linear(x, packed, bias[outputs], outputs), linear(x, packed, bias)[:, outputs])
+
+
 def test_no_rows_make_no_rows() -> None:
     packed = PackedWeight.pack(random(70, 65, seed=1))
     assert linear(torch.empty(0, 65, dtype=torch.bfloat16), packed).shape == (0, 70)
@@ -140,6 +146,9 @@ def test_what_does_not_fit_is_refused() -> None:
     for x in (random(3, 64, seed=2), random(3, 65, seed=2).float(), random(65, seed=2)):
         with pytest.raises(ValueError, match="for a weight"):
             linear(x, packed)
+    for outputs in (slice(0, 71), slice(8, 40), slice(32, 32)):
+        with pytest.raises(ValueError, match="do not begin with a block of 32 of 70"):
+            linear(random(3, 65, seed=2), packed, outputs=outputs)
     with pytest.raises(ValueError, match="the bias is"):
         linear(random(3, 65, seed=2), packed, random(71, seed=3))
     with pytest.raises(ValueError, match="do not fit"):

@@ -179,6 +179,17 @@ def test_a_row_has_the_same_bits_alone_and_among_others_and_with_any_threads(hel
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("held", FORMATS, ids=str)
+def test_a_product_by_some_outputs_is_that_part_of_the_whole(held: WeightFormat, dtype: torch.dtype) -> None:
+    weight, outputs = QuantisedWeight(100, 256, held, dtype), slice(32, 90)
+    weight.put(0, random_rows(100, 256, held, 1))
+    x, bias = torch.randn(14, 256).to(dtype), torch.randn(100).to(dtype)
+    whole = linear(x, weight, bias)[:, outputs]
+    tolerance = 0.0 if weight.native else 1e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(linear(x, weight, bias[outputs], outputs), whole, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("held", FORMATS, ids=str)
 def test_rows_come_back_as_what_they_stand_for(held: WeightFormat, dtype: torch.dtype) -> None:
     """Natively in bfloat16, by torch in float32; put in pieces, as a shard of a larger matrix."""
     rows = random_rows(70, 90, held, 3)

@@ -121,6 +121,43 @@ def test_a_stage_in_the_middle_holds_no_vocabulary() -> None:
     assert [rank["vocab_rows"] for rank in ranks] == [[0, 49152], None, [0, 49152]]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "machine", "head"),
+    [
+        (["parallel.pipeline=2"], LAPTOP, "first 50%, last 50%"),
+        (["parallel.pipeline=2", "parallel.tensor=2"], LAPTOP, "first 50%, last 50%"),
+        (["parallel.pipeline=2", "parallel.head=last"], LAPTOP, "last stage"),
+        (["parallel.pipeline=2"], OLD_LAPTOP, "last stage"),
+        (["parallel.pipeline=2", "parallel.head=shared"], OLD_LAPTOP, "first 50%, last 50%"),
+        (["parallel.pipeline=2"], FOUR_GPUS, "last stage"),
+        (["parallel.pipeline=2", "cluster.ray=auto", "cluster.device=cpu"], LAPTOP, "last stage"),
+        (["parallel.stages=[{tensor: 2}, {tensor: 1}]"], LAPTOP, "last stage"),
+    ],
+)
+def test_the_head_is_shared_where_that_pays(overrides: list[str], machine: Machine, head: str) -> None:
+    report = small("cluster.ray=none", *overrides, machine=machine)
+    assert choice(report, "head") == head
+    assert report.plan is not None
+    rows = [row for stage in report.plan.layout.stages for row in stage.head]
+    assert sum(row.size for row in rows) == 49152
+
+
+def test_a_shared_head_takes_memory_from_the_last_stage_and_none_of_the_first() -> None:
+    plans = [
+        small("parallel.stages=[{layers: 15}, {layers: 15}]", f"parallel.head={head}").plan
+        for head in ("last", "shared")
+    ]
+    (first, last), (first_sharing, last_sharing) = (plan.ranks for plan in plans if plan is not None)
+    assert first_sharing.weight_bytes == first.weight_bytes
+    assert last.weight_bytes - last_sharing.weight_bytes == 49152 // 2 * 576 * 2
+
+
+def test_sharing_a_head_on_gpus_is_exit_code_2() -> None:
+    report = small("parallel.pipeline=2", "parallel.head=shared", machine=FOUR_GPUS)
+    assert report.exit_code == 2
+    assert any("GPUs do not" in str(problem) for problem in report.errors)
+
+
 def test_replicas_repeat_the_layout_and_multiply_the_totals() -> None:
     one, two = small("parallel.tensor=2").to_json(), small("parallel.tensor=2", "parallel.replicas=2").to_json()
     assert [rank["replica"] for rank in two["layout"]] == [0, 0, 1, 1]

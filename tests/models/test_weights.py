@@ -215,6 +215,20 @@ def test_a_rank_of_a_stage_reads_its_own_layers_alone(tiny: DecoderConfig) -> No
     assert not {"norm", "head"} & set(first.params)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_shared_head_is_held_in_two_parts_of_which_the_embedding_may_be_one(tiny: DecoderConfig, tied: bool) -> None:
+    config = replace(tiny, tie_embeddings=tied, shape=replace(tiny.shape, vocab_size=200))
+    tensors = numbered_tensors(config)
+    layout = build_layout(config.shape, [StageRequest(), StageRequest()], shares_head=True)
+    first, last = load_ranks(config, layout, tensors)
+    head = tensors["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    rows = layout.stages[0].head[0]
+    assert torch.equal(last.params["head"], head[: rows.start])
+    assert torch.equal(first.params["embed"], tensors["model.embed_tokens.weight"])
+    assert ("head" in first.params) != tied
+    assert tied or torch.equal(first.params["head"], head[rows.slice])
+
+
 def test_a_tensor_that_is_missing_is_named(tiny: DecoderConfig, tiny_directory: Path) -> None:
     entries = safetensors_entries(tiny_directory, tiny)
     del entries["model.layers.1.mlp.up_proj.weight"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.errors import LayoutError
-from phalanx.parallel.layout import Layout, StageRequest, build_layout
+from phalanx.parallel.layout import HEAD_GRANULE, Layout, StageRequest, build_layout, head_obstacle
 from phalanx.parallel.shape import ModelShape
 
 SMOLLM = ModelShape(576, 30, 9, 3, 64, 1536, 49152)
@@ -70,6 +72,53 @@ def test_no_move_of_a_layer_makes_the_slowest_stage_faster(widths: list[int]) ->
 
 def test_given_layers_are_kept_and_the_rest_balanced() -> None:
     assert layers(build_layout(SMOLLM, [StageRequest(1, 4), StageRequest(2), StageRequest(1, 6)])) == [4, 20, 6]
+
+
+def test_a_shared_head_leaves_the_layers_even() -> None:
+    """Each stage then takes as long for a prompt, and for a token that is drawn."""
+    layout = build_layout(SMOLLM, [StageRequest(), StageRequest()], shares_head=True)
+    assert layers(layout) == [15, 15]
+    assert [stage.head for stage in layout.stages] == [((24576, 49152),), ((0, 24576),)]
+    assert layout.shares_head
+    assert not build_layout(SMOLLM, [StageRequest(), StageRequest()]).shares_head
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.sampled_from([320, 1000, 49152]),
+)
+def test_shares_of_a_head_cover_it_and_even_out_the_ends(counts: list[int], weights: list[int], vocab: int) -> None:
+    """Of given layers, as far as they are less unlike than the whole head, and but for one granule of rows."""
+    shape = replace(SMOLLM, num_layers=sum(counts), vocab_size=vocab)
+    requests = [StageRequest(len(weights), count, tuple(weights)) for count in counts]
+    if head_obstacle(shape, requests) is not None:
+        with pytest.raises(LayoutError, match="cannot be shared: a rank has"):
+            build_layout(shape, requests, shares_head=True)
+        return
+    first, *_, last = stages = build_layout(shape, requests, shares_head=True).stages
+    assert all(not stage.head for stage in stages[1:-1])
+    lead = (last.layers.size - first.layers.size) * shape.layer_params / shape.hidden_size  # in rows of the head
+    for rows, above, below in zip(last.vocab.intervals, last.head, first.head, strict=True):
+        assert (rows.start, rows.stop) == (above.start, below.stop)
+        assert rows.start < above.stop == below.start < rows.stop
+        assert (above.stop - rows.start) % HEAD_GRANULE == 0
+        wanted = rows.size * (1 + lead / vocab) / 2  # of the first stage
+        clamped = min(max(wanted, 0.0), rows.size)
+        assert abs(below.size - clamped) <= HEAD_GRANULE
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([StageRequest()], "there is one stage"),
+        ([StageRequest(2), StageRequest(1)], "cut the vocabulary in other parts"),
+        ([StageRequest(2), StageRequest(2, weights=(2, 1))], "cut the vocabulary in other parts"),
+    ],
+)
+def test_a_head_that_cannot_be_shared_is_refused(requests: list[StageRequest], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        build_layout(SMOLLM, requests, shares_head=True)
 
 
 def test_weights_cut_every_dimension_alike() -> None:

@@ -82,7 +82,9 @@ class Exact(QuantisedWeight):
     def takes(self) -> torch.dtype | None:
         return self._takes
 
-    def multiply(self, x: Activations, bias: torch.Tensor | None, instructions: int = 0) -> torch.Tensor:
+    def multiply(
+        self, x: Activations, bias: torch.Tensor | None, instructions: int = 0, outputs: slice | None = None
+    ) -> torch.Tensor:
         if self._takes is not None and isinstance(x, torch.Tensor):
             x = QuantisedActivations(*quantise_rows(x, self._takes))
         wide = x.q.double() * x.scales.double().unsqueeze(1) if isinstance(x, QuantisedActivations) else x.double()
