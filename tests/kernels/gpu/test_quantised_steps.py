@@ -90,6 +90,9 @@ class Exact(QuantisedWeight):
         wide = x.q.double() * x.scales.double().unsqueeze(1) if isinstance(x, QuantisedActivations) else x.double()
         return (wide @ self._weight.T).float()
 
+    def part(self, x: Activations) -> torch.Tensor:
+        return self.multiply(x, None)
+
     def held_rows(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         return self._weight[rows - first].float()
 
