@@ -3,7 +3,8 @@
 Every rank of a group has to choose the same way for the same step, or their calls would not match. So nothing counts
 that only one rank has seen: behind a step the ranks exchange what each measured, and all reckon from there with the
 same numbers. Who came late to a sum waited least for it, so that of each sum the shortest time of any rank counts; of
-computing the longest.
+computing the longest. What the others had sent by then lay ready, and what he sent himself was perhaps only on its way:
+so no sum counts as faster than at the start, where all waited for each other.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class FollowedRates:
         if not num_bytes or min(took_s) < 0 or summed_s <= 0 or computed_s <= 0:
             return  # of a backend that does not tell, or nothing but latency
         num_flops = 2 * num_tokens * self._work.num_layers * (self._work.attention + self._work.ffn)
-        self._readings.append(Reading(computed_s / num_flops, summed_s / num_bytes))
+        per_byte_s = max(summed_s / num_bytes, 1 / self._start.bytes_per_s)
+        self._readings.append(Reading(computed_s / num_flops, per_byte_s))
         flops_per_s, bytes_per_s = (1 / fading_median(values) for values in zip(*self._readings, strict=True))
         in_use = self.rates
         if _differ(flops_per_s, in_use.flops_per_s) or _differ(bytes_per_s, in_use.bytes_per_s):

@@ -103,6 +103,7 @@ def test_ranks_that_have_seen_unlike_times_decide_alike() -> None:
     [
         [Seen(), Seen(sum=100.0, awaited=100.0), Seen(), Seen(computing=50.0), Seen()],  # one reading is none
         [Seen(computing=1.2, sum=1.2, awaited=1.2)] * 6,  # what does not matter
+        [Seen(sum=0.05, awaited=0.05)] * 6,  # sums of which a part had passed before
         [Seen(sum=-1.0, awaited=-1.0)] * 3,  # a backend that does not say how long its transfers took
     ],
 )
