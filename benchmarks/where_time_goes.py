@@ -153,19 +153,19 @@ class Bench:
     def timed_sampler(self) -> Iterator[list[float]]:
         """Seconds of each draw."""
         taken_s: list[float] = []
-        sample = self.sampler.sample
+        likeliest = self.sampler.likeliest
 
-        def timed_sample(*arguments: Any) -> Any:
+        def timed_draw(*arguments: Any) -> Any:
             began_s = time.perf_counter()
-            drawn = sample(*arguments)
+            drawn = likeliest(*arguments)
             taken_s.append(time.perf_counter() - began_s)
             return drawn
 
-        self.sampler.sample = timed_sample  # type: ignore[method-assign, assignment]
+        self.sampler.likeliest = timed_draw  # type: ignore[method-assign, assignment]
         try:
             yield taken_s
         finally:
-            self.sampler.sample = sample  # type: ignore[method-assign]
+            self.sampler.likeliest = likeliest  # type: ignore[method-assign]
 
 
 def timed(steps: Iterator[Callable[[], object]]) -> list[float]:

@@ -128,6 +128,13 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     stop_tokens: tuple[int, ...] = ()
     min_tokens: int = 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether the model's likeliest token is all that is wanted."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        ruled = self.logit_bias or self.allowed is not None or self.stop_tokens
+        return self.temperature <= 0 and self.logprobs < 0 and penalties == (1, 0, 0) and not ruled
+
 
 class NewSequence(NamedTuple):
     """A sequence that takes a slot: a row of every table that ranks keep. Whatever held the slot before is over.

@@ -151,7 +151,7 @@ class Rank:
             self.groups.links.head_asker,
         )
         if self.groups.links.head_helper is not None and self._decoder.head is not None:
-            self.groups.links.head_helper.start(self._decoder.head)
+            self.groups.links.head_helper.start(self._decoder.head, self._decoder.head_rows.start)
         if spec.profile is not None:
             self._profiler = StepProfiler(spec.profile, weights, self._device)
         self._took("weights")

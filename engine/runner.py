@@ -13,7 +13,7 @@ from phalanx.engine.feedback import TokenReceiver, TokenSender
 from phalanx.engine.late_result import Drawn, LateResult
 from phalanx.engine.logprobs import LogprobRows
 from phalanx.engine.messages import Chunk, StageStep, StepPlan, StepResult
-from phalanx.engine.sampler import Sampler
+from phalanx.engine.sampler import Draws, Sampler
 from phalanx.engine.tables import SlotTables
 from phalanx.models.batch import KVCache
 from phalanx.models.decoder import Decoder
@@ -77,6 +77,7 @@ class StepRunner:
         self._reports = reports
         self._drains = drains
         self._gpu = gpu
+        self._plain: set[int] = set()  # slots, see `Sampling.plain`
         self._prompt_logprobs: dict[int, int] = {}  # of the slots that ask for them
         self._no_tokens = torch.zeros(0, dtype=torch.int64, device=device)
 
@@ -92,7 +93,7 @@ class StepRunner:
     def run(self, plan: StepPlan, on_start: Callable[[], None] | None = None) -> Ran:
         """Computes this rank's share of a step. on_start: called once that is prepared, and only computing is left."""
         began_s = time.perf_counter()
-        self._note_prompts(plan)
+        self._note_new(plan)
         self._tables.apply(plan)
         batch = self._tables.batch(plan, self._decoder.num_parts(plan.num_tokens))  # while the input is on its way
         if on_start is not None:
@@ -138,8 +139,7 @@ class StepRunner:
         slots = plan.drawn_slots
         drawn = Drawn(self._no_tokens)
         if slots:
-            logits = self._decoder.logits(hidden, last_rows)
-            draws = sampler.sample(logits, slots, self._tables.lengths_of(slots), dict(plan.masks))
+            draws = self._draws(plan, hidden, last_rows, sampler)
             if self._links.tokens_out is not None:
                 self._links.tokens_out.send(draws.tokens)
             else:
@@ -150,6 +150,15 @@ class StepRunner:
         if not self._reports:
             return None
         return drawn.result(plan.step) if self._gpu is None else LateResult(plan.step, drawn, self._gpu)
+
+    def _draws(self, plan: StepPlan, hidden: torch.Tensor, last_rows: torch.Tensor | None, sampler: Sampler) -> Draws:
+        if not self._is_plain(plan):
+            slots = plan.drawn_slots
+            logits = self._decoder.logits(hidden, last_rows)
+            return sampler.sample(logits, slots, self._tables.lengths_of(slots), dict(plan.masks))
+        if self._links.head_asker is not None:
+            return sampler.likeliest_by_keys(self._decoder.largest_keys(hidden, last_rows))
+        return sampler.likeliest(self._decoder.logits(hidden, last_rows))
 
     def _prompt(
         self, plan: StepPlan, hidden: torch.Tensor, sampler: Sampler
@@ -178,12 +187,17 @@ class StepRunner:
     def _expect_rows(self, plan: StepPlan, helper: HeadHelper) -> None:
         """Tells what `_draw` asks on the last stage, in that order."""
         prompts = [len(part) for _, _, part in self._prompt_parts(plan)]
-        for num_rows in (len(plan.drawn_slots), *prompts):
+        for num_rows, keys in ((len(plan.drawn_slots), self._is_plain(plan)), *((rows, False) for rows in prompts)):
             if num_rows:
-                helper.expect(plan.step, num_rows, self._hidden_size, self._dtype)
+                helper.expect(plan.step, (num_rows, self._hidden_size), self._dtype, keys=keys)
 
-    def _note_prompts(self, plan: StepPlan) -> None:
+    def _is_plain(self, plan: StepPlan) -> bool:
+        """Whether all that a step draws is each sequence's likeliest token."""
+        return not plan.masks and self._plain.issuperset(plan.drawn_slots)
+
+    def _note_new(self, plan: StepPlan) -> None:
         for new in plan.new:
+            (self._plain.add if new.sampling.plain else self._plain.discard)(new.slot)
             self._prompt_logprobs.pop(new.slot, None)
             if new.sampling.prompt_logprobs >= 0:
                 self._prompt_logprobs[new.slot] = new.sampling.prompt_logprobs

@@ -61,7 +61,6 @@ class Sampler:
         self._shard = VocabShard(vocab, comm)
         self._rules = LogitRules(self._shard, comm.device)
         self._facts = np.zeros(0, FACTS)  # by slot
-        self._plain: set[int] = set()  # slots that want the likeliest token, and nothing beside
 
     def admit(self, slot: int, sampling: Sampling) -> None:
         """A sequence takes a slot, with the tokens in its history; what held the slot before is forgotten."""
@@ -77,8 +76,14 @@ class Sampler:
             sampling.logprobs,
         )
         self._rules.admit(slot, sampling)
-        plain = sampling.temperature <= 0 and sampling.logprobs < 0 and not self._rules.concern((slot,))
-        (self._plain.add if plain else self._plain.discard)(slot)
+
+    def likeliest(self, logits_BV: torch.Tensor) -> Draws:
+        """What `sample` draws for slots that are all plain."""
+        return Draws(self._shard.argmax(logits_BV))
+
+    def likeliest_by_keys(self, keys_B: torch.Tensor) -> Draws:
+        """The same, of the keys that `argmax_keys` gives for this rank's tokens."""
+        return Draws(self._shard.winner_of_keys(keys_B))
 
     def sample(
         self,
@@ -96,8 +101,6 @@ class Sampler:
         `min_tokens`, unless nothing else is left, and what is not allowed or masked out. Raises ValueError, on every
         rank, where that leaves no token of the vocabulary.
         """
-        if not masks and self._plain.issuperset(slots):
-            return Draws(self._shard.argmax(logits_BV))
         facts = self._facts[np.asarray(slots, np.intp)]
         facts["position"] = positions
         asking = np.flatnonzero(facts["logprobs"] >= 0)

@@ -50,7 +50,11 @@ class VocabShard:
         """The token with the largest value over all ranks, [B] int64; the first of equals."""
         if self._comm.size == 1:
             return argmax(values_BV)
-        return columns_of_keys(self._comm.all_reduce(argmax_keys(values_BV, self.rows.start), op="max"))
+        return self.winner_of_keys(argmax_keys(values_BV, self.rows.start))
+
+    def winner_of_keys(self, keys_B: torch.Tensor) -> torch.Tensor:
+        """The token, [B] int64, that the largest of the ranks' keys names. The tensor given may hold that key then."""
+        return columns_of_keys(keys_B if self._comm.size == 1 else self._comm.all_reduce(keys_B, op="max"))
 
     def winner(self, value_B: torch.Tensor, column_B: torch.Tensor) -> torch.Tensor:
         """The token, [B] int64, of the largest of the ranks' values, float64, which they hold in these columns."""

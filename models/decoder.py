@@ -203,6 +203,7 @@ class Decoder:
         self._head_asker = head_asker
         if stage.head:
             self.head = _head_of(stage, tensor_rank, weights)
+            self.head_rows = stage.head[tensor_rank]
         self.norm = weights["norm"] if stage.last else None
         attention = self.layers[0].attention.qkv.weight
         self.frequencies = rope_frequencies_of(config).to(attention.device)
@@ -344,22 +345,31 @@ class Decoder:
 
     def logits(self, x_TH: torch.Tensor, rows_B: torch.Tensor | None) -> torch.Tensor:
         """This rank's vocabulary shard of the logits, [B, V] float32, at `rows_B`, or all. On the last stage only."""
-        if self.norm is None:
-            raise RuntimeError("only the last stage has logits")
         passed = self._passed
-        if rows_B is None and passed is not None and passed.hidden is x_TH:
-            if passed.logits is not None:
-                return passed.logits
-            if passed.normed is not None:
-                return self._logits_of(passed.normed)
-        x_BH = x_TH if rows_B is None else x_TH[rows_B]
-        return self._logits_of(rms_norm(x_BH, self.norm, self.norm_eps))
-
-    def _logits_of(self, normed_BH: torch.Tensor) -> torch.Tensor:
+        if rows_B is None and passed is not None and passed.hidden is x_TH and passed.logits is not None:
+            return passed.logits
+        normed_BH = self._normed(x_TH, rows_B)
         assert self.head is not None
         if self._head_asker is not None:
             return self._head_asker.logits(normed_BH, self.head)
         return widen(self.head(normed_BH))
+
+    def largest_keys(self, x_TH: torch.Tensor, rows_B: torch.Tensor | None) -> torch.Tensor:
+        """Of each row of `logits` the key of the largest, [B] int64, as `argmax_keys` of all the vocabulary. On a last
+        stage that shares its head, where it takes much less than the logits.
+        """
+        assert self.head is not None
+        assert self._head_asker is not None
+        return self._head_asker.largest_keys(self._normed(x_TH, rows_B), self.head, self.head_rows.start)
+
+    def _normed(self, x_TH: torch.Tensor, rows_B: torch.Tensor | None) -> torch.Tensor:
+        """What the head takes of these rows."""
+        if self.norm is None:
+            raise RuntimeError("only the last stage has logits")
+        passed = self._passed
+        if rows_B is None and passed is not None and passed.hidden is x_TH and passed.normed is not None:
+            return passed.normed
+        return rms_norm(x_TH if rows_B is None else x_TH[rows_B], self.norm, self.norm_eps)
 
     def _few_logits(self, num_rows: int) -> bool:
         """Whether those of so many rows are few enough to have memory of their own between steps."""

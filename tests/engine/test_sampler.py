@@ -23,6 +23,7 @@ from phalanx.engine import vocab_shard
 from phalanx.engine.guide import mask_of
 from phalanx.engine.messages import Sampling, TokenLogprobs
 from phalanx.engine.sampler import Sampler
+from phalanx.kernels import argmax_keys
 from phalanx.parallel.split import Split
 
 PROMPT = tuple(range(3, 40, 4))
@@ -57,7 +58,25 @@ def test_greedy_takes_the_largest_and_the_first_of_equals(split: Split) -> None:
     logits = torch.randn(3, VOCAB)
     logits[0, [900, 40, 700]] = 9.0
     logits[1, VOCAB - 1] = 9.0
-    assert draw(split, logits, [Sampling()] * 3) == [40, VOCAB - 1, int(logits[2].argmax())]
+    expected = [40, VOCAB - 1, int(logits[2].argmax())]
+    assert draw(split, logits, [Sampling()] * 3) == expected
+
+    def plainly(comm: Communicator, part: slice) -> list[list[int]]:
+        sampler, own = Sampler(split, comm), logits[:, part].contiguous()
+        drawn = sampler.likeliest(own), sampler.likeliest_by_keys(argmax_keys(own, part.start))
+        return [draws.tokens.tolist() for draws in drawn]
+
+    assert each_rank(split, plainly) == [[expected] * 2] * split.num_parts
+
+
+def test_plain_is_who_wants_nothing_that_changes_the_likeliest_token_or_asks_for_more() -> None:
+    changes: dict[str, Any] = {"temperature": 0.1, "logprobs": 0, "logit_bias": ((1, 2.0),), "allowed": ()}
+    changes |= {"presence_penalty": 0.1, "frequency_penalty": -0.1, "repetition_penalty": 1.1, "stop_tokens": (2,)}
+    others = {"seed", "top_k", "top_p", "min_p", "prompt_logprobs", "num_prompt", "history", "min_tokens"}
+    assert {*changes, *others} == set(Sampling.__struct_fields__)
+    assert Sampling(seed=3, top_k=4, top_p=0.5, min_p=0.1, prompt_logprobs=2, num_prompt=5).plain
+    for name, value in changes.items():
+        assert not Sampling(**{name: value}).plain, name
 
 
 @pytest.mark.parametrize(

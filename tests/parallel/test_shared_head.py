@@ -11,7 +11,15 @@ import torch
 from tests.rank_threads import Join, run_ranks
 
 from phalanx.comm.work import GroupBrokenError
-from phalanx.kernels import PackedWeight, QuantisedWeight, WeightFormat, choose_packing, linear, quantise
+from phalanx.kernels import (
+    PackedWeight,
+    QuantisedWeight,
+    WeightFormat,
+    choose_packing,
+    columns_of_keys,
+    linear,
+    quantise,
+)
 from phalanx.parallel.layers import ColumnParallelLinear
 from phalanx.parallel.shared_head import HeadAsker, HeadHelper
 
@@ -49,9 +57,9 @@ def test_logits_are_those_of_the_whole_head(hold: Callable[[torch.Tensor], Any])
             asker, head = HeadAsker(comm, 1, VOCAB - CUT), ColumnParallelLinear(own)
             return [asker.logits(random(rows, HIDDEN, seed=rows).to(dtype), head) for _, rows in asked]
         helper = HeadHelper(comm, 0)
-        helper.start(ColumnParallelLinear(whole, outputs=slice(CUT, VOCAB)))
+        helper.start(ColumnParallelLinear(whole, outputs=slice(CUT, VOCAB)), CUT)
         for step, rows in asked:
-            helper.expect(step, rows, HIDDEN, dtype)
+            helper.expect(step, (rows, HIDDEN), dtype, keys=False)
         helper.finish()
         assert sorted({entry.step for entry in comm.ledger.entries()}) == [0, 1, 3]
         helper.close()
@@ -66,6 +74,32 @@ def test_logits_are_those_of_the_whole_head(hold: Callable[[torch.Tensor], Any])
             assert torch.equal(logits, expected)
 
 
+def test_of_the_largest_logits_only_keys_come_back() -> None:
+    """Of equal logits the first counts, on whichever side; a token that both sides' rows are copies of comes up so."""
+    weight = random(VOCAB, HIDDEN)
+    weight[CUT + 7] = weight[3]
+    rows_BH = torch.cat((weight[[3, CUT + 7, 5, CUT, VOCAB - 1]] * 4, random(20, HIDDEN, seed=1)))
+
+    def rank(number: int, join: Join) -> list[int]:
+        comm = join("head", number, 2)
+        if number == 0:
+            asker = HeadAsker(comm, 1, VOCAB - CUT)
+            keys_B = asker.largest_keys(rows_BH, ColumnParallelLinear(weight[:CUT]), 0)
+            return columns_of_keys(keys_B).tolist()
+        helper = HeadHelper(comm, 0)
+        helper.start(ColumnParallelLinear(weight[CUT:]), CUT)
+        helper.expect(0, (len(rows_BH), HIDDEN), torch.bfloat16, keys=True)
+        helper.finish()
+        _, answer = comm.ledger.entries()
+        assert answer.num_bytes == 8 * len(rows_BH)
+        helper.close()
+        return []
+
+    tokens = run_ranks(2, rank)[0]
+    assert tokens[:5] == [3, 3, 5, CUT, VOCAB - 1]
+    assert tokens == linear(rows_BH, weight).argmax(1).tolist()
+
+
 def test_a_helper_that_fails_ends_the_wait_for_it_and_says_why() -> None:
     def rank(number: int, join: Join) -> None:
         comm = join("head", number, 2)
@@ -75,12 +109,12 @@ def test_a_helper_that_fails_ends_the_wait_for_it_and_says_why() -> None:
                 asker.logits(random(2, HIDDEN), ColumnParallelLinear(random(CUT, HIDDEN)))
             return
         helper = HeadHelper(comm, 0)
-        helper.start(ColumnParallelLinear(random(VOCAB, HIDDEN + 1)))
-        helper.expect(0, 2, HIDDEN, torch.bfloat16)
+        helper.start(ColumnParallelLinear(random(VOCAB, HIDDEN + 1)), CUT)
+        helper.expect(0, (2, HIDDEN), torch.bfloat16, keys=True)
         with pytest.raises(RuntimeError, match="48"):
             helper.finish()
         with pytest.raises(RuntimeError, match="48"):
-            helper.expect(1, 2, HIDDEN, torch.bfloat16)
+            helper.expect(1, (2, HIDDEN), torch.bfloat16, keys=True)
         helper.close()
 
     run_ranks(2, rank)
@@ -92,8 +126,8 @@ def test_an_asker_that_leaves_is_told_by_the_next_step() -> None:
         if number == 0:
             return
         helper = HeadHelper(comm, 0)
-        helper.start(ColumnParallelLinear(random(VOCAB, HIDDEN)))
-        helper.expect(0, 2, HIDDEN, torch.bfloat16)
+        helper.start(ColumnParallelLinear(random(VOCAB, HIDDEN)), CUT)
+        helper.expect(0, (2, HIDDEN), torch.bfloat16, keys=True)
         with pytest.raises(GroupBrokenError, match="rank 0"):
             helper.finish()
         helper.close()
@@ -110,8 +144,8 @@ def test_closing_does_not_wait_for_rows_that_nobody_sends() -> None:
             assert closed.wait(10.0)
             return
         helper = HeadHelper(comm, 0)
-        helper.start(ColumnParallelLinear(random(VOCAB, HIDDEN)))
-        helper.expect(0, 2, HIDDEN, torch.bfloat16)
+        helper.start(ColumnParallelLinear(random(VOCAB, HIDDEN)), CUT)
+        helper.expect(0, (2, HIDDEN), torch.bfloat16, keys=True)
         helper.close()
         closed.set()
 
