@@ -91,7 +91,7 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "pipeline-2": Layout(("alpha", "beta"), {"stages": [{"layers": 16}, {"layers": 14}]}),
+    "pipeline-2": Layout(("alpha", "beta"), {"pipeline": 2, "head": "shared"}),
     "tensor-2": Layout(("alpha", "beta"), {"tensor": 2}),
     "mixed-2x2": Layout(("alpha", "alpha", "beta", "beta"), {"tensor": 2, "pipeline": 2}),
     "pipeline-3": Layout(("alpha", "beta", "gamma"), {"stages": [{"layers": 12}, {"layers": 11}, {"layers": 7}]}),

@@ -18,10 +18,6 @@ from phalanx.errors import ContextLengthError, RequestError
 
 Ending = Literal["stop", "length"]
 
-READ_TOKENS = 64
-"""Tokens whose computing takes about as long as reading the weights: about 50 to 100 on CPUs, more on GPUs."""
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What bounds a step and the sequences in flight.
@@ -29,6 +25,7 @@ class Limits:
     max_sequences: sequences running at a time. max_batch_tokens: tokens in one step. num_pages, page_size: KV pages,
     and tokens in one. max_length: prompt and new tokens of a sequence. num_stages: stages to keep busy. max_waiting:
     sequences that may wait, None for any number. keep_prefixes: whether prompts may use what others have computed.
+    step_tokens: tokens that a stage computes on in the time that a step costs it beside, mostly by reading the weights.
     """
 
     max_sequences: int
@@ -39,6 +36,7 @@ class Limits:
     num_stages: int = 1
     max_waiting: int | None = None
     keep_prefixes: bool = True
+    step_tokens: int = 64
 
 
 class Stepped(NamedTuple):
@@ -322,9 +320,10 @@ class Scheduler:
         budget = limits.max_batch_tokens - len(draft.decoding)
         if limits.num_stages > 1:
             # Chunks of R tokens in all, equal lest stages wait for each other, of the size T that makes the sum of
-            # R/T + stages - 1 steps least: small ones read the weights often, large ones fill the pipeline late.
-            best = math.isqrt(self._backlog * READ_TOKENS // (limits.num_stages - 1))
-            self._chunk_tokens = max(self._chunk_tokens, READ_TOKENS, best)
+            # R/T + stages - 1 steps least, of T + step_tokens: small ones read the weights often, large ones fill the
+            # pipeline late.
+            best = math.isqrt(self._backlog * limits.step_tokens // (limits.num_stages - 1))
+            self._chunk_tokens = max(self._chunk_tokens, limits.step_tokens, best)
             budget = min(budget, self._chunk_tokens)
         for sequence in list(self._prefilling):
             if budget > 0:
