@@ -112,7 +112,7 @@ class Model:
         """tokens [WINDOW] -> [WINDOW, vocabulary] float32."""
         with torch.inference_mode():
             hidden = self._decoder(tokens, self._batch, self._cache)
-            return F.log_softmax(self._decoder.logits(hidden, None), dim=-1)
+            return F.log_softmax(self._decoder.logits(hidden, None).float(), dim=-1)
 
 
 def windows(source: ModelSource, count: int) -> Iterator[torch.Tensor]:

@@ -22,7 +22,7 @@ from phalanx.engine.logprobs import LogprobRows, token_logprobs
 from phalanx.engine.messages import Sampling
 from phalanx.engine.nucleus import Scaled, find_nucleus
 from phalanx.engine.vocab_shard import Candidates, VocabShard, blocks, lags, on_device
-from phalanx.kernels import SamplingRows, gumbel_noise, sample, triton_gpu
+from phalanx.kernels import SamplingRows, gumbel_noise, sample, triton_gpu, widen
 from phalanx.parallel.split import Split
 
 FIRST_NUCLEUS = 256  # candidates first asked of each rank for top_p; doubled until their mass suffices
@@ -78,7 +78,7 @@ class Sampler:
         self._rules.admit(slot, sampling)
 
     def likeliest(self, logits_BV: torch.Tensor) -> Draws:
-        """What `sample` draws for slots that are all plain."""
+        """What `sample` draws for slots that are all plain; the logits stay as they are."""
         return Draws(self._shard.argmax(logits_BV))
 
     def likeliest_by_keys(self, keys_B: torch.Tensor) -> Draws:
@@ -92,15 +92,16 @@ class Sampler:
         positions: Sequence[int],
         masks: Mapping[int, bytes] = {},
     ) -> Draws:
-        """Tokens for `positions`, that is after so many others, one a row of this rank's logits, float32.
+        """Tokens for `positions`, that is after so many others, one a row of this rank's logits.
 
-        The logits may be changed in place. masks: by slot, bits of the tokens that may be drawn: bit t % 8 of byte
-        t // 8 for token t, and none past the last byte.
+        The logits may be changed in place where they are float32. masks: by slot, bits of the tokens that may be drawn:
+        bit t % 8 of byte t // 8 for token t, and none past the last byte.
 
         Order: penalties, biases, tokens ruled out, temperature, min_p, top_k, top_p. Ruled out are stop tokens before
         `min_tokens`, unless nothing else is left, and what is not allowed or masked out. Raises ValueError, on every
         rank, where that leaves no token of the vocabulary.
         """
+        logits_BV = widen(logits_BV)
         facts = self._facts[np.asarray(slots, np.intp)]
         facts["position"] = positions
         asking = np.flatnonzero(facts["logprobs"] >= 0)
@@ -122,8 +123,9 @@ class Sampler:
         """Of the tokens that follow those of a prompt, one at least, with the `num_top` most likely ones. The model's
         own.
 
-        logits_TV: this rank's shard, float32, a row each of `following`.
+        logits_TV: this rank's shard, a row each of `following`.
         """
+        logits_TV = widen(logits_TV)
         tokens_T = on_device(np.array(following, np.int64), logits_TV)
         return token_logprobs(self._shard, logits_TV, tokens_T, [num_top] * len(following))
 

@@ -18,6 +18,7 @@ from phalanx.errors import ContextLengthError, RequestError
 
 Ending = Literal["stop", "length"]
 
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What bounds a step and the sequences in flight.

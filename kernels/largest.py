@@ -20,19 +20,22 @@ def argmax(values_BV: torch.Tensor) -> torch.Tensor:
     if not _applies(values_BV):
         return values_BV.argmax(1)
     columns_B = torch.empty(values_BV.shape[0], dtype=torch.int64)
-    native_cpu.LIBRARY.argmax(columns_B.data_ptr(), values_BV.data_ptr(), *values_BV.shape)
+    code = native_cpu.FLOAT_CODES[values_BV.dtype]
+    native_cpu.LIBRARY.argmax(columns_B.data_ptr(), values_BV.data_ptr(), *values_BV.shape, code)
     return columns_B
 
 
 def argmax_keys(values_BV: torch.Tensor, first: int) -> torch.Tensor:
-    """A key of each row's largest number, [B] int64, for float32 rows that go on in the columns of other ranks: of
-    several keys the largest is that of the largest number, the first of equals. `columns_of_keys` reads the column.
+    """A key of each row's largest number, [B] int64, for rows that go on in the columns of other ranks, of float32 or
+    less: of several keys the largest is that of the largest number, the first of equals. `columns_of_keys` reads the
+    column.
 
     first: the column, among all, of the first one here; below 2^32 in all.
     """
     if _applies(values_BV):
         keys_B = torch.empty(values_BV.shape[0], dtype=torch.int64)
-        native_cpu.LIBRARY.argmax_keys(keys_B.data_ptr(), values_BV.data_ptr(), *values_BV.shape, first)
+        code = native_cpu.FLOAT_CODES[values_BV.dtype]
+        native_cpu.LIBRARY.argmax_keys(keys_B.data_ptr(), values_BV.data_ptr(), *values_BV.shape, first, code)
         return keys_B
     column_B1 = argmax(values_BV).unsqueeze(1)
     value_B = values_BV.gather(1, column_B1).squeeze(1).float()
@@ -53,7 +56,7 @@ def top(values_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor
     gpu = triton_gpu.operators_for(values_BV)
     if gpu is not None:
         return gpu.top(values_BV, count)  # type: ignore[no-any-return]
-    if not _applies(values_BV):
+    if not _applies(values_BV) or values_BV.dtype != torch.float32:
         return _top(values_BV, count)
     num_rows, width = values_BV.shape
     values_BK = values_BV.new_empty((num_rows, count))
@@ -64,7 +67,7 @@ def top(values_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor
 
 def _applies(values_BV: torch.Tensor) -> bool:
     """Columns are counted in 32 bits."""
-    is_float = values_BV.dtype == torch.float32 and native_cpu.code_of(values_BV) is not None
+    is_float = native_cpu.code_of(values_BV) is not None
     return is_float and values_BV.is_contiguous() and 0 < values_BV.shape[1] < 2**31
 
 

@@ -49,8 +49,8 @@ OnProgress = Callable[[RankPlace, Progress], None]
 ALL_STEPS = range(sys.maxsize)
 DEAD = sys.maxsize  # the load of a replica that has failed: no other has more
 
-# See `engine.scheduler.Limits`. On a CPU reading weights goes on under computing from some twenty tokens on: 1024 tokens
-# in steps of 32 take 1.00 to 1.05 times as long as in steps of 512 (smollm2-135m, one thread and two).
+# See `engine.scheduler.Limits`. On a CPU reading weights goes on under computing from some twenty tokens on: 1024 of
+# them take 1.00 to 1.05 times as long in steps of 32 as in steps of 512 (smollm2-135m, one thread and two).
 STEP_TOKENS = {"cpu": 16, "cuda": 64}
 STARTUP_PARTS = ("ray", "actors", "imports", "rendezvous", "weights", "compile", "warmup")
 """What the start of a formation consists of, in order; the parts of ranks are those of the slowest."""

@@ -80,7 +80,7 @@ class CapturedSteps:
         if self._cache is not cache or self._room is not plan.room:
             self.forget()
             self._cache, self._room, self._most_places = cache, plan.room, min(plan.room.max_sequences, MOST_PLACES)
-        self._input = self._kept(self._input, x, x.dtype)
+        self._input = self._kept(self._input, x)
         like = num_places_for(num_tokens, self._most_places), with_logits
         step = self._steps.get(like)
         if step is None:
@@ -104,14 +104,14 @@ class CapturedSteps:
 
     def _pass(self, x: torch.Tensor, plan: DevicePlan, cache: KVCache, with_logits: bool) -> None:
         passed = self._run(x, Part(*planned_places(plan), plan), cache, with_logits)
-        self._hidden = self._kept(self._hidden, passed.hidden, passed.hidden.dtype)
+        self._hidden = self._kept(self._hidden, passed.hidden)
         if passed.logits is not None:
-            self._logits = self._kept(self._logits, passed.logits, torch.float32)
+            self._logits = self._kept(self._logits, passed.logits)
 
-    def _kept(self, kept: torch.Tensor | None, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _kept(self, kept: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
         """x in the first rows of what is kept of its kind, or from now on."""
         if kept is None:
-            kept = x.new_zeros((self._most_places, *x.shape[1:]), dtype=dtype)
+            kept = x.new_zeros((self._most_places, *x.shape[1:]))
         kept[: len(x)].copy_(x)
         return kept
 

@@ -35,7 +35,6 @@ from phalanx.kernels import (
     route,
     silu_gated,
     taken_by,
-    widen,
 )
 from phalanx.kernels.names import profiled
 from phalanx.models.batch import Batch, KVCache, LayerPages, Part
@@ -302,8 +301,7 @@ class Decoder:
         if self.embed is not None and x.dim() == 1:
             x = self.embed.record(x, recording)
         stream = RecordedStream(x, self.layers[0].attention_norm, self.norm_eps, recording)
-        passed = self._passed_through(stream, part, cache, with_logits, recording.arena)
-        return passed if passed.logits is None else passed._replace(logits=widen(passed.logits))
+        return self._passed_through(stream, part, cache, with_logits, recording.arena)
 
     def _run(self, x: torch.Tensor, part: Part, cache: KVCache, with_logits: bool) -> Passed:
         """x: token ids [T] on the first stage, hidden states [T, H] elsewhere."""
@@ -313,7 +311,7 @@ class Decoder:
     def _passed_through(
         self, stream: ResidualStream, part: Part, cache: KVCache, with_logits: bool, arena: Arena | None = None
     ) -> Passed:
-        """With logits in the model's dtype, or what a head that is shared takes in their place."""
+        """With logits, or what a head that is shared takes in their place."""
         self._pass([stream], [part], cache, arena, self.norm if with_logits else None)
         if not with_logits or self.head is None:
             return Passed(stream.whole())
@@ -344,7 +342,9 @@ class Decoder:
         return layer.ffn.out.weight if isinstance(layer.ffn, FeedForward) else layer.attention.o.weight
 
     def logits(self, x_TH: torch.Tensor, rows_B: torch.Tensor | None) -> torch.Tensor:
-        """This rank's vocabulary shard of the logits, [B, V] float32, at `rows_B`, or all. On the last stage only."""
+        """This rank's vocabulary shard of the logits, [B, V] in the model's dtype, at `rows_B`, or all. On the last
+        stage only.
+        """
         passed = self._passed
         if rows_B is None and passed is not None and passed.hidden is x_TH and passed.logits is not None:
             return passed.logits
@@ -352,7 +352,7 @@ class Decoder:
         assert self.head is not None
         if self._head_asker is not None:
             return self._head_asker.logits(normed_BH, self.head)
-        return widen(self.head(normed_BH))
+        return self.head(normed_BH)
 
     def largest_keys(self, x_TH: torch.Tensor, rows_B: torch.Tensor | None) -> torch.Tensor:
         """Of each row of `logits` the key of the largest, [B] int64, as `argmax_keys` of all the vocabulary. On a last

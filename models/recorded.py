@@ -18,7 +18,7 @@ MOST_TOKENS = 64  # with more, products take their time and the interpreter's sh
 
 
 class Passed(NamedTuple):
-    """What comes out of a stage. hidden: [T, H]. logits: [T, V] of all tokens, float32, where they were asked for.
+    """What comes out of a stage. hidden: [T, H]. logits: [T, V] of all tokens, where they were asked for.
     normed: [T, H], behind the last norm, in place of logits of which another rank makes some.
     """
 
@@ -45,7 +45,7 @@ class RecordedSteps:
     run: makes that way with what it is given, and no tensor beside; under `Recording.record`.
     """
 
-    most_logits: ClassVar[float] = 2**20  # entries, in 6 bytes each: those of more rows have no memory between steps
+    most_logits: ClassVar[float] = 2**21  # entries: those of more rows have no memory between steps
 
     def __init__(self, run: Pass) -> None:
         self._run = run

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from phalanx.comm.communicator import Communicator
-from phalanx.kernels import argmax_keys, widen
+from phalanx.kernels import argmax_keys
 from phalanx.parallel.layers import ColumnParallelLinear
 
 END_S = 1.0  # that a thread may take to notice that its group has ended
@@ -37,10 +37,10 @@ class HeadAsker:
         self._num_asked = num_asked
 
     def logits(self, normed_BH: torch.Tensor, own: ColumnParallelLinear) -> torch.Tensor:
-        """[B, V] float32; own: makes the first of them."""
+        """[B, V]; own: makes the first of them."""
         self._comm.send(normed_BH, self._helper)
         num_own = own.num_outputs
-        logits_BV = torch.empty(len(normed_BH), num_own + self._num_asked)
+        logits_BV = normed_BH.new_empty(len(normed_BH), num_own + self._num_asked)
         logits_BV[:, :num_own] = own(normed_BH)
         asked = normed_BH.new_empty(len(normed_BH), self._num_asked)
         logits_BV[:, num_own:] = self._comm.recv(asked, self._helper)
@@ -49,7 +49,7 @@ class HeadAsker:
     def largest_keys(self, normed_BH: torch.Tensor, own: ColumnParallelLinear, first: int) -> torch.Tensor:
         """The key of each row's largest logit, [B] int64; first: the token of the first of `own`'s rows."""
         self._comm.send(normed_BH, self._helper)
-        own_B = argmax_keys(widen(own(normed_BH)), first)
+        own_B = argmax_keys(own(normed_BH), first)
         return torch.maximum(own_B, self._comm.recv(torch.empty_like(own_B), self._helper))
 
 
@@ -118,7 +118,7 @@ class HeadHelper:
                 self._comm.ledger.begin_step(asked.step)
                 rows_BH = self._comm.recv(torch.empty(asked.shape, dtype=asked.dtype), self._asker)
                 logits = own(rows_BH)
-                self._comm.send(argmax_keys(widen(logits), first) if asked.keys else logits, self._asker)
+                self._comm.send(argmax_keys(logits, first) if asked.keys else logits, self._asker)
         except Exception as error:  # for the rank's own thread to raise
             self._error = error
             self._comm.abort()

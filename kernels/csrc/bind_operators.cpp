@@ -140,20 +140,20 @@ void bind_operators(nb::module_& module) {
              "pages"_a, "instructions"_a = 0, unlocked);
   module.def(
       "argmax",
-      [](uintptr_t columns, uintptr_t x, size_t num_rows, size_t width, size_t instructions) {
-        perform(on_rows("argmax", num_rows, width, 1, sizeof(float)), [=, &operators = operators_of(instructions)] {
-          argmax_rows(at<int64_t>(columns), at<const float>(x), num_rows, width, operators);
+      [](uintptr_t columns, uintptr_t x, size_t num_rows, size_t width, int dtype, size_t instructions) {
+        perform(on_rows("argmax", num_rows, width, 1, item_bytes(dtype)), [=, &operators = operators_of(instructions)] {
+          argmax_rows(at<int64_t>(columns), {at(x), num_rows, width, dtype}, operators);
         });
       },
-      "columns"_a, "x"_a, "num_rows"_a, "width"_a, "instructions"_a = 0, unlocked);
+      "columns"_a, "x"_a, "num_rows"_a, "width"_a, "dtype"_a, "instructions"_a = 0, unlocked);
   module.def(
       "argmax_keys",
-      [](uintptr_t keys, uintptr_t x, size_t num_rows, size_t width, int64_t first, size_t instructions) {
-        perform(on_rows("argmax_keys", num_rows, width, 1, sizeof(float)), [=, &operators = operators_of(instructions)] {
-          argmax_keys(at<int64_t>(keys), at<const float>(x), num_rows, width, first, operators);
+      [](uintptr_t keys, uintptr_t x, size_t num_rows, size_t width, int64_t first, int dtype, size_t instructions) {
+        perform(on_rows("argmax_keys", num_rows, width, 1, item_bytes(dtype)), [=, &operators = operators_of(instructions)] {
+          argmax_keys(at<int64_t>(keys), {at(x), num_rows, width, dtype}, first, operators);
         });
       },
-      "keys"_a, "x"_a, "num_rows"_a, "width"_a, "first"_a, "instructions"_a = 0, unlocked);
+      "keys"_a, "x"_a, "num_rows"_a, "width"_a, "first"_a, "dtype"_a, "instructions"_a = 0, unlocked);
   module.def(
       "top",
       [](uintptr_t values, uintptr_t columns, uintptr_t x, size_t num_rows, size_t width, size_t count, size_t instructions) {

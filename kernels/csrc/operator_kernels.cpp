@@ -24,7 +24,7 @@ const Operators PHALANX_TABLE(PHALANX_SET) = {
     PHALANX_PAGES(join_splits),
     PHALANX_FLOATS(attention_scratch),
     partial_floats,
-    argmax,
+    PHALANX_FLOATS(argmax),
     above,
 };
 

@@ -89,8 +89,12 @@ using Attend = void (*)(const Attention& attention, const AttentionPart& part, c
 // Joins the states of the part's splits, from part.partial on, and writes the output.
 using JoinSplits = void (*)(const Attention& attention, const AttentionPart& part);
 
-// The column of a row's largest number, the first of equals; not-a-number is the largest.
-using ArgMax = size_t (*)(const float* row, size_t count);
+// Of a row's largest number, the first of equals; not-a-number is the largest. rank: see `select.hpp`.
+struct Largest {
+  uint32_t column;
+  int32_t rank;
+};
+using ArgMax = Largest (*)(const void* row, size_t count);
 // Writes the columns, from `first` on, whose rank (see `select.hpp`) is above `floor`; how many. Room for `count`.
 using Above = size_t (*)(const float* row, size_t first, size_t count, int32_t floor, uint32_t* columns);
 
@@ -104,7 +108,7 @@ struct Operators {
   JoinSplits join_splits[kNumPages][kNumFloats];
   AttentionScratch attention_scratch[kNumFloats];
   AttentionPartial attention_partial;
-  ArgMax argmax;
+  ArgMax argmax[kNumFloats];
   Above above;
 };
 

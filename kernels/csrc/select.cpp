@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "dtype.hpp"
 #include "pool.hpp"
 
 namespace phalanx {
@@ -14,8 +15,8 @@ constexpr size_t kSmall = 32768;
 constexpr size_t kPiece = 8192;
 
 // Ordered from best to last: by falling rank, then by rising column.
-uint64_t place_of(float number, uint32_t column) {
-  const uint32_t falling = ~(uint32_t(rank_of(number)) ^ 0x80000000u);
+uint64_t place_of(int32_t rank, uint32_t column) {
+  const uint32_t falling = ~(uint32_t(rank) ^ 0x80000000u);
   return uint64_t(falling) << 32 | column;
 }
 int32_t rank_at(uint64_t place) { return int32_t(~uint32_t(place >> 32) ^ 0x80000000u); }
@@ -49,7 +50,7 @@ void top_of(float* values, int64_t* columns, const float* row, size_t width, siz
     // What is found in a piece are those that would belong by all before it: a few of as many again, most of more.
     const size_t stop = std::min(width, start + std::min(std::max(room, 2 * start), kPiece));
     const size_t num_found = operators.above(row, start, stop, floor, found.data());
-    for (size_t i = 0; i < num_found; i++) places.push_back(place_of(row[found[i]], found[i]));
+    for (size_t i = 0; i < num_found; i++) places.push_back(place_of(rank_of(row[found[i]]), found[i]));
     sort_out();
     start = stop;
   }
@@ -60,36 +61,40 @@ void top_of(float* values, int64_t* columns, const float* row, size_t width, siz
   }
 }
 
-}  // namespace
-
-void argmax_rows(int64_t* columns, const float* x, size_t num_rows, size_t width, const Operators& operators) {
+// Calls found(row, place) for the best of each row.
+template <class F>
+void each_best(const Rows& x, const Operators& operators, F&& found) {
+  const auto [numbers, num_rows, width, dtype] = x;
   const bool small = num_rows * width <= kSmall;
   const size_t num_pieces = small ? 1 : (width + kPiece - 1) / kPiece;
-  thread_local std::vector<uint32_t> kept;
-  std::vector<uint32_t>& best = kept;  // of the caller, whichever thread writes to it
+  thread_local std::vector<uint64_t> kept;
+  std::vector<uint64_t>& best = kept;  // of the caller, whichever thread writes to it
   best.resize(num_rows * num_pieces);
-  over(num_rows * num_pieces, small, [&](int index) {
+  const char* const begin = static_cast<const char*>(numbers);
+  const size_t item = item_bytes(dtype);
+  over(num_rows * num_pieces, small, [&, width = width, argmax = operators.argmax[dtype]](int index) {
     const size_t row = size_t(index) / num_pieces, start = size_t(index) % num_pieces * kPiece;
     const size_t count = num_pieces == 1 ? width : std::min(kPiece, width - start);
-    best[size_t(index)] = uint32_t(start + operators.argmax(x + row * width + start, count));
+    const Largest largest = argmax(begin + (row * width + start) * item, count);
+    best[size_t(index)] = place_of(largest.rank, uint32_t(start) + largest.column);
   });
   for (size_t row = 0; row < num_rows; row++) {
-    const float* numbers = x + row * width;
-    const uint32_t* pieces = best.data() + row * num_pieces;
-    columns[row] = *std::min_element(pieces, pieces + num_pieces, [&](uint32_t a, uint32_t b) {
-      return place_of(numbers[a], a) < place_of(numbers[b], b);
-    });
+    const uint64_t* pieces = best.data() + row * num_pieces;
+    found(row, *std::min_element(pieces, pieces + num_pieces));
   }
 }
 
-void argmax_keys(int64_t* keys, const float* x, size_t num_rows, size_t width, int64_t first,
-                 const Operators& operators) {
-  argmax_rows(keys, x, num_rows, width, operators);
-  for (size_t row = 0; row < num_rows; row++) {
-    const int64_t column = keys[row];
-    const int64_t rank = rank_of(x[row * width + size_t(column)]);
-    keys[row] = int64_t(uint64_t(rank) << 32) | int64_t(~uint32_t(first + column));
-  }
+}  // namespace
+
+void argmax_rows(int64_t* columns, const Rows& x, const Operators& operators) {
+  each_best(x, operators, [&](size_t row, uint64_t place) { columns[row] = column_at(place); });
+}
+
+void argmax_keys(int64_t* keys, const Rows& x, int64_t first, const Operators& operators) {
+  each_best(x, operators, [&](size_t row, uint64_t place) {
+    const uint32_t column = uint32_t(first) + column_at(place);
+    keys[row] = int64_t(uint64_t(rank_at(place)) << 32 | uint32_t(~column));
+  });
 }
 
 void top_rows(float* values, int64_t* columns, const float* x, size_t num_rows, size_t width, size_t count,

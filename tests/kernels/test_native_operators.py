@@ -146,12 +146,13 @@ def test_rotation_with_kv_write(
     num_values=st.sampled_from([2, 50, 10**6]),
     special=st.sampled_from([0.0, -0.0, float("inf"), float("-inf"), float("nan")]),
     count=st.integers(1, 300),
+    dtype=dtypes,
 )
 def test_searches_take_the_first_of_equals(
-    chosen: int, num_rows: int, width: int, num_values: int, special: float, count: int
+    chosen: int, num_rows: int, width: int, num_values: int, special: float, count: int, dtype: torch.dtype
 ) -> None:
     """Few values have many equals. PyTorch's stable sort puts not-a-numbers first, too."""
-    x = torch.randint(-num_values, num_values, (num_rows, width)).float() / 7
+    x = (torch.randint(-num_values, num_values, (num_rows, width)).float() / 7).to(dtype)
     x[torch.rand(num_rows, width) < 0.02] = special
     count = min(count, width)
     values, columns = x.sort(dim=1, descending=True, stable=True)
@@ -161,9 +162,9 @@ def test_searches_take_the_first_of_equals(
         keys = [argmax_keys(half.contiguous(), first) for first, half in halves]
         assert torch.equal(columns_of_keys(torch.stack(keys).amax(0)), columns[:, 0])
         assert all(torch.equal(argmax_keys(half, first), key) for key, (first, half) in zip(keys, halves, strict=True))
-        found_values, found_columns = top(x, count)
+        found_values, found_columns = top(x.float(), count)
     assert torch.equal(found_columns, columns[:, :count])
-    torch.testing.assert_close(found_values, values[:, :count], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found_values, values[:, :count].float(), rtol=0, atol=0, equal_nan=True)
 
 
 @every_set
